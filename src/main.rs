@@ -1,0 +1,3 @@
+//! The `sonnette` binary.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! An APNs of our own.
