@@ -135,6 +135,10 @@ pub enum Target {
 
 /// Where the delivery to one target stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "four independent facts, each a bit of the compact form"
+)]
 pub struct State {
     /// The count word.
     pub status: DeliveryStatus,
@@ -340,7 +344,7 @@ pub fn conclude(state: &State, reply: &Reply, with: Circumstances<'_>) -> Conclu
             effect = Some(DeviceEffect::Accepted(with.environment));
         }
         Outcome::Rejected | Outcome::WrongTopic => {
-            next.end(DeliveryStatus::Failed, cause, with.now)
+            next.end(DeliveryStatus::Failed, cause, with.now);
         }
         Outcome::BadToken => {
             match with.environment {
@@ -384,13 +388,14 @@ pub fn conclude(state: &State, reply: &Reply, with: Circumstances<'_>) -> Conclu
             next.cause = cause;
             fault = Some(found.clone());
         }
-        Outcome::Unsent => {}
+        // Why a fenced push may not leave is known to whoever made the fence, and who ends it.
+        Outcome::Unsent | Outcome::Fenced => {}
         Outcome::Unknown => {
             next.ambiguous = true;
             next.cause = Some(own::NO_ANSWER);
             match with.on_unknown {
                 OnUnknown::Stop => {
-                    next.end(DeliveryStatus::Unknown, Some(own::NO_ANSWER), with.now)
+                    next.end(DeliveryStatus::Unknown, Some(own::NO_ANSWER), with.now);
                 }
                 OnUnknown::Retry => {
                     let delay = spread(delay_after(Busy::Server, next.attempts), with.jitter);
@@ -398,8 +403,6 @@ pub fn conclude(state: &State, reply: &Reply, with: Circumstances<'_>) -> Conclu
                 }
             }
         }
-        // Why is known to whoever made the fence, and who ends it.
-        Outcome::Fenced => {}
     }
     Conclusion {
         state: next,

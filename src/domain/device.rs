@@ -78,7 +78,7 @@ impl FromStr for DeviceToken {
 
     fn from_str(text: &str) -> Result<Self, NotADeviceToken> {
         let shaped = !text.is_empty()
-            && text.len() % 2 == 0
+            && text.len().is_multiple_of(2)
             && text.len() <= 2 * Self::MAX_BYTES
             && text.bytes().all(|b| b.is_ascii_hexdigit());
         if shaped {

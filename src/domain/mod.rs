@@ -79,7 +79,7 @@ macro_rules! text_value {
     };
 }
 
-/// A UUIDv7 with a type of its own.
+/// A `UUIDv7` with a type of its own.
 macro_rules! uuid_value {
     ($(#[$doc:meta])* $type:ident) => {
         $(#[$doc])*

@@ -209,7 +209,7 @@ impl Notification {
 }
 
 /// How many devices stand where. Words of the API.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "the words of design.md, each explained there")]
 pub struct Counts {
     pub targeted: u64,
@@ -301,7 +301,7 @@ impl FromStr for NotificationStatus {
 super::serde_by_text!(NotificationStatus);
 
 /// Why a notification waits though it is due.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WaitingFor {
     /// A breaker, a hold, a back-off: a word, and for a breaker APNs' reason.
     pub reason: String,
@@ -309,7 +309,7 @@ pub struct WaitingFor {
     pub since: Timestamp,
 }
 
-/// A notification as it is read back.
+/// A notification as it is read back: what `POST` and `GET /v1/notifications` answer.
 #[derive(Debug, Clone)]
 #[expect(
     missing_docs,

@@ -305,7 +305,7 @@ text_value!(CollapseId, NotACollapseId);
 pub struct ApnsId(Uuid);
 
 impl ApnsId {
-    /// Derives the id (UUIDv5 in the notification's namespace, from the device token's bytes).
+    /// Derives the id (`UUIDv5` in the notification's namespace, from the device token's bytes).
     #[must_use]
     pub fn derive(notification: NotificationId, recipient: Recipient<'_>) -> Self {
         match recipient {

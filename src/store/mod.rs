@@ -1,1 +1,519 @@
-//! store
+//! Durable state in domain words: what the service needs kept, on SQLite and on MySQL.
+//!
+//! Promises: one method, one transaction, one thing the business would say; what a method has answered is committed
+//! with the durability of the database's own commit. No pool, transaction, row or SQL crosses this border. Two
+//! implementations, one conformance suite (`tests/it/store/`), which is the contract.
+
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+
+use crate::domain::{
+    api_key::{ApiKey, ApiKeyId},
+    clock::Timestamp,
+    delivery::{Chunk, ChunkKey, DeliveryStatus, DeviceEffect, State},
+    device::{
+        Address, Device, DeviceId, DeviceSeq, DeviceStatus, DeviceToken, Registration, Tag, UserId,
+    },
+    notification::{
+        Audience, Lane, Notification, NotificationId, NotificationStatus, NotificationView,
+        Reference,
+    },
+    outcome::Fault,
+    push::{ApnsId, CollapseId},
+    topic::{Environment, Topic},
+};
+
+/// An error of another crate, kept as the source of one of ours.
+pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// What can go wrong below.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The database did not answer, refused, or is read-only: come back.
+    #[error("the database did not answer")]
+    Unavailable(#[source] BoxError),
+    /// The commit was sent and its fate could not be found out in time. Nothing may be concluded from it.
+    #[error("the database did not say whether it committed")]
+    CommitUnknown(#[source] BoxError),
+    /// A row that this version would never write.
+    #[error("{table}.{column} of row {row} holds a value that is never written")]
+    Corrupt {
+        /// Where.
+        table: &'static str,
+        /// Which column.
+        column: &'static str,
+        /// Which row, by its key.
+        row: String,
+        /// What is wrong with it.
+        #[source]
+        source: BoxError,
+    },
+    /// The schema is too new for this version, or not there.
+    #[error("{0}")]
+    Schema(String),
+    /// Another `serve` has this SQLite file.
+    #[error(
+        "another sonnette is serving {0}: stop it first, or give this one a database of its own"
+    )]
+    Locked(String),
+    /// The URL or its options cannot be used.
+    #[error("database.url: {0}")]
+    Settings(String),
+    /// A statement that should never fail did: a bug of ours.
+    #[error("a statement failed")]
+    Statement(#[source] BoxError),
+}
+
+/// Which database it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// The embedded default.
+    Sqlite,
+    /// MySQL or MariaDB.
+    Mysql,
+}
+
+/// How to reach the database.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// `sqlite://path` or `mysql://user:password@host/db?…`. Holds a password: never logged.
+    pub url: crate::domain::secret::Secret<String>,
+    /// The most connections to MySQL.
+    pub max_connections: u32,
+    /// How long a statement may wait for a connection before [`StoreError::Unavailable`].
+    pub acquire_timeout: Duration,
+}
+
+/// One running `serve`, by the number of its row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ReplicaId(pub i64);
+
+/// A breaker, by the number of its row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct BreakerId(pub i64);
+
+/// Which part of a list.
+#[derive(Debug, Clone, Default)]
+pub struct PageRequest {
+    /// Opaque, from [`Page::next_cursor`].
+    pub cursor: Option<String>,
+    /// 1 to 1,000.
+    pub limit: usize,
+}
+
+/// Part of a list, newest first.
+#[derive(Debug, Clone)]
+pub struct Page<T> {
+    /// The items.
+    pub items: Vec<T>,
+    /// Where to go on; `None` at the end.
+    pub next_cursor: Option<String>,
+}
+
+/// A cursor that was not made by this version, or for another list.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("not a cursor of this list: take `next_cursor` of the page before")]
+pub struct NotACursor;
+
+/// Which devices. All that is set must match.
+#[derive(Debug, Clone, Default)]
+pub struct DeviceFilter {
+    /// Held by this user.
+    pub user_id: Option<UserId>,
+    /// Bears this tag.
+    pub tag: Option<Tag>,
+    /// Of this app.
+    pub topic: Option<Topic>,
+    /// Of one of these apps: what the caller's key may see. `None`: all.
+    pub topics: Option<BTreeSet<Topic>>,
+    /// In this status.
+    pub status: Option<DeviceStatus>,
+}
+
+/// Which notifications. All that is set must match.
+#[derive(Debug, Clone, Default)]
+pub struct NotificationFilter {
+    /// Of this app.
+    pub topic: Option<Topic>,
+    /// Of one of these apps: what the caller's key may see. `None`: all.
+    pub topics: Option<BTreeSet<Topic>>,
+    /// In this status.
+    pub status: Option<NotificationStatus>,
+    /// Addressed to this user.
+    pub user_id: Option<UserId>,
+    /// With this reference.
+    pub reference: Option<Reference>,
+    /// With at least one delivery of this status.
+    pub outcome: Option<DeliveryStatus>,
+    /// Accepted by us at or after.
+    pub since: Option<Timestamp>,
+    /// Accepted by us before.
+    pub until: Option<Timestamp>,
+}
+
+/// The outcome of one device.
+#[derive(Debug, Clone)]
+pub struct DeliveryView {
+    /// The device; `None` for a raw token that nobody registered.
+    pub device_id: Option<DeviceId>,
+    /// The place of a raw token in the caller's list.
+    pub index: Option<u32>,
+    /// The last six digits of the token, if it is still known.
+    pub token_hint: Option<String>,
+    /// Where it stands.
+    pub state: State,
+    /// The id of every attempt.
+    pub apns_id: ApnsId,
+    /// The key to Apple's delivery log.
+    pub apns_unique_id: Option<String>,
+}
+
+/// A caller's promise that two requests are the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Idempotency {
+    /// SHA-256 over owner, endpoint and key.
+    pub key: [u8; 32],
+    /// SHA-256 over the body's bytes.
+    pub body: [u8; 32],
+}
+
+/// One notification to be accepted.
+#[derive(Debug, Clone)]
+pub struct Submission {
+    /// What.
+    pub notification: Notification,
+    /// To whom.
+    pub audience: Audience,
+    /// Its idempotency key.
+    pub idempotency: Option<Idempotency>,
+    /// Whether this replica has room to send it at once: then its chunks are inserted as this replica's own and
+    /// handed back. Otherwise, or when it is not due yet, whoever is free will claim them.
+    pub own: bool,
+}
+
+/// What became of a [`Submission`].
+#[derive(Debug)]
+pub enum Accepted {
+    /// Committed. The leases are empty unless [`Submission::own`] was set and it is due.
+    New {
+        /// How it stands.
+        view: NotificationView,
+        /// Its chunks, to be sent.
+        leases: Vec<Lease>,
+    },
+    /// The same request was accepted before: the same answer again.
+    Seen(NotificationView),
+    /// The same idempotency key came with another body before.
+    Conflict,
+}
+
+/// A chunk that this replica owns in this epoch.
+#[derive(Debug)]
+pub struct Lease {
+    /// Which.
+    pub key: ChunkKey,
+    /// Fences every settle: it grows with every change of owner.
+    pub epoch: i64,
+    /// What to send.
+    pub notification: Arc<Notification>,
+    /// To whom, and where each stands.
+    pub chunk: Chunk,
+    /// Addresses of the chunk's open devices as of [`Lease::read_at`]; may be empty.
+    pub addresses: Vec<Address>,
+    /// When the read of `addresses` began, on the clock's monotonic scale.
+    pub read_at: Duration,
+}
+
+/// What the chunk does after a settle. A chunk all of whose targets have ended is ended whatever is said here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Disposition {
+    /// Stays with this replica, which goes on sending.
+    Keep,
+    /// Given back: whoever is free takes it, not before this time.
+    Free {
+        /// When it is due again.
+        due_at: Timestamp,
+    },
+    /// Waits until the breaker closes.
+    Park(BreakerId),
+}
+
+/// The progress of one chunk.
+#[derive(Debug)]
+pub struct Settled<'a> {
+    /// Which.
+    pub key: ChunkKey,
+    /// The epoch in which it was leased.
+    pub epoch: i64,
+    /// Where each target stands now.
+    pub chunk: &'a Chunk,
+    /// What the chunk does next.
+    pub disposition: Disposition,
+    /// What the attempts said of devices: the token that was tried, whether it was ever accepted before (then only
+    /// a day-old `last_accepted_at` is written again), and the effect.
+    pub effects: &'a [(DeviceSeq, DeviceToken, DeviceEffect)],
+    /// `apns-unique-id`s by position.
+    pub unique_ids: &'a [(u32, Box<str>)],
+}
+
+/// How much waits.
+#[derive(Debug, Clone)]
+pub struct QueueDepth {
+    /// The app.
+    pub topic: Topic,
+    /// The lane.
+    pub lane: Lane,
+    /// Chunks that are due and not ended.
+    pub due: u64,
+    /// Since when the oldest of them is due.
+    pub oldest_due_at: Option<Timestamp>,
+    /// Chunks whose time has not come.
+    pub scheduled: u64,
+    /// Chunks held by the operator or parked by a breaker.
+    pub waiting: u64,
+}
+
+/// A replica as others see it.
+#[derive(Debug, Clone)]
+pub struct Replica {
+    /// Its row.
+    pub id: ReplicaId,
+    /// Host and process.
+    pub name: String,
+    /// Its version.
+    pub version: String,
+    /// Moves every second while it lives.
+    pub beat: i64,
+    /// When it joined, on its own clock.
+    pub started_at: Timestamp,
+}
+
+/// A breaker as all replicas see it.
+#[derive(Debug, Clone)]
+pub struct Breaker {
+    /// Its row.
+    pub id: BreakerId,
+    /// The app.
+    pub topic: Topic,
+    /// The environment.
+    pub environment: Environment,
+    /// The credential's fingerprint.
+    pub fingerprint: String,
+    /// Since when it is open.
+    pub opened_at: Timestamp,
+    /// What APNs said.
+    pub fault: Fault,
+    /// When one replica may try again.
+    pub next_probe_at: Timestamp,
+    /// How many probes have failed.
+    pub probes: u32,
+    /// Chunks that wait for it.
+    pub parked: u64,
+}
+
+/// The schema that was found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SchemaState {
+    /// The newest migration applied; 0: none.
+    pub version: i64,
+    /// The newest migration that this binary knows.
+    pub known: i64,
+    /// The oldest version of the schema whose readers may use this database.
+    pub min_reader: i64,
+}
+
+/// Devices and who holds them.
+#[async_trait]
+pub trait Devices: Send + Sync {
+    /// Registers or refreshes a group, in its order; one device a registration comes back.
+    async fn register(
+        &self,
+        group: &[Registration],
+        now: Timestamp,
+    ) -> Result<Vec<Device>, StoreError>;
+    /// One device.
+    async fn device(&self, id: DeviceId) -> Result<Option<Device>, StoreError>;
+    /// A list, newest first. A cursor of another list starts it anew.
+    async fn devices(
+        &self,
+        filter: &DeviceFilter,
+        page: &PageRequest,
+    ) -> Result<Page<Device>, StoreError>;
+    /// Takes the user off this device and all tokens of its installation (same topic). False if there is no such
+    /// device.
+    async fn log_out(&self, id: DeviceId, now: Timestamp) -> Result<bool, StoreError>;
+    /// Forgets a device; its number stays as a tombstone. False if there is no such device.
+    async fn forget(&self, id: DeviceId, now: Timestamp) -> Result<bool, StoreError>;
+    /// The ownership read: these devices as they are now. Those that are forgotten are missing.
+    async fn addresses(&self, devices: &[DeviceSeq]) -> Result<Vec<Address>, StoreError>;
+}
+
+/// What was asked for, read back.
+#[async_trait]
+pub trait Notifications: Send + Sync {
+    /// One notification with its counts, in one consistent read.
+    async fn notification(
+        &self,
+        id: NotificationId,
+    ) -> Result<Option<NotificationView>, StoreError>;
+    /// A list, newest first.
+    async fn notifications(
+        &self,
+        filter: &NotificationFilter,
+        page: &PageRequest,
+    ) -> Result<Page<NotificationView>, StoreError>;
+    /// The outcome of each device, in the audience's order; `None` if there is no such notification.
+    async fn deliveries(
+        &self,
+        id: NotificationId,
+        status: Option<DeliveryStatus>,
+        page: &PageRequest,
+    ) -> Result<Option<Page<DeliveryView>>, StoreError>;
+}
+
+/// The durable queue.
+#[async_trait]
+pub trait Queue: Send + Sync {
+    /// Commits a group: each has its own idempotency key and gets its own answer; a bad one never fails the others.
+    /// On [`StoreError::CommitUnknown`] the caller asks [`Queue::committed`] before it says anything.
+    async fn accept(
+        &self,
+        group: &[Submission],
+        replica: ReplicaId,
+        now: Timestamp,
+    ) -> Result<Vec<Accepted>, StoreError>;
+    /// Which of these notifications are committed. Waits for a commit that is still under way.
+    async fn committed(
+        &self,
+        ids: &[NotificationId],
+    ) -> Result<BTreeSet<NotificationId>, StoreError>;
+    /// Takes over at most `max` due chunks that nobody owns, urgent first, then oldest; also those parked by one of
+    /// `passable` breakers (open for another credential than this replica's). Audiences that are due are resolved.
+    async fn claim(
+        &self,
+        max: usize,
+        passable: &[BreakerId],
+        replica: ReplicaId,
+        now: Timestamp,
+    ) -> Result<Vec<Lease>, StoreError>;
+    /// Takes the oldest chunk parked by this breaker, for a probe.
+    async fn claim_probe(
+        &self,
+        breaker: BreakerId,
+        replica: ReplicaId,
+        now: Timestamp,
+    ) -> Result<Option<Lease>, StoreError>;
+    /// Records progress, moves each chunk on, and applies what was learned of devices. Returns those whose lease was
+    /// lost: somebody else owns them now, and nothing of theirs was changed.
+    async fn settle(
+        &self,
+        done: &[Settled<'_>],
+        replica: ReplicaId,
+        now: Timestamp,
+    ) -> Result<Vec<ChunkKey>, StoreError>;
+    /// The chunks that this replica owns according to the database.
+    async fn owned(&self, replica: ReplicaId) -> Result<Vec<ChunkKey>, StoreError>;
+    /// Gives back chunks that this replica owns but does not have in memory.
+    async fn disown(&self, keys: &[ChunkKey], replica: ReplicaId) -> Result<(), StoreError>;
+    /// Whether a newer notification with this collapse id has gone, or is going, to this device.
+    async fn superseded(
+        &self,
+        device: DeviceSeq,
+        topic: &Topic,
+        collapse_id: &CollapseId,
+        than: NotificationId,
+    ) -> Result<bool, StoreError>;
+    /// When the next chunk that nobody owns is due; `None` if there is none.
+    async fn next_due_at(&self) -> Result<Option<Timestamp>, StoreError>;
+    /// How much waits, by app and lane.
+    async fn depth(&self, now: Timestamp) -> Result<Vec<QueueDepth>, StoreError>;
+    /// Holds whatever is open until [`Queue::release_held`]. Returns how many chunks.
+    async fn hold(&self, now: Timestamp) -> Result<u64, StoreError>;
+    /// Lets held work go on. Returns how many chunks.
+    async fn release_held(&self) -> Result<u64, StoreError>;
+}
+
+/// Who is alive.
+#[async_trait]
+pub trait Replicas: Send + Sync {
+    /// Joins as a new replica.
+    async fn join(
+        &self,
+        name: &str,
+        version: &str,
+        now: Timestamp,
+    ) -> Result<ReplicaId, StoreError>;
+    /// Bumps the counter. False: this replica was declared dead; nothing it owned is its own any more.
+    async fn beat(&self, replica: ReplicaId) -> Result<bool, StoreError>;
+    /// All replicas.
+    async fn replicas(&self) -> Result<Vec<Replica>, StoreError>;
+    /// Declares a replica dead if its counter still shows `beat`: its work is given back. False if it moved.
+    async fn bury(&self, replica: ReplicaId, beat: i64) -> Result<bool, StoreError>;
+    /// Leaves in good order; whatever is still owned is given back.
+    async fn leave(&self, replica: ReplicaId) -> Result<(), StoreError>;
+}
+
+/// Credentials that APNs refuses.
+#[async_trait]
+pub trait Breakers: Send + Sync {
+    /// Opens a breaker; one that is open already keeps its times and counts a failed probe.
+    async fn open_breaker(
+        &self,
+        topic: &Topic,
+        environment: Environment,
+        fingerprint: &str,
+        fault: &Fault,
+        now: Timestamp,
+        next_probe_at: Timestamp,
+    ) -> Result<BreakerId, StoreError>;
+    /// All open breakers.
+    async fn breakers(&self) -> Result<Vec<Breaker>, StoreError>;
+    /// Tries to become the one that probes now: true for one replica only. Moves the next probe to `next_probe_at`.
+    async fn elect_probe(
+        &self,
+        breaker: BreakerId,
+        now: Timestamp,
+        next_probe_at: Timestamp,
+    ) -> Result<bool, StoreError>;
+    /// Closes a breaker and lets its chunks go on.
+    async fn close_breaker(&self, breaker: BreakerId) -> Result<(), StoreError>;
+}
+
+/// API keys.
+#[async_trait]
+pub trait ApiKeys: Send + Sync {
+    /// Keeps a new key.
+    async fn add_api_key(&self, key: &ApiKey) -> Result<(), StoreError>;
+    /// One key, revoked and expired ones included.
+    async fn api_key(&self, id: &ApiKeyId) -> Result<Option<ApiKey>, StoreError>;
+    /// All keys, newest first.
+    async fn api_keys(&self) -> Result<Vec<ApiKey>, StoreError>;
+    /// Revokes a key. False if there is no such key.
+    async fn revoke_api_key(&self, id: &ApiKeyId, now: Timestamp) -> Result<bool, StoreError>;
+}
+
+/// The database itself.
+#[async_trait]
+pub trait Database: Send + Sync {
+    /// Which database.
+    fn kind(&self) -> Kind;
+    /// Whether a commit can be made now: commits a small row of its own.
+    async fn probe(&self, now: Timestamp) -> Result<(), StoreError>;
+    /// The schema.
+    async fn schema(&self) -> Result<SchemaState, StoreError>;
+    /// A secret that all replicas share: kept as `fresh` if there is none yet; the one that is kept comes back.
+    async fn shared_secret(&self, name: &str, fresh: &[u8]) -> Result<Vec<u8>, StoreError>;
+    /// The server's name and version, for `/health`.
+    async fn server(&self) -> Result<String, StoreError>;
+    /// Closes all connections.
+    async fn close(&self);
+}
+
+/// Everything that is kept.
+pub trait Store:
+    Devices + Notifications + Queue + Replicas + Breakers + ApiKeys + Database
+{
+}
+
+impl<T: Devices + Notifications + Queue + Replicas + Breakers + ApiKeys + Database> Store for T {}

@@ -1,0 +1,2 @@
+-- devices_user: made with its table.
+DO 0;

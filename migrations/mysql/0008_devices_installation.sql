@@ -1,0 +1,2 @@
+-- devices_installation: made with its table.
+DO 0;

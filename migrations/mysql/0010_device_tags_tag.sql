@@ -1,0 +1,2 @@
+-- device_tags_tag: made with its table.
+DO 0;

@@ -1,0 +1,2 @@
+-- notifications_reference: made with its table.
+DO 0;

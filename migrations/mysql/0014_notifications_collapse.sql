@@ -1,0 +1,2 @@
+-- notifications_collapse: made with its table.
+DO 0;

@@ -1,0 +1,2 @@
+-- chunks_work: made with its table.
+DO 0;
