@@ -245,6 +245,8 @@ impl PrivateServer {
             .args(user_option(folder))
             .arg(format!("--datadir={}", within("data")))
             .arg(format!("--tmpdir={}", folder.display()))
+            // Its built-in place for files need not exist where only the programs are installed.
+            .arg(format!("--secure-file-priv={}", folder.display()))
             .arg(format!("--socket={}", within("sock")))
             .arg(format!("--pid-file={}", within("pid")))
             .arg(format!("--init-file={}", within("init.sql")))
@@ -290,6 +292,8 @@ async fn initialise(program: &Path, folder: &Path) -> Result<(), String> {
         let install = find_program(&["mariadb-install-db", "mysql_install_db"]).ok_or(ADVICE)?;
         let mut command = Command::new(install);
         command.args(["--no-defaults", "--auth-root-authentication-method=normal", "--skip-test-db"]);
+        // `force` goes on where the machine can look up neither its own name nor localhost: no account of ours needs it.
+        command.arg("--force");
         command
     } else {
         let mut command = Command::new(program);
@@ -297,6 +301,8 @@ async fn initialise(program: &Path, folder: &Path) -> Result<(), String> {
         command
     };
     command.args(user_option(folder)).arg(format!("--datadir={}", folder.join("data").display()));
+    // A server that starts clears temporary tables out of this folder, also those of others: never share it.
+    command.arg(format!("--tmpdir={}", folder.display()));
     let mut process = spawn_logged(&mut command, &folder.join("install.log"))?;
     match process.wait(ANSWERS_WITHIN).await {
         Some(status) if status.success() => Ok(()),
@@ -323,7 +329,7 @@ fn log_end(folder: &Path, name: &str) -> String {
     let log = std::fs::read(folder.join(name)).unwrap_or_default();
     let log = String::from_utf8_lossy(&log);
     let lines: Vec<_> = log.lines().collect();
-    lines.iter().skip(lines.len().saturating_sub(30)).copied().collect::<Vec<_>>().join("\n")
+    lines.iter().skip(lines.len().saturating_sub(60)).copied().collect::<Vec<_>>().join("\n")
 }
 
 /// The first of `names` in the path or where packages put it (the same places as in `tests/database.sh`).
