@@ -4,6 +4,8 @@
 //! with the durability of the database's own commit. No pool, transaction, row or SQL crosses this border. Two
 //! implementations, one conformance suite (`tests/it/store/`), which is the contract.
 
+pub mod intake;
+
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
@@ -12,13 +14,8 @@ use crate::domain::{
     api_key::{ApiKey, ApiKeyId},
     clock::Timestamp,
     delivery::{Chunk, ChunkKey, DeliveryStatus, DeviceEffect, State},
-    device::{
-        Address, Device, DeviceId, DeviceSeq, DeviceStatus, DeviceToken, Registration, Tag, UserId,
-    },
-    notification::{
-        Audience, Lane, Notification, NotificationId, NotificationStatus, NotificationView,
-        Reference,
-    },
+    device::{Address, Device, DeviceId, DeviceSeq, DeviceStatus, DeviceToken, Registration, Tag, UserId},
+    notification::{Audience, Lane, Notification, NotificationId, NotificationStatus, NotificationView, Reference},
     outcome::Fault,
     push::{ApnsId, CollapseId},
     topic::{Environment, Topic},
@@ -53,9 +50,7 @@ pub enum StoreError {
     #[error("{0}")]
     Schema(String),
     /// Another `serve` has this SQLite file.
-    #[error(
-        "another sonnette is serving {0}: stop it first, or give this one a database of its own"
-    )]
+    #[error("another sonnette is serving {0}: stop it first, or give this one a database of its own")]
     Locked(String),
     /// The URL or its options cannot be used.
     #[error("database.url: {0}")]
@@ -327,19 +322,11 @@ pub struct SchemaState {
 #[async_trait]
 pub trait Devices: Send + Sync {
     /// Registers or refreshes a group, in its order; one device a registration comes back.
-    async fn register(
-        &self,
-        group: &[Registration],
-        now: Timestamp,
-    ) -> Result<Vec<Device>, StoreError>;
+    async fn register(&self, group: &[Registration], now: Timestamp) -> Result<Vec<Device>, StoreError>;
     /// One device.
     async fn device(&self, id: DeviceId) -> Result<Option<Device>, StoreError>;
     /// A list, newest first. A cursor of another list starts it anew.
-    async fn devices(
-        &self,
-        filter: &DeviceFilter,
-        page: &PageRequest,
-    ) -> Result<Page<Device>, StoreError>;
+    async fn devices(&self, filter: &DeviceFilter, page: &PageRequest) -> Result<Page<Device>, StoreError>;
     /// Takes the user off this device and all tokens of its installation (same topic). False if there is no such
     /// device.
     async fn log_out(&self, id: DeviceId, now: Timestamp) -> Result<bool, StoreError>;
@@ -353,10 +340,7 @@ pub trait Devices: Send + Sync {
 #[async_trait]
 pub trait Notifications: Send + Sync {
     /// One notification with its counts, in one consistent read.
-    async fn notification(
-        &self,
-        id: NotificationId,
-    ) -> Result<Option<NotificationView>, StoreError>;
+    async fn notification(&self, id: NotificationId) -> Result<Option<NotificationView>, StoreError>;
     /// A list, newest first.
     async fn notifications(
         &self,
@@ -384,10 +368,7 @@ pub trait Queue: Send + Sync {
         now: Timestamp,
     ) -> Result<Vec<Accepted>, StoreError>;
     /// Which of these notifications are committed. Waits for a commit that is still under way.
-    async fn committed(
-        &self,
-        ids: &[NotificationId],
-    ) -> Result<BTreeSet<NotificationId>, StoreError>;
+    async fn committed(&self, ids: &[NotificationId]) -> Result<BTreeSet<NotificationId>, StoreError>;
     /// Takes over at most `max` due chunks that nobody owns, urgent first, then oldest; also those parked by one of
     /// `passable` breakers (open for another credential than this replica's). Audiences that are due are resolved.
     async fn claim(
@@ -438,12 +419,7 @@ pub trait Queue: Send + Sync {
 #[async_trait]
 pub trait Replicas: Send + Sync {
     /// Joins as a new replica.
-    async fn join(
-        &self,
-        name: &str,
-        version: &str,
-        now: Timestamp,
-    ) -> Result<ReplicaId, StoreError>;
+    async fn join(&self, name: &str, version: &str, now: Timestamp) -> Result<ReplicaId, StoreError>;
     /// Bumps the counter. False: this replica was declared dead; nothing it owned is its own any more.
     async fn beat(&self, replica: ReplicaId) -> Result<bool, StoreError>;
     /// All replicas.
@@ -511,9 +487,6 @@ pub trait Database: Send + Sync {
 }
 
 /// Everything that is kept.
-pub trait Store:
-    Devices + Notifications + Queue + Replicas + Breakers + ApiKeys + Database
-{
-}
+pub trait Store: Devices + Notifications + Queue + Replicas + Breakers + ApiKeys + Database {}
 
 impl<T: Devices + Notifications + Queue + Replicas + Breakers + ApiKeys + Database> Store for T {}
