@@ -9,6 +9,9 @@
 //! | room | what it is for |
 //! |---|---|
 //! | [`domain`] | what a push is: values, outcomes and what follows from them; no I/O |
+//! | [`sim`] | an APNs of our own, for tests and for `sonnette simulator` |
+//! | [`cli`] | one file a command |
 
+pub mod cli;
 pub mod domain;
 pub mod sim;
