@@ -33,7 +33,7 @@ pub struct Args {
     /// Folder with `apps.toml` and the .p8 files it names: the provider keys to accept.
     #[arg(long, value_name = "FOLDER")]
     pub keys: Option<PathBuf>,
-    /// A name or address for the server certificate, besides localhost, 127.0.0.1 and ::1; may be repeated.
+    /// A name or address for the server certificate, besides localhost, 127.0.0.1 and `::1`; may be repeated.
     #[arg(long = "name", value_name = "NAME")]
     pub names: Vec<String>,
     /// Concurrent streams of a connection, once a provider token was accepted on it.

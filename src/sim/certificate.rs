@@ -60,13 +60,12 @@ impl Authority {
         let refused = |source| CertificateError::Authority { folder: folder.to_owned(), source };
         fs::create_dir_all(folder).map_err(|source| CertificateError::File { path: folder.to_owned(), source })?;
         let (key_file, file) = (folder.join("ca.key"), folder.join("ca.pem"));
-        let (key, key_is_new) = match read(&key_file)? {
-            Some(pem) => (KeyPair::from_pem(&pem).map_err(refused)?, false),
-            None => {
-                let key = KeyPair::generate().map_err(refused)?;
-                write(&key_file, &key.serialize_pem(), 0o600)?;
-                (key, true)
-            }
+        let (key, key_is_new) = if let Some(pem) = read(&key_file)? {
+            (KeyPair::from_pem(&pem).map_err(refused)?, false)
+        } else {
+            let key = KeyPair::generate().map_err(refused)?;
+            write(&key_file, &key.serialize_pem(), 0o600)?;
+            (key, true)
         };
         let pem = match read(&file)? {
             Some(pem) if !key_is_new => pem,

@@ -52,7 +52,7 @@ pub(super) struct Push<'a> {
     /// Seconds since the epoch.
     pub(super) expiration: Option<u64>,
     pub(super) priority: Option<u8>,
-    pub(super) push_type: Option<PushType>,
+    pub(super) kind: Option<PushType>,
     pub(super) collapse_id: Option<&'a [u8]>,
     pub(super) topic: &'a str,
 }
@@ -63,8 +63,8 @@ pub(super) fn push(headers: &HeaderMap) -> Result<Push<'_>, Reason> {
     let id = value(&ID).map(|id| identifiers::canonical(id).ok_or(Reason::BadMessageId)).transpose()?;
     let expiration = value(&EXPIRATION).map(|time| expiration(time).ok_or(Reason::BadExpirationDate)).transpose()?;
     let priority = value(&PRIORITY).map(|priority| self::priority(priority).ok_or(Reason::BadPriority)).transpose()?;
-    let push_type = value(&PUSH_TYPE).map(|kind| PushType::parse(kind).ok_or(Reason::InvalidPushType)).transpose()?;
-    if push_type == Some(PushType::Background) && priority == Some(10) {
+    let kind = value(&PUSH_TYPE).map(|kind| PushType::parse(kind).ok_or(Reason::InvalidPushType)).transpose()?;
+    if kind == Some(PushType::Background) && priority == Some(10) {
         return Err(Reason::BadPriority); // documented as "an error"; the string is what uniqush saw
     }
     let collapse_id = value(&COLLAPSE_ID);
@@ -73,7 +73,7 @@ pub(super) fn push(headers: &HeaderMap) -> Result<Push<'_>, Reason> {
     }
     let topic = value(&TOPIC).filter(|topic| !topic.is_empty()).ok_or(Reason::MissingTopic)?;
     let topic = std::str::from_utf8(topic).ok().filter(|topic| is_topic(topic)).ok_or(Reason::BadTopic)?;
-    Ok(Push { id, expiration, priority, push_type, collapse_id, topic })
+    Ok(Push { id, expiration, priority, kind, collapse_id, topic })
 }
 
 /// Check 7, the form of the device token.

@@ -18,7 +18,7 @@ use h2::{
     RecvStream,
     server::{self, SendResponse},
 };
-use http::{HeaderName, HeaderValue, Response, StatusCode, header, request::Parts};
+use http::{HeaderName, HeaderValue, Method, Response, StatusCode, header, request::Parts};
 use tokio::{net::TcpStream, sync::mpsc};
 use tokio_rustls::server::TlsStream;
 use uuid::Uuid;
@@ -150,7 +150,7 @@ pub(super) async fn serve(state: Arc<State>, environment: Environment, stream: T
                 tokens: ConnectionTokens::default(),
                 token_record: None,
                 identifiers: Identifiers::new(),
-                initial,
+                initial: state.initial_stream_limit,
                 limit: initial,
                 wanted_limit: None,
                 is_raised: false,
@@ -172,7 +172,7 @@ pub(super) async fn serve(state: Arc<State>, environment: Environment, stream: T
             connection.run().await;
         }
         Some(Err(error)) => {
-            tracing::debug!(connection = record.number, error = %error, "no HTTP/2 connection was made")
+            tracing::debug!(connection = record.number, error = %error, "no HTTP/2 connection was made");
         }
         None => {}
     }
@@ -249,10 +249,9 @@ impl Connection<'_> {
                     poll_fn(|cx| Poll::Ready(self.h2.poll_closed(cx).is_ready())).await; // one try: nobody waits for a slow reader
                     Flow::End
                 }
-                Event::Command(None) => Flow::End,
                 Event::Command(Some(command)) => self.obey(command),
                 Event::Due => self.answer_due(),
-                Event::Batch(Flow::End) => Flow::End,
+                Event::Command(None) | Event::Batch(Flow::End) => Flow::End,
                 Event::Batch(Flow::Continue) => {
                     poll_fn(|cx| {
                         self.read_bodies(cx, &mut whole);
@@ -408,7 +407,7 @@ impl Connection<'_> {
         }
         check::device_token(token).map_err(Answer::refusal)?;
         self.state.devices.check(self.environment, token, push.topic)?;
-        check::body(request.body.len(), push.push_type).map_err(Answer::refusal)?;
+        check::body(request.body.len(), push.kind).map_err(Answer::refusal)?;
         Ok(self.state.scripts.take(self.environment, token, now))
     }
 
@@ -506,7 +505,7 @@ impl Connection<'_> {
             environment: self.environment,
             token,
             topic: &self.topic,
-            push_type: push.push_type,
+            push_type: push.kind,
             priority: push.priority,
             expiration: push.expiration,
             collapse_id: push.collapse_id,
@@ -543,6 +542,7 @@ impl Connection<'_> {
             Answer::Refused(reason, timestamp) => Some(error_body(reason.name(), *timestamp)),
             Answer::Other { reason, timestamp, .. } => reason.as_deref().map(|reason| error_body(reason, *timestamp)),
         };
+        let body = body.filter(|_| request.head.method != Method::HEAD);
         if body.is_some() {
             headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         }
@@ -575,9 +575,9 @@ impl Connection<'_> {
             (std::mem::take(&mut self.held), std::mem::take(&mut self.due), std::mem::take(&mut self.arriving));
         for waiting in held {
             if waiting.request.stream <= last {
-                self.held.push(waiting)
+                self.held.push(waiting);
             } else {
-                self.silent.push(waiting.request.respond)
+                self.silent.push(waiting.request.respond);
             }
         }
         for (place, waiting) in due {

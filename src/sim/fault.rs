@@ -175,8 +175,7 @@ pub(super) const SHUTDOWN_DEBUG: &str = r#"{"reason":"Shutdown"}"#;
 impl From<&Action> for FaultAction {
     fn from(action: &Action) -> Self {
         match action {
-            Action::Accept => Self::Answer(Answer::Accepted),
-            Action::Answer { status: 200, .. } => Self::Answer(Answer::Accepted),
+            Action::Accept | Action::Answer { status: 200, .. } => Self::Answer(Answer::Accepted),
             Action::Answer { status, reason, timestamp_ms } => {
                 let timestamp = timestamp_ms.map(Timestamp::from_millis);
                 let known = reason.as_deref().and_then(|name| Reason::find(*status, name));

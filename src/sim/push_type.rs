@@ -2,9 +2,9 @@
 //!
 //! Promises: the simulator's own table, from Apple's page "Sending notification requests to APNs".
 
-/// The most bytes a body may have, for every push type but VoIP.
+/// The most bytes a body may have, for every push type but `voip`.
 pub const MAX_BODY_BYTES: usize = 4096;
-/// The most bytes the body of a VoIP push may have.
+/// The most bytes the body of a `voip` push may have.
 pub const MAX_VOIP_BODY_BYTES: usize = 5120;
 
 macro_rules! push_types {

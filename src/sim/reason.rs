@@ -48,7 +48,7 @@ reasons! {
     403 BadCertificate "The client certificate is invalid.";
     403 BadCertificateEnvironment "The client certificate is for the other environment.";
     403 BadEnvironmentKeyIdInToken "The key is not for this environment.";
-    403 BadEnvironmentKeyInToken "The same, as others saw it spelled on the wire (APNSwift PR 229).";
+    403 BadEnvironmentKeyInToken "The same, as others saw it spelled on the wire (`APNSwift`, PR 229).";
     403 ExpiredProviderToken "The provider token is older than an hour.";
     403 Forbidden "The action is not allowed.";
     403 InvalidProviderToken "The provider token cannot be read, or its signature, key or team is wrong.";

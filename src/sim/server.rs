@@ -41,7 +41,7 @@ async fn handshake(state: Arc<State>, environment: Environment, stream: TcpStrea
     };
     match done {
         Ok(stream) if stream.get_ref().1.alpn_protocol() == Some(b"h2") => {
-            connection::serve(state, environment, stream).await
+            connection::serve(state, environment, stream).await;
         }
         Ok(_) => {
             count(&state.ledger.tally(environment).tls_failures);
