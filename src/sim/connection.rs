@@ -122,8 +122,9 @@ pub(super) async fn serve(state: Arc<State>, environment: Environment, stream: T
     let record = state.ledger.connection_opened(environment, state.clock.now());
     let gate = state.gates.of(environment);
     let commands = gate.enter(record.number);
-    let initial = state.initial_stream_limit.min(gate.stream_limit());
-    let orders = Orders::new(initial);
+    let initial = gate.initial_stream_limit();
+    let limit = initial.min(gate.stream_limit());
+    let orders = Orders::new(limit);
     let stream = Completing::new(stream, Arc::clone(&orders), Arc::clone(&state.ledger.tally(environment).traffic));
     let mut builder = server::Builder::new();
     builder
@@ -150,8 +151,8 @@ pub(super) async fn serve(state: Arc<State>, environment: Environment, stream: T
                 tokens: ConnectionTokens::default(),
                 token_record: None,
                 identifiers: Identifiers::new(),
-                initial: state.initial_stream_limit,
-                limit: initial,
+                initial,
+                limit,
                 wanted_limit: None,
                 is_raised: false,
                 has_fallen: false,
@@ -319,7 +320,7 @@ impl Connection<'_> {
             return true;
         }
         self.open -= 1;
-        if self.has_fallen {
+        if self.has_fallen || self.orders.is_unaware(request.stream) {
             count(&self.tally().reset);
             request.respond.send_reset(h2::Reason::REFUSED_STREAM);
         } else {

@@ -21,7 +21,7 @@
 //! | `GET /environments/{environment}` | [`GateState`](super::GateState) |
 //! | `POST /environments/{environment}/hold` · `/release` | holds answers, answers |
 //! | `PUT /environments/{environment}/latency` `{"latency_ms": 50}` | slows every answer |
-//! | `PUT /environments/{environment}/stream-limit` `{"stream_limit": 10}` | another SETTINGS |
+//! | `PUT /environments/{environment}/stream-limit` `{"stream_limit": 10}` | another SETTINGS; `initial_stream_limit`: for new connections |
 //! | `POST /environments/{environment}/go-away` [`GoAwayOrder`] | `{"connections": n}` |
 //! | `POST /environments/{environment}/close` `{"connection": 3}` | `{"connections": n}`; `{}` for all |
 
@@ -112,7 +112,7 @@ DELETE /scripts?token=
 GET    /environments/{environment}             production or sandbox
 POST   /environments/{environment}/hold        and /release
 PUT    /environments/{environment}/latency     {\"latency_ms\": 50}
-PUT    /environments/{environment}/stream-limit {\"stream_limit\": 10}
+PUT    /environments/{environment}/stream-limit {\"stream_limit\"?, \"initial_stream_limit\"?}
 POST   /environments/{environment}/go-away     {\"connection\"?, \"last_stream\"?, \"code\"?, \"debug\"?}
 POST   /environments/{environment}/close       {\"connection\"?}
 ";
@@ -313,13 +313,19 @@ async fn latency(Extract(state): Shared, environment: Place<Environment>, body: 
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct StreamLimit {
-    stream_limit: u32,
+struct StreamLimits {
+    stream_limit: Option<u32>,
+    initial_stream_limit: Option<u32>,
 }
 
-async fn stream_limit(Extract(state): Shared, environment: Place<Environment>, body: Body<StreamLimit>) -> Answer {
-    let (Path(environment), Json(limit)) = (environment?, body?);
-    state.gates.set_stream_limit(environment, limit.stream_limit);
+async fn stream_limit(Extract(state): Shared, environment: Place<Environment>, body: Body<StreamLimits>) -> Answer {
+    let (Path(environment), Json(limits)) = (environment?, body?);
+    if let Some(limit) = limits.initial_stream_limit {
+        state.gates.set_initial_stream_limit(environment, limit);
+    }
+    if let Some(limit) = limits.stream_limit {
+        state.gates.set_stream_limit(environment, limit);
+    }
     Ok(StatusCode::NO_CONTENT)
 }
 

@@ -3,14 +3,15 @@
 //! Promises: every other frame passes unchanged, in order. Why it exists: `h2` 0.4.20 has no way to change
 //! `MAX_CONCURRENT_STREAMS` on a living connection and none to put debug data or a chosen last stream into GOAWAY. `h2`
 //! can send a second SETTINGS (`set_initial_window_size`) and keeps the books of its acknowledgement; here the limit is
-//! written into each SETTINGS that passes. Reading is untouched apart from counting bytes.
+//! written into each SETTINGS that passes. What is read is passed on untouched; it is looked at until the client has
+//! acknowledged the first SETTINGS, because before that it cannot know of any limit.
 
 use std::{
     io,
     pin::Pin,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     task::{Context, Poll, ready},
 };
@@ -23,6 +24,8 @@ use tokio::{
 use tokio_rustls::server::TlsStream;
 
 const HEADER_BYTES: usize = 9;
+const PREFACE_BYTES: usize = 24;
+const TYPE_HEADERS: u8 = 1;
 const TYPE_SETTINGS: u8 = 4;
 const TYPE_GOAWAY: u8 = 7;
 const FLAG_ACK: u8 = 1;
@@ -46,12 +49,18 @@ pub(super) struct GoAway {
 pub(super) struct Orders {
     inner: Mutex<(u32, Option<GoAway>)>,
     cut: AtomicBool,
+    /// The highest stream that was opened before the first SETTINGS was acknowledged; as yet all, if it is not.
+    unaware: AtomicU32,
 }
 
 impl Orders {
     /// The first SETTINGS shall say `stream_limit`.
     pub(super) fn new(stream_limit: u32) -> Arc<Self> {
-        Arc::new(Self { inner: Mutex::new((stream_limit, None)), cut: AtomicBool::new(false) })
+        Arc::new(Self {
+            inner: Mutex::new((stream_limit, None)),
+            cut: AtomicBool::new(false),
+            unaware: AtomicU32::new(u32::MAX),
+        })
     }
 
     /// The next SETTINGS shall say this.
@@ -67,6 +76,11 @@ impl Orders {
     /// When the connection is dropped, TCP shall be reset.
     pub(super) fn cut(&self) {
         self.cut.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the client may have opened `stream` before it heard of a limit.
+    pub(super) fn is_unaware(&self, stream: u32) -> bool {
+        stream <= self.unaware.load(Ordering::Relaxed)
     }
 
     fn stream_limit(&self) -> u32 {
@@ -179,17 +193,56 @@ fn go_away(mut payload: &[u8], order: Option<GoAway>) -> BytesMut {
     whole
 }
 
+/// Walks over incoming frames up to the first acknowledgement of SETTINGS.
+#[derive(Debug)]
+struct Reader {
+    /// Bytes to pass over: the preface, or a payload.
+    left: usize,
+    header: BytesMut,
+    highest: u32,
+    is_done: bool,
+}
+
+impl Reader {
+    fn new() -> Self {
+        Self { left: PREFACE_BYTES, header: BytesMut::with_capacity(HEADER_BYTES), highest: 0, is_done: false }
+    }
+
+    fn look(&mut self, mut input: &[u8], orders: &Orders) {
+        while !self.is_done && !input.is_empty() {
+            let passed = self.left.min(input.len());
+            self.left -= passed;
+            input = input.get(passed..).unwrap_or_default();
+            let missing = if self.left == 0 { HEADER_BYTES - self.header.len() } else { 0 };
+            let (now, later) = input.split_at(missing.min(input.len()));
+            self.header.extend_from_slice(now);
+            input = later;
+            if let Ok([l0, l1, l2, kind, flags, stream @ ..]) = <[u8; HEADER_BYTES]>::try_from(self.header.as_ref()) {
+                self.header.clear();
+                self.left = usize::from(l0) << 16 | usize::from(l1) << 8 | usize::from(l2);
+                if kind == TYPE_HEADERS {
+                    self.highest = self.highest.max(u32::from_be_bytes(stream));
+                } else if kind == TYPE_SETTINGS && flags & FLAG_ACK != 0 {
+                    orders.unaware.store(self.highest, Ordering::Relaxed);
+                    self.is_done = true;
+                }
+            }
+        }
+    }
+}
+
 /// A TLS stream whose outgoing frames are completed.
 #[derive(Debug)]
 pub(super) struct Completing {
     stream: TlsStream<TcpStream>,
     rewriter: Rewriter,
+    reader: Reader,
     traffic: Arc<Traffic>,
 }
 
 impl Completing {
     pub(super) fn new(stream: TlsStream<TcpStream>, orders: Arc<Orders>, traffic: Arc<Traffic>) -> Self {
-        Self { stream, rewriter: Rewriter::new(orders), traffic }
+        Self { stream, rewriter: Rewriter::new(orders), reader: Reader::new(), traffic }
     }
 
     fn poll_drain(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -208,8 +261,13 @@ impl Completing {
 impl AsyncRead for Completing {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
-        ready!(Pin::new(&mut self.stream).poll_read(cx, buffer))?;
-        self.traffic.read.fetch_add((buffer.filled().len() - before) as u64, Ordering::Relaxed);
+        let this = &mut *self;
+        ready!(Pin::new(&mut this.stream).poll_read(cx, buffer))?;
+        let new = buffer.filled().get(before..).unwrap_or_default();
+        this.traffic.read.fetch_add(new.len() as u64, Ordering::Relaxed);
+        if !this.reader.is_done {
+            this.reader.look(new, &this.rewriter.orders);
+        }
         Poll::Ready(Ok(()))
     }
 }
@@ -270,6 +328,21 @@ mod tests {
         let mut rewriter = Rewriter::new(Orders::new(1));
         rewriter.take(&[0, 0, 0, 4, 0, 0, 0, 0, 0]);
         assert_eq!(rewriter.out, [0, 0, 6, 4, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 1].as_slice());
+    }
+
+    #[test]
+    fn a_client_is_unaware_of_limits_until_it_acknowledges_the_first_settings() {
+        let headers: &[u8] = &[0, 0, 2, 1, 5, 0, 0, 0, 7, 0x83, 0x87];
+        let later: &[u8] = &[0, 0, 0, 1, 5, 0, 0, 0, 9];
+        let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".as_slice();
+        let input = [preface, SETTINGS, headers, DATA, ACK, later].concat();
+        for size in 1..=input.len() {
+            let orders = Orders::new(1);
+            let mut reader = Reader::new();
+            assert!(orders.is_unaware(9));
+            input.chunks(size).for_each(|chunk| reader.look(chunk, &orders));
+            assert!(orders.is_unaware(7) && !orders.is_unaware(9), "in pieces of {size} bytes");
+        }
     }
 
     #[test]

@@ -58,6 +58,8 @@ pub struct GateState {
     pub latency_ms: u64,
     /// `MAX_CONCURRENT_STREAMS` behind the first accepted provider token.
     pub stream_limit: u32,
+    /// The same before it.
+    pub initial_stream_limit: u32,
     /// Open connections.
     pub open_connections: usize,
 }
@@ -68,6 +70,7 @@ pub(super) struct Gate {
     held: AtomicBool,
     latency_ms: AtomicU64,
     stream_limit: AtomicU32,
+    initial_stream_limit: AtomicU32,
     open: Mutex<HashMap<u64, mpsc::UnboundedSender<Command>>>,
 }
 
@@ -82,6 +85,10 @@ impl Gate {
 
     pub(super) fn stream_limit(&self) -> u32 {
         self.stream_limit.load(Ordering::Acquire)
+    }
+
+    pub(super) fn initial_stream_limit(&self) -> u32 {
+        self.initial_stream_limit.load(Ordering::Acquire)
     }
 
     /// A connection opens: what is said to it arrives in the channel.
@@ -110,12 +117,13 @@ pub struct Gates {
 }
 
 impl Gates {
-    pub(super) fn new(stream_limit: u32, latency: Duration) -> Self {
+    pub(super) fn new(initial_stream_limit: u32, stream_limit: u32, latency: Duration) -> Self {
         let latency_ms = u64::try_from(latency.as_millis()).unwrap_or(u64::MAX);
         let gate = |_| Gate {
             held: AtomicBool::new(false),
             latency_ms: AtomicU64::new(latency_ms),
             stream_limit: AtomicU32::new(stream_limit),
+            initial_stream_limit: AtomicU32::new(initial_stream_limit),
             open: Mutex::default(),
         };
         Self { gates: Arc::new(PerEnvironment::new(gate)) }
@@ -144,12 +152,17 @@ impl Gates {
     }
 
     /// `MAX_CONCURRENT_STREAMS` of every connection with an accepted provider token, open ones by another SETTINGS.
-    /// 0 lets nothing through. On a connection whose limit has fallen, streams above it are reset with
-    /// `REFUSED_STREAM`; else they cost the connection (GOAWAY 7).
+    /// 0 lets nothing through. Streams above the limit are reset with `REFUSED_STREAM` on a connection whose limit has
+    /// fallen or whose client has not acknowledged the first SETTINGS; else they cost the connection (GOAWAY 7).
     pub fn set_stream_limit(&self, environment: Environment, limit: u32) {
         let gate = self.of(environment);
         gate.stream_limit.store(limit, Ordering::Release);
         gate.tell(None, &Command::StreamLimit(limit));
+    }
+
+    /// `MAX_CONCURRENT_STREAMS` of new connections before their first accepted provider token; Apple's is 1.
+    pub fn set_initial_stream_limit(&self, environment: Environment, limit: u32) {
+        self.of(environment).initial_stream_limit.store(limit, Ordering::Release);
     }
 
     /// Sends GOAWAY. Says to how many connections.
@@ -174,6 +187,7 @@ impl Gates {
             held: gate.is_held(),
             latency_ms: gate.latency_ms.load(Ordering::Relaxed),
             stream_limit: gate.stream_limit(),
+            initial_stream_limit: gate.initial_stream_limit(),
             open_connections: gate.open.lock().unwrap_or_else(PoisonError::into_inner).len(),
         }
     }

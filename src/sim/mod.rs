@@ -145,7 +145,6 @@ pub enum Error {
 #[derive(Debug)]
 struct State {
     clock: Arc<dyn Clock>,
-    initial_stream_limit: u32,
     wire_spelling: bool,
     keys: Keys,
     devices: Devices,
@@ -195,12 +194,11 @@ impl Simulator {
         let (control, control_address) = bind("control", settings.control).await?;
         let state = Arc::new(State {
             clock,
-            initial_stream_limit: settings.initial_stream_limit,
             wire_spelling: settings.wire_spelling,
             keys,
             devices,
             scripts: Scripts::default(),
-            gates: Gates::new(settings.stream_limit, settings.latency),
+            gates: Gates::new(settings.initial_stream_limit, settings.stream_limit, settings.latency),
             ledger: Ledger::new(ledger::Limits {
                 record_pushes: settings.record_pushes,
                 max_pushes: settings.max_recorded_pushes,

@@ -485,8 +485,6 @@ async fn one_stream_is_allowed_before_the_first_accepted_token_and_a_thousand_af
         waiting.push(client.begin(client.request(TOKEN), "{}").await.unwrap());
     }
     world.until("a thousand are held", |world| world.simulator.ledger().counters().unanswered == 1000).await;
-    let mut blocked = client.send.clone();
-    assert!(futures_util::poll!(std::pin::pin!(futures_util::future::poll_fn(|cx| blocked.poll_ready(cx)))).is_ready());
     world.simulator.gates().release(Environment::Sandbox);
     for response in waiting {
         assert_eq!(finish(response).await.unwrap().status, 200);
@@ -608,6 +606,10 @@ async fn a_client_that_ignores_the_limit_gets_goaway_7_in_plain_text() {
     let jwt = world.jwt("KEY0000001", 3601); // expired: the limit stays 1
     raw.post(1, &jwt).await;
     raw.post(3, &jwt).await;
+    let (_, stream, refused) = raw.next_of(3).await;
+    assert_eq!((stream, refused), (3, vec![0, 0, 0, 7]), "it had not acknowledged any limit: REFUSED_STREAM");
+    raw.frame(4, 1, 0, b"").await;
+    raw.post(5, &jwt).await;
     let (_, _, goaway) = raw.next_of(7).await;
     assert_eq!(goaway[4..8], [0, 0, 0, 7]);
     assert_eq!(std::str::from_utf8(&goaway[8..]).unwrap(), "Maximum active streams violated for this endpoint.");
@@ -627,7 +629,7 @@ async fn a_rejected_provider_token_does_not_raise_the_limit() {
     world.until("it is held", |world| world.simulator.ledger().counters().unanswered == 1).await;
     let mut second = client.send.clone();
     let ready = tokio::time::timeout(Duration::from_millis(200), async {
-        second.send_request(client.request(TOKEN).body(()).unwrap(), true).unwrap();
+        let _second = second.send_request(client.request(TOKEN).body(()).unwrap(), true).unwrap();
         second.ready().await
     });
     assert!(ready.await.is_err(), "the client must still be limited to one stream");
