@@ -34,15 +34,23 @@ pub fn start_logs(settings: &LogSettings) -> Result<(), String> {
 const DURATION_BUCKETS: [f64; 14] =
     [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
 
-/// The process's metric registry; made at the first call. `None` if somebody else has installed another.
-pub fn prometheus() -> Option<PrometheusHandle> {
-    static HANDLE: OnceLock<Option<PrometheusHandle>> = OnceLock::new();
+/// The process's metric registry; made at the first call.
+pub fn prometheus() -> PrometheusHandle {
+    static HANDLE: OnceLock<PrometheusHandle> = OnceLock::new();
     HANDLE
         .get_or_init(|| {
-            PrometheusBuilder::new()
-                .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &DURATION_BUCKETS)
-                .and_then(PrometheusBuilder::install_recorder)
-                .ok()
+            let builder = PrometheusBuilder::new();
+            // The list is not empty, which is all that could be wrong with it.
+            let recorder = match builder.set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &DURATION_BUCKETS) {
+                Ok(builder) => builder,
+                Err(_) => PrometheusBuilder::new(),
+            }
+            .build_recorder();
+            let handle = recorder.handle();
+            if metrics::set_global_recorder(recorder).is_err() {
+                tracing::warn!("another metrics recorder is installed: /metrics shows only gauges");
+            }
+            handle
         })
         .clone()
 }

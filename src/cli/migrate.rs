@@ -1,9 +1,6 @@
 //! `sonnette migrate`: applies migrations, or shows what there is to apply.
 
-use crate::{
-    cli::{Common, say},
-    store,
-};
+use crate::cli::{Common, say};
 
 /// Brings the schema of the database up to date. Safe to repeat, and beside a running service.
 #[derive(Debug, clap::Args)]
@@ -18,18 +15,15 @@ pub struct Args {
 /// # Errors
 /// What is in the way.
 pub async fn run(common: &Common, args: &Args) -> anyhow::Result<()> {
-    let config = common.config()?;
-    let settings = common.store_settings(&config);
-    let pending = store::migrate::pending(&settings).await?;
-    if pending.is_empty() {
+    let store = common.open().await?;
+    let migrations = if args.dry_run { store.pending().await? } else { store.migrate().await? };
+    let did = if args.dry_run { "would apply" } else { "applied" };
+    for migration in &migrations {
+        say(format_args!("{did} {migration}"));
+    }
+    if migrations.is_empty() {
         say("the schema is up to date");
-        return Ok(());
     }
-    if !args.dry_run {
-        store::migrate::migrate(&settings, common.clock()).await?;
-    }
-    for migration in &pending {
-        say(format_args!("{} {}", if args.dry_run { "would apply" } else { "applied" }, migration));
-    }
+    store.close().await;
     Ok(())
 }
