@@ -287,7 +287,11 @@ impl Config {
         }
     }
 
-    fn read_apps(&mut self) -> Result<(), ConfigError> {
+    /// Adds the apps of the keys folder's apps.toml, if there is one.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn read_apps(&mut self) -> Result<(), ConfigError> {
         let path = self.apns.keys.join("apps.toml");
         if !path.exists() {
             return Ok(());
@@ -390,6 +394,7 @@ fn overlay(table: &mut toml::Table, environment: &BTreeMap<String, String>) -> R
             // Such as SONNETTE_API_KEY for `sonnette send`: not configuration.
             continue;
         }
+        // `apns.ca_file` is a key of its own and names a file anyway.
         let (path, value) = match path.strip_suffix(FILE_SUFFIX).filter(|p| !p.ends_with("__CA")) {
             Some(path) => {
                 let text = std::fs::read_to_string(value)
