@@ -1,0 +1,43 @@
+# What a newcomer runs; CI runs `make test` and nothing else (.ci/run).
+# Plain make: GNU make 3.81, which macOS ships, is enough.
+
+CARGO ?= cargo
+
+.PHONY: help test lint fmt docs bench foreign database
+
+help:
+	@echo 'make test     formatting, lints, all tests on SQLite and MariaDB or MySQL, documentation; what CI runs'
+	@echo 'make fmt      formats the code'
+	@echo 'make lint     formatting and clippy, with warnings denied'
+	@echo 'make docs     builds the documentation of the code into target/doc, with warnings denied'
+	@echo 'make bench    measures (benches/run.sh)'
+	@echo 'make foreign  tests with clients and tools that are not ours (tests/foreign/run.sh)'
+	@echo
+	@echo 'TEST_DATABASE_URL=mysql://user:password@host/ names a server for the tests. Without it they start one of their'
+	@echo 'own from an installed mariadbd or mysqld; `make test` installs that first where it can.'
+
+# In this order, also under `make -j`: the cheapest answer first, and the last lines are those of the tests.
+test:
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory docs
+	@$(MAKE) --no-print-directory database
+	$(CARGO) test --locked --no-fail-fast
+
+lint:
+	$(CARGO) fmt --check
+	$(CARGO) clippy --locked --all-targets -- -D warnings
+
+fmt:
+	$(CARGO) fmt
+
+docs:
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --locked --no-deps --document-private-items
+
+database:
+	@sh tests/database.sh
+
+bench:
+	@bash benches/run.sh
+
+foreign:
+	@bash tests/foreign/run.sh

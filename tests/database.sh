@@ -1,0 +1,68 @@
+#!/bin/sh
+# Makes sure that the tests can start a MariaDB or MySQL server of their own: quiet if one is installed, installs it on
+# Debian and Ubuntu, and else says what to install.
+#
+# Only the `-core` packages are installed: the programs without the service, so no server runs on this machine because
+# of us, and nothing listens but while the tests run.
+set -eu
+
+say() { printf '%s\n' "tests/database.sh: $*" >&2; }
+
+# The same places as `find_program` in tests/it/support/database.rs.
+PATH="$PATH:/usr/local/bin:/usr/local/sbin:/usr/bin:/usr/sbin:/usr/libexec:/opt/homebrew/bin:/opt/homebrew/sbin"
+PATH="$PATH:/opt/homebrew/opt/mariadb/bin:/usr/local/opt/mariadb/bin:/opt/homebrew/opt/mysql/bin:/usr/local/opt/mysql/bin"
+export PATH
+
+has() { command -v "$1" >/dev/null 2>&1; }
+
+installed() {
+    if has mariadbd; then
+        has mariadb-install-db && has my_print_defaults
+    else
+        has mysqld
+    fi
+}
+
+stop() {
+    if [ -n "${TEST_DATABASE_URL:-}" ]; then
+        say "$1"
+        say "going on with the server in TEST_DATABASE_URL; the tests that kill a server of their own will fail"
+        exit 0
+    fi
+    say "$1"
+    say "the tests need a MariaDB (10.6 or later) or MySQL (8.0 or later) server, whose programs they start themselves:"
+    say "  Debian, Ubuntu   apt-get install mariadb-server-core mariadb-client-core"
+    say "  Fedora           dnf install mariadb-server"
+    say "  Arch             pacman -S mariadb"
+    say "  macOS            brew install mariadb"
+    say "or name a running one: TEST_DATABASE_URL=mysql://user:password@host/ make test"
+    exit 1
+}
+
+installed && exit 0
+
+has apt-get || stop "no mariadbd or mysqld is installed, and this is not Debian or Ubuntu"
+
+as_root=
+if [ "$(id -u)" != 0 ]; then
+    has sudo || stop "no mariadbd or mysqld is installed, and installing one takes root or sudo"
+    # Without a terminal there is nobody to type a password.
+    if [ -t 0 ]; then as_root="sudo"; else as_root="sudo -n"; fi
+    $as_root true || stop "no mariadbd or mysqld is installed, and sudo refused"
+fi
+
+say "installing the programs of a MariaDB or MySQL server (no service is started)"
+apt() { $as_root env DEBIAN_FRONTEND=noninteractive apt-get -q -y -o Dpkg::Use-Pty=0 "$@" </dev/null; }
+apt update || say "apt-get update failed; trying with the lists there are"
+
+# Older Ubuntu has its MariaDB only under a versioned name.
+for packages in \
+    "mariadb-server-core mariadb-client-core" \
+    "mariadb-server-core-10.6 mariadb-client-core-10.6" \
+    "mysql-server-core-8.0"; do
+    # shellcheck disable=SC2086 -- a list of packages
+    if apt install --no-install-recommends $packages && installed; then
+        exit 0
+    fi
+done
+stop "apt-get could not install a server"

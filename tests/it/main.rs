@@ -1,0 +1,17 @@
+//! Black-box tests: what Sonnette promises, tried on real databases and real sockets.
+//!
+//! One binary, one module a behaviour; what they share stands in `support`. `cargo test --test it <name>` runs some.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::print_stderr,
+    reason = "helpers of tests: a failure is to stop the test and say where"
+)]
+
+mod database;
+mod layers;
+mod support;
+mod tree;

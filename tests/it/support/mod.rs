@@ -1,0 +1,4 @@
+//! What the tests share: folders and processes that do not outlive them, and databases of their own.
+
+pub(crate) mod database;
+pub(crate) mod scratch;
