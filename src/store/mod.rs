@@ -8,17 +8,22 @@ use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 
+mod api_keys;
+mod breakers;
+mod database;
+mod migrate;
+mod mysql;
+mod replicas;
+mod rows;
+mod sql;
+mod sqlite;
+
 use crate::domain::{
     api_key::{ApiKey, ApiKeyId},
-    clock::Timestamp,
+    clock::{Clock, Timestamp},
     delivery::{Chunk, ChunkKey, DeliveryStatus, DeviceEffect, State},
-    device::{
-        Address, Device, DeviceId, DeviceSeq, DeviceStatus, DeviceToken, Registration, Tag, UserId,
-    },
-    notification::{
-        Audience, Lane, Notification, NotificationId, NotificationStatus, NotificationView,
-        Reference,
-    },
+    device::{Address, Device, DeviceId, DeviceSeq, DeviceStatus, DeviceToken, Registration, Tag, UserId},
+    notification::{Audience, Lane, Notification, NotificationId, NotificationStatus, NotificationView, Reference},
     outcome::Fault,
     push::{ApnsId, CollapseId},
     topic::{Environment, Topic},
@@ -53,9 +58,7 @@ pub enum StoreError {
     #[error("{0}")]
     Schema(String),
     /// Another `serve` has this SQLite file.
-    #[error(
-        "another sonnette is serving {0}: stop it first, or give this one a database of its own"
-    )]
+    #[error("another sonnette is serving {0}: stop it first, or give this one a database of its own")]
     Locked(String),
     /// The URL or its options cannot be used.
     #[error("database.url: {0}")]
@@ -83,6 +86,33 @@ pub struct Settings {
     pub max_connections: u32,
     /// How long a statement may wait for a connection before [`StoreError::Unavailable`].
     pub acquire_timeout: Duration,
+}
+
+/// Who opens the store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// `serve`: an SQLite file is locked, so that there is one.
+    Serve,
+    /// Any other command: may write beside a `serve`.
+    CommandLine,
+}
+
+/// Opens the store that the URL names. Nothing is migrated: see [`Database::schema`] and [`Database::migrate`].
+///
+/// # Errors
+/// [`StoreError::Settings`] for a URL that cannot be used, [`StoreError::Locked`] if another `serve` has the file,
+/// [`StoreError::Unavailable`] if no host answers.
+pub async fn open(settings: &Settings, role: Role, clock: Arc<dyn Clock>) -> Result<Arc<dyn Store>, StoreError> {
+    if settings.url.expose().starts_with("sqlite:") {
+        Ok(Arc::new(sqlite::SqliteStore::open(settings, role, clock).await?))
+    } else {
+        Ok(Arc::new(mysql::MysqlStore::open(settings, clock).await?))
+    }
+}
+
+/// sqlx writes no line a statement: the verbs have spans of their own.
+fn quiet<O: sqlx::ConnectOptions>(options: O) -> O {
+    options.disable_statement_logging()
 }
 
 /// One running `serve`, by the number of its row.
@@ -235,7 +265,7 @@ pub enum Disposition {
         /// When it is due again.
         due_at: Timestamp,
     },
-    /// Waits until the breaker closes.
+    /// Waits until the breaker closes. One that has closed meanwhile (its row is gone, looked at with a lock) frees it.
     Park(BreakerId),
 }
 
@@ -323,23 +353,47 @@ pub struct SchemaState {
     pub min_reader: i64,
 }
 
+impl SchemaState {
+    /// Whether this version may serve on this schema.
+    ///
+    /// # Errors
+    /// [`StoreError::Schema`], which says what to do, if a migration is missing or the schema is too new.
+    pub fn check(&self) -> Result<(), StoreError> {
+        if self.min_reader > self.known {
+            return Err(StoreError::Schema(format!(
+                "the database's schema {} may be used by versions that know schema {} or a later one, and this one knows {}: \
+                 run a newer sonnette",
+                self.version, self.min_reader, self.known
+            )));
+        }
+        if self.version < self.known {
+            return Err(StoreError::Schema(format!(
+                "the database's schema is {} and this version needs {}: run `sonnette migrate`",
+                self.version, self.known
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// One step of the schema.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Migration {
+    /// Its number.
+    pub version: i64,
+    /// What it makes.
+    pub name: String,
+}
+
 /// Devices and who holds them.
 #[async_trait]
 pub trait Devices: Send + Sync {
     /// Registers or refreshes a group, in its order; one device a registration comes back.
-    async fn register(
-        &self,
-        group: &[Registration],
-        now: Timestamp,
-    ) -> Result<Vec<Device>, StoreError>;
+    async fn register(&self, group: &[Registration], now: Timestamp) -> Result<Vec<Device>, StoreError>;
     /// One device.
     async fn device(&self, id: DeviceId) -> Result<Option<Device>, StoreError>;
     /// A list, newest first. A cursor of another list starts it anew.
-    async fn devices(
-        &self,
-        filter: &DeviceFilter,
-        page: &PageRequest,
-    ) -> Result<Page<Device>, StoreError>;
+    async fn devices(&self, filter: &DeviceFilter, page: &PageRequest) -> Result<Page<Device>, StoreError>;
     /// Takes the user off this device and all tokens of its installation (same topic). False if there is no such
     /// device.
     async fn log_out(&self, id: DeviceId, now: Timestamp) -> Result<bool, StoreError>;
@@ -353,10 +407,7 @@ pub trait Devices: Send + Sync {
 #[async_trait]
 pub trait Notifications: Send + Sync {
     /// One notification with its counts, in one consistent read.
-    async fn notification(
-        &self,
-        id: NotificationId,
-    ) -> Result<Option<NotificationView>, StoreError>;
+    async fn notification(&self, id: NotificationId) -> Result<Option<NotificationView>, StoreError>;
     /// A list, newest first.
     async fn notifications(
         &self,
@@ -377,6 +428,8 @@ pub trait Notifications: Send + Sync {
 pub trait Queue: Send + Sync {
     /// Commits a group: each has its own idempotency key and gets its own answer; a bad one never fails the others.
     /// On [`StoreError::CommitUnknown`] the caller asks [`Queue::committed`] before it says anything.
+    /// Work is taken in this replica's name only while its row is there, looked at with a lock: once it is buried,
+    /// what it accepts is nobody's.
     async fn accept(
         &self,
         group: &[Submission],
@@ -384,10 +437,7 @@ pub trait Queue: Send + Sync {
         now: Timestamp,
     ) -> Result<Vec<Accepted>, StoreError>;
     /// Which of these notifications are committed. Waits for a commit that is still under way.
-    async fn committed(
-        &self,
-        ids: &[NotificationId],
-    ) -> Result<BTreeSet<NotificationId>, StoreError>;
+    async fn committed(&self, ids: &[NotificationId]) -> Result<BTreeSet<NotificationId>, StoreError>;
     /// Takes over at most `max` due chunks that nobody owns, urgent first, then oldest; also those parked by one of
     /// `passable` breakers (open for another credential than this replica's). Audiences that are due are resolved.
     async fn claim(
@@ -438,12 +488,7 @@ pub trait Queue: Send + Sync {
 #[async_trait]
 pub trait Replicas: Send + Sync {
     /// Joins as a new replica.
-    async fn join(
-        &self,
-        name: &str,
-        version: &str,
-        now: Timestamp,
-    ) -> Result<ReplicaId, StoreError>;
+    async fn join(&self, name: &str, version: &str, now: Timestamp) -> Result<ReplicaId, StoreError>;
     /// Bumps the counter. False: this replica was declared dead; nothing it owned is its own any more.
     async fn beat(&self, replica: ReplicaId) -> Result<bool, StoreError>;
     /// All replicas.
@@ -500,8 +545,12 @@ pub trait Database: Send + Sync {
     fn kind(&self) -> Kind;
     /// Whether a commit can be made now: commits a small row of its own.
     async fn probe(&self, now: Timestamp) -> Result<(), StoreError>;
-    /// The schema.
+    /// The schema. An empty database has version 0.
     async fn schema(&self) -> Result<SchemaState, StoreError>;
+    /// What this version knows and this database lacks, in order.
+    async fn pending(&self) -> Result<Vec<Migration>, StoreError>;
+    /// Applies what is pending, one process at a time; what this call has applied comes back.
+    async fn migrate(&self) -> Result<Vec<Migration>, StoreError>;
     /// A secret that all replicas share: kept as `fresh` if there is none yet; the one that is kept comes back.
     async fn shared_secret(&self, name: &str, fresh: &[u8]) -> Result<Vec<u8>, StoreError>;
     /// The server's name and version, for `/health`.
@@ -511,9 +560,7 @@ pub trait Database: Send + Sync {
 }
 
 /// Everything that is kept.
-pub trait Store:
-    Devices + Notifications + Queue + Replicas + Breakers + ApiKeys + Database
-{
-}
+// `Devices`, `Notifications` and `Queue` join this list with their implementations.
+pub trait Store: Replicas + Breakers + ApiKeys + Database {}
 
-impl<T: Devices + Notifications + Queue + Replicas + Breakers + ApiKeys + Database> Store for T {}
+impl<T: Replicas + Breakers + ApiKeys + Database> Store for T {}
