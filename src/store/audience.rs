@@ -60,9 +60,7 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Audience, BoxError> {
     Ok(match serde_json::from_slice(bytes)? {
         Kept::Users(users) => Audience::Users(users),
         Kept::Devices { ids, user_id } => Audience::Devices { ids, user_id },
-        Kept::Tokens(tokens) => {
-            Audience::Tokens(tokens.iter().map(|token| token.parse()).collect::<Result<_, _>>()?)
-        }
+        Kept::Tokens(tokens) => Audience::Tokens(tokens.iter().map(|token| token.parse()).collect::<Result<_, _>>()?),
         Kept::Tags { all, any, none } => Audience::Tags { all, any, none },
         Kept::Everyone => Audience::Everyone,
     })
@@ -183,10 +181,7 @@ async fn find_by_user(
     Ok(found)
 }
 
-async fn find_by_id(
-    conn: &mut Conn<'_>,
-    ids: &BTreeSet<&DeviceId>,
-) -> Result<HashMap<DeviceId, Found>, Failure> {
+async fn find_by_id(conn: &mut Conn<'_>, ids: &BTreeSet<&DeviceId>) -> Result<HashMap<DeviceId, Found>, Failure> {
     let mut found = HashMap::with_capacity(ids.len());
     let ids: Vec<_> = ids.iter().copied().collect();
     for piece in ids.chunks(LIST) {
@@ -244,10 +239,12 @@ fn pick_users(
         }
         let before = targets.len();
         let devices = found.get(user).map_or(&[][..], Vec::as_slice);
-        targets.extend(devices.iter().filter(|one| of_topic(notification, one) && fits(notification, one)).map(|one| {
-            let target = Target::Device { seq: one.address.seq, generation: Some(one.address.generation) };
-            (target, State::PENDING)
-        }));
+        targets.extend(devices.iter().filter(|one| of_topic(notification, one) && fits(notification, one)).map(
+            |one| {
+                let target = Target::Device { seq: one.address.seq, generation: Some(one.address.generation) };
+                (target, State::PENDING)
+            },
+        ));
         if targets.len() == before {
             unmatched += 1;
         }
@@ -307,11 +304,11 @@ fn target(notification: &Notification, one: &Found, fence: Option<&UserId>, now:
     let target = Target::Device { seq: *seq, generation: fence.is_some().then_some(*generation) };
     let end = |status, word| State::ended(status, word, now);
     let state = match (fence, user_id, status) {
-        _ if !fits(notification, one) => end(DeliveryStatus::Failure, own::WRONG_PUSH_TYPE),
+        _ if !fits(notification, one) => end(DeliveryStatus::Failed, own::WRONG_PUSH_TYPE),
         (Some(_), None, _) => end(DeliveryStatus::Suppressed, own::LOGGED_OUT),
         (Some(fence), Some(holder), _) if fence != holder => end(DeliveryStatus::Suppressed, own::OWNER_CHANGED),
         (_, _, DeviceStatus::Inactive) => end(DeliveryStatus::Unregistered, own::DEVICE_INACTIVE),
-        (_, _, DeviceStatus::Suspended) => end(DeliveryStatus::Failure, own::DEVICE_SUSPENDED),
+        (_, _, DeviceStatus::Suspended) => end(DeliveryStatus::Failed, own::DEVICE_SUSPENDED),
         (_, _, DeviceStatus::Active) => State::PENDING,
     };
     (target, state)
@@ -341,11 +338,7 @@ pub(super) async fn read_addresses(conn: &mut Conn<'_>, devices: &[DeviceSeq]) -
 }
 
 fn found_from(row: &Row) -> Result<Found, StoreError> {
-    Ok(Found {
-        address: address_from(row)?,
-        topic: row.bytes(8)?.into(),
-        push_type: row.bytes(9)?.into(),
-    })
+    Ok(Found { address: address_from(row)?, topic: row.bytes(8)?.into(), push_type: row.bytes(9)?.into() })
 }
 
 fn address_from(row: &Row) -> Result<Address, StoreError> {
@@ -354,9 +347,7 @@ fn address_from(row: &Row) -> Result<Address, StoreError> {
     let last_accepted_at = row.int(7)?;
     Ok(Address {
         seq: DeviceSeq(seq),
-        id: DeviceId::from_uuid(
-            uuid::Uuid::from_slice(&row.bytes(1)?).map_err(|error| bad("id")(error.into()))?,
-        ),
+        id: DeviceId::from_uuid(uuid::Uuid::from_slice(&row.bytes(1)?).map_err(|error| bad("id")(error.into()))?),
         token: DeviceToken::from_bytes(&row.bytes(2)?).map_err(|error| bad("token")(error.into()))?,
         user_id: parsed_or_null(row.bytes_or_null(3)?).map_err(bad("user_id"))?,
         generation: Generation(row.int(4)?),
@@ -392,8 +383,5 @@ pub(super) fn links(notification: &Notification, audience: &Audience) -> Vec<Vec
         Audience::Devices { user_id, .. } => user_id.iter().collect(),
         Audience::Tokens(_) | Audience::Tags { .. } | Audience::Everyone => BTreeSet::new(),
     };
-    users
-        .into_iter()
-        .map(|user| vec![user.as_str().as_bytes().into(), id_value(notification.id.as_uuid())])
-        .collect()
+    users.into_iter().map(|user| vec![user.as_str().as_bytes().into(), id_value(notification.id.as_uuid())]).collect()
 }

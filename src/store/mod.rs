@@ -9,14 +9,19 @@ use std::{collections::BTreeSet, sync::Arc, time::Duration};
 use async_trait::async_trait;
 
 mod api_keys;
+mod audience;
 mod breakers;
 mod database;
 mod migrate;
 mod mysql;
+mod notifications;
+mod queue;
+mod reasons;
 mod replicas;
 mod rows;
 mod sql;
 mod sqlite;
+mod statement;
 
 use crate::domain::{
     api_key::{ApiKey, ApiKeyId},
@@ -427,6 +432,7 @@ pub trait Notifications: Send + Sync {
 #[async_trait]
 pub trait Queue: Send + Sync {
     /// Commits a group: each has its own idempotency key and gets its own answer; a bad one never fails the others.
+    /// The outer error is everybody's: nothing can be said of any of them.
     /// On [`StoreError::CommitUnknown`] the caller asks [`Queue::committed`] before it says anything.
     /// Work is taken in this replica's name only while its row is there, looked at with a lock: once it is buried,
     /// what it accepts is nobody's.
@@ -435,7 +441,7 @@ pub trait Queue: Send + Sync {
         group: &[Submission],
         replica: ReplicaId,
         now: Timestamp,
-    ) -> Result<Vec<Accepted>, StoreError>;
+    ) -> Result<Vec<Result<Accepted, StoreError>>, StoreError>;
     /// Which of these notifications are committed. Waits for a commit that is still under way.
     async fn committed(&self, ids: &[NotificationId]) -> Result<BTreeSet<NotificationId>, StoreError>;
     /// Takes over at most `max` due chunks that nobody owns, urgent first, then oldest; also those parked by one of
@@ -560,7 +566,7 @@ pub trait Database: Send + Sync {
 }
 
 /// Everything that is kept.
-// `Devices`, `Notifications` and `Queue` join this list with their implementations.
-pub trait Store: Replicas + Breakers + ApiKeys + Database {}
+// `Devices` joins this list with its implementation.
+pub trait Store: Notifications + Queue + Replicas + Breakers + ApiKeys + Database {}
 
-impl<T: Replicas + Breakers + ApiKeys + Database> Store for T {}
+impl<T: Notifications + Queue + Replicas + Breakers + ApiKeys + Database> Store for T {}

@@ -86,7 +86,8 @@ pub(super) async fn intern(conn: &mut Conn<'_>, causes: &[Cause]) -> Result<Vec<
 }
 
 async fn matching(conn: &mut Conn<'_>, causes: &[Cause]) -> Result<Vec<(u32, Cause)>, Failure> {
-    let mut statement = Statement::new("-- reasons.matching\nSELECT code, apns_status, reason FROM reasons WHERE reason IN ");
+    let mut statement =
+        Statement::new("-- reasons.matching\nSELECT code, apns_status, reason FROM reasons WHERE reason IN ");
     statement.list(causes.iter().map(|cause| cause.reason.as_ref()));
     read(&conn.fetch(statement).await?)
 }

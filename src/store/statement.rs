@@ -122,11 +122,7 @@ pub(super) struct Statement {
 impl Statement {
     /// Opens a statement with its name and its first words.
     pub(super) fn new(text: &'static str) -> Self {
-        Self {
-            text: text.to_owned(),
-            values: Vec::new(),
-            once: false,
-        }
+        Self { text: text.to_owned(), values: Vec::new(), once: false }
     }
 
     /// More text.
@@ -178,15 +174,9 @@ impl Statement {
     }
 
     /// `(notification_id, number) IN (…)`, for at least one key.
-    pub(super) fn keys<'k>(
-        &mut self,
-        kind: Kind,
-        keys: impl IntoIterator<Item = &'k ChunkKey>,
-    ) -> &mut Self {
-        let mut rows: Vec<Vec<Value>> = keys
-            .into_iter()
-            .map(|key| vec![id_value(key.notification.as_uuid()), key.number.into()])
-            .collect();
+    pub(super) fn keys<'k>(&mut self, kind: Kind, keys: impl IntoIterator<Item = &'k ChunkKey>) -> &mut Self {
+        let mut rows: Vec<Vec<Value>> =
+            keys.into_iter().map(|key| vec![id_value(key.notification.as_uuid()), key.number.into()]).collect();
         if let Some(last) = rows.last().cloned() {
             rows.resize(rows.len().next_power_of_two(), last);
         }
@@ -263,6 +253,18 @@ pub(super) enum Conn<'c> {
     Mysql(&'c mut MySqlConnection),
 }
 
+impl<'c> From<&'c mut SqliteConnection> for Conn<'c> {
+    fn from(conn: &'c mut SqliteConnection) -> Self {
+        Self::Sqlite(conn)
+    }
+}
+
+impl<'c> From<&'c mut MySqlConnection> for Conn<'c> {
+    fn from(conn: &'c mut MySqlConnection) -> Self {
+        Self::Mysql(conn)
+    }
+}
+
 impl Conn<'_> {
     /// Which dialect it speaks.
     pub(super) const fn kind(&self) -> Kind {
@@ -327,10 +329,5 @@ pub(super) fn corrupt(
     row: impl std::fmt::Display,
     source: impl Into<BoxError>,
 ) -> StoreError {
-    StoreError::Corrupt {
-        table,
-        column,
-        row: row.to_string(),
-        source: source.into(),
-    }
+    StoreError::Corrupt { table, column, row: row.to_string(), source: source.into() }
 }

@@ -110,13 +110,14 @@ pub(in crate::store) async fn accept(
     let mut answers = known(conn, &entries, now).await?;
     let new: Vec<&Entry<'_>> =
         entries.iter().enumerate().filter(|(at, _)| !answers.contains_key(at)).map(|(_, entry)| entry).collect();
-    insert(conn, context, &new, replica, now).await?;
+    let own = new.iter().any(|entry| entry.submission.own) && super::lives(conn, replica).await?;
+    insert(conn, context, &new, own.then_some(replica), now).await?;
     let mut accepted = Vec::with_capacity(group.len());
     for (at, entry) in entries.into_iter().enumerate() {
         accepted.push(match answers.remove(&at) {
             Some(answer) => answer,
             None => {
-                let leases = leases(&entry, &resolution.addresses, resolution.read_at);
+                let leases = if own { leases(&entry, &resolution.addresses, resolution.read_at) } else { Vec::new() };
                 Accepted::New { view: entry.view, leases }
             }
         });
@@ -247,7 +248,7 @@ async fn insert(
     conn: &mut Conn<'_>,
     context: &Context,
     new: &[&Entry<'_>],
-    replica: ReplicaId,
+    replica: Option<ReplicaId>,
     now: Timestamp,
 ) -> Result<(), Failure> {
     let mut notifications = Vec::with_capacity(new.len());
@@ -259,7 +260,7 @@ async fn insert(
         notifications.push(notification_row(notification, audience, &entry.view)?);
         links.extend(audience::links(notification, audience));
         let (lane, due_at) = (notification.lane, notification.due_at);
-        let owner = own.then_some(replica);
+        let owner = replica.filter(|_| *own);
         match &entry.chunks {
             None => {
                 let key = ChunkKey { notification: notification.id, number: 0 };
@@ -326,11 +327,7 @@ fn notification_row(
     ])
 }
 
-fn leases(
-    entry: &Entry<'_>,
-    addresses: &HashMap<DeviceSeq, Address>,
-    read_at: std::time::Duration,
-) -> Vec<Lease> {
+fn leases(entry: &Entry<'_>, addresses: &HashMap<DeviceSeq, Address>, read_at: std::time::Duration) -> Vec<Lease> {
     let Some(chunks) = entry.chunks.as_ref().filter(|_| entry.submission.own) else { return Vec::new() };
     let notification = std::sync::Arc::new(entry.submission.notification.clone());
     (0..)

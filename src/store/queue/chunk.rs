@@ -235,8 +235,7 @@ fn short(id: &str) -> String {
 }
 
 async fn noted(conn: &mut Conn<'_>, key: &ChunkKey) -> Result<usize, Failure> {
-    let mut statement =
-        Statement::new("-- queue.noted\nSELECT COUNT(*) FROM delivery_notes WHERE notification_id = ");
+    let mut statement = Statement::new("-- queue.noted\nSELECT COUNT(*) FROM delivery_notes WHERE notification_id = ");
     statement.bind(id_value(key.notification.as_uuid()));
     let rows = conn.fetch(statement).await?;
     let count = rows.first().map(|row| row.int(0)).transpose()?.unwrap_or(0);

@@ -43,6 +43,9 @@ pub(in crate::store) async fn claim(
     replica: ReplicaId,
     now: Timestamp,
 ) -> Result<Vec<Lease>, Failure> {
+    if !super::lives(conn, replica).await? {
+        return Ok(Vec::new());
+    }
     let mut chosen = Vec::new();
     for lane in Lane::ALL {
         for holder in std::iter::once(FREE).chain(passable.iter().map(|breaker| parked(breaker.0))) {
@@ -63,6 +66,9 @@ pub(in crate::store) async fn claim_probe(
     replica: ReplicaId,
     now: Timestamp,
 ) -> Result<Option<Lease>, Failure> {
+    if !super::lives(conn, replica).await? {
+        return Ok(None);
+    }
     for lane in Lane::ALL {
         let chosen = choose(conn, parked(breaker.0), lane, None, 1).await?;
         if let Some(lease) = take(conn, context, chosen, 1, replica, now).await?.pop() {
@@ -169,11 +175,8 @@ async fn take(
     devices.sort_unstable();
     devices.dedup();
     let read_at = context.clock.monotonic();
-    let addresses: HashMap<_, _> = audience::read_addresses(conn, &devices)
-        .await?
-        .into_iter()
-        .map(|address| (address.seq, address))
-        .collect();
+    let addresses: HashMap<_, _> =
+        audience::read_addresses(conn, &devices).await?.into_iter().map(|address| (address.seq, address)).collect();
     let lease = |(key, epoch, notification, chunk): (_, _, _, Chunk)| {
         let addresses = addresses_of(&chunk, &addresses);
         Lease { key, epoch, notification, chunk, addresses, read_at }
@@ -209,10 +212,8 @@ async fn resolve(
     if unresolved.is_empty() {
         return Ok(Vec::new());
     }
-    let wanted: Vec<Wanted<'_>> = unresolved
-        .iter()
-        .map(|(_, _, notification, audience)| Wanted { notification, audience })
-        .collect();
+    let wanted: Vec<Wanted<'_>> =
+        unresolved.iter().map(|(_, _, notification, audience)| Wanted { notification, audience }).collect();
     let resolution = audience::resolve(conn, &*context.clock, &wanted, now).await?;
     let mut mine = Vec::new();
     for ((first, epoch, notification, _), resolved) in unresolved.iter().zip(resolution.resolved) {
@@ -231,7 +232,13 @@ async fn resolve(
             let key = ChunkKey { notification: first.notification, number };
             let owner = (own < room && !chunk.is_done()).then_some(replica);
             own += usize::from(owner.is_some());
-            rows.push(NewChunk { key, lane: notification.lane, due_at: notification.due_at, owner, chunk: Some(chunk) });
+            rows.push(NewChunk {
+                key,
+                lane: notification.lane,
+                due_at: notification.due_at,
+                owner,
+                chunk: Some(chunk),
+            });
             notes.push(Notes::at_first(key, chunk));
         }
         chunk::insert(conn, &context.reasons, &rows, now).await?;

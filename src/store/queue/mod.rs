@@ -8,6 +8,7 @@ pub(super) mod accept;
 pub(super) mod chunk;
 pub(super) mod claim;
 pub(super) mod settle;
+mod verbs;
 
 use std::{collections::BTreeSet, sync::Arc};
 
@@ -49,9 +50,21 @@ pub(super) struct Context {
     pub(super) reasons: Arc<Reasons>,
 }
 
-impl Context {
-    pub(super) fn new(clock: Arc<dyn Clock>) -> Self {
-        Self { clock, reasons: Arc::default() }
+/// Whether this replica may take work in its name: its row is there, and stays until the transaction ends.
+///
+/// Whoever buries a replica deletes the row before it gives the work back; so either the burial waits for us and sees
+/// what we took, or we see that the row is gone.
+pub(super) async fn lives(conn: &mut Conn<'_>, replica: ReplicaId) -> Result<bool, Failure> {
+    let mut statement = Statement::new("-- queue.replica_lives\nSELECT id FROM replicas WHERE id = ");
+    statement.bind(replica.0).push(for_share(conn.kind()));
+    Ok(!conn.fetch(statement).await?.is_empty())
+}
+
+/// Differs: SQLite's one writer has locked everything already. MariaDB knows only this spelling, MySQL both.
+pub(super) const fn for_share(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Sqlite => "",
+        Kind::Mysql => " LOCK IN SHARE MODE",
     }
 }
 
@@ -64,10 +77,7 @@ pub(super) async fn committed(
     for piece in ids.chunks(LIST) {
         let mut statement = Statement::new("-- queue.committed\nSELECT id FROM notifications WHERE id IN ");
         statement.list(piece.iter().map(|id| id_value(id.as_uuid())));
-        // Differs: SQLite's one writer has no commit beside it. MariaDB knows only this spelling, MySQL both.
-        if conn.kind() == Kind::Mysql {
-            statement.push(" LOCK IN SHARE MODE");
-        }
+        statement.push(for_share(conn.kind()));
         for row in &conn.fetch(statement).await? {
             there.insert(notification_id(&row.bytes(0)?)?);
         }
@@ -77,8 +87,7 @@ pub(super) async fn committed(
 
 /// The chunks of a replica.
 pub(super) async fn owned(conn: &mut Conn<'_>, replica: ReplicaId) -> Result<Vec<ChunkKey>, Failure> {
-    let mut statement =
-        Statement::new("-- queue.owned\nSELECT notification_id, number FROM chunks WHERE holder = ");
+    let mut statement = Statement::new("-- queue.owned\nSELECT notification_id, number FROM chunks WHERE holder = ");
     statement.bind(replica.0);
     let rows = conn.fetch(statement).await?;
     Ok(rows.iter().map(|row| chunk::key_from(row, 0)).collect::<Result<_, _>>()?)
@@ -132,7 +141,7 @@ pub(super) async fn superseded(
                 let this = matches!(target, Target::Device { seq, .. } if *seq == device);
                 this && match state.status {
                     DeliveryStatus::Pending | DeliveryStatus::Accepted | DeliveryStatus::Unknown => true,
-                    DeliveryStatus::Failure
+                    DeliveryStatus::Failed
                     | DeliveryStatus::Unregistered
                     | DeliveryStatus::Expired
                     | DeliveryStatus::Cancelled
@@ -168,9 +177,8 @@ pub(super) async fn next_due_at(conn: &mut Conn<'_>) -> Result<Option<Timestamp>
 
 /// How much waits, by app and lane.
 pub(super) async fn depth(conn: &mut Conn<'_>, now: Timestamp) -> Result<Vec<QueueDepth>, Failure> {
-    let mut statement = Statement::new(
-        "-- queue.depth\nSELECT n.topic, c.lane, CAST(SUM(c.holder >= 0 AND c.due_at <= ",
-    );
+    let mut statement =
+        Statement::new("-- queue.depth\nSELECT n.topic, c.lane, CAST(SUM(c.holder >= 0 AND c.due_at <= ");
     statement.bind(now).push(") AS SIGNED), MIN(CASE WHEN c.holder >= 0 AND c.due_at <= ").bind(now);
     statement.push(" THEN c.due_at END), CAST(SUM(c.holder >= 0 AND c.due_at > ").bind(now);
     statement.push(
@@ -204,9 +212,8 @@ pub(super) async fn hold(conn: &mut Conn<'_>, now: Timestamp) -> Result<u64, Fai
 
 /// Lets held work go on.
 pub(super) async fn release_held(conn: &mut Conn<'_>) -> Result<u64, Failure> {
-    let statement = Statement::new(
-        "-- queue.release_held\nUPDATE chunks SET holder = 0, waiting_since = NULL WHERE holder = -1",
-    );
+    let statement =
+        Statement::new("-- queue.release_held\nUPDATE chunks SET holder = 0, waiting_since = NULL WHERE holder = -1");
     Ok(conn.execute(statement).await?)
 }
 

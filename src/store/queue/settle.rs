@@ -1,7 +1,7 @@
 //! Recording progress: leases first, then outcomes, then what was learned of devices.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     time::Duration,
 };
 
@@ -27,10 +27,10 @@ use crate::store::{
 
 /// By how much APNs' clock and ours may differ: a token that registered within this time before APNs saw it leave has
 /// registered after, for all we know, and is kept. NTP keeps clocks much closer; a wrong guess costs one more push.
-pub const CLOCK_SKEW: Duration = Duration::from_secs(60);
+pub(in crate::store) const CLOCK_SKEW: Duration = Duration::from_secs(60);
 
 /// `last_accepted_at` is right to within this time, so that a broadcast a day writes each device once.
-pub const ACCEPTED_WITHIN: Duration = Duration::from_secs(24 * 3600);
+pub(in crate::store) const ACCEPTED_WITHIN: Duration = Duration::from_secs(24 * 3600);
 
 /// All causes of a settle: the dictionary must hold them before it begins.
 pub(in crate::store) fn causes<'s>(done: &'s [Settled<'_>]) -> impl Iterator<Item = &'s Cause> {
@@ -66,11 +66,30 @@ pub(in crate::store) async fn settle(
             _ => lost.push(settled.key),
         }
     }
-    write(conn, context, &held, replica, now).await?;
+    let open = open_breakers(conn, &held).await?;
+    write(conn, context, &held, &open, replica, now).await?;
     notes(conn, context, &held).await?;
     let settled: Vec<&Settled<'_>> = held.iter().map(|(settled, _)| *settled).collect();
     effects(conn, &settled, now).await?;
     Ok(lost)
+}
+
+/// The breakers for which chunks are parked, of those that are still open, locked until the transaction ends: whoever
+/// closes one deletes its row before it frees its chunks.
+async fn open_breakers(conn: &mut Conn<'_>, held: &[(&Settled<'_>, &Before)]) -> Result<BTreeSet<i64>, Failure> {
+    let wanted: BTreeSet<i64> = held
+        .iter()
+        .filter_map(|(settled, _)| match settled.disposition {
+            Disposition::Park(breaker) => Some(breaker.0),
+            Disposition::Keep | Disposition::Free { .. } => None,
+        })
+        .collect();
+    if wanted.is_empty() {
+        return Ok(wanted);
+    }
+    let mut statement = Statement::new("-- queue.settle_breakers\nSELECT id FROM breakers WHERE id IN ");
+    statement.list(wanted).push(super::for_share(conn.kind()));
+    Ok(conn.fetch(statement).await?.iter().map(|row| row.int(0)).collect::<Result<_, _>>()?)
 }
 
 /// A chunk as it stood.
@@ -117,6 +136,7 @@ async fn write(
     conn: &mut Conn<'_>,
     context: &Context,
     held: &[(&Settled<'_>, &Before)],
+    open_breakers: &BTreeSet<i64>,
     replica: ReplicaId,
     now: Timestamp,
 ) -> Result<(), Failure> {
@@ -129,7 +149,7 @@ async fn write(
             let what = format!("a settle of {}/{} does not name its targets", key.notification, key.number);
             return Err(StoreError::Statement(what.into()).into());
         }
-        alike.entry(content(settled, context, replica, now)?).or_default().push(settled.key);
+        alike.entry(content(settled, context, open_breakers, replica, now)?).or_default().push(settled.key);
     }
     let mut alike: Vec<(Content, Vec<ChunkKey>)> = alike.into_iter().collect();
     alike.sort_unstable_by_key(|(_, keys)| keys.first().copied());
@@ -157,6 +177,7 @@ async fn write(
 fn content(
     settled: &Settled<'_>,
     context: &Context,
+    open_breakers: &BTreeSet<i64>,
     replica: ReplicaId,
     now: Timestamp,
 ) -> Result<Content, StoreError> {
@@ -165,6 +186,8 @@ fn content(
         _ if ended => (None, None, None),
         Disposition::Keep => (Some(replica.0), None, None),
         Disposition::Free { due_at } => (Some(FREE), Some(due_at), Some(now)),
+        // Closed meanwhile: nobody would free it.
+        Disposition::Park(breaker) if !open_breakers.contains(&breaker.0) => (Some(FREE), None, None),
         Disposition::Park(breaker) => (Some(parked(breaker.0)), None, Some(now)),
     };
     Ok(Content {
@@ -179,11 +202,7 @@ fn content(
 }
 
 /// Rows for exceptions: outcomes other than accepted that are new, and Apple's ids.
-async fn notes(
-    conn: &mut Conn<'_>,
-    context: &Context,
-    held: &[(&Settled<'_>, &Before)],
-) -> Result<(), Failure> {
+async fn notes(conn: &mut Conn<'_>, context: &Context, held: &[(&Settled<'_>, &Before)]) -> Result<(), Failure> {
     let mut notes = Vec::new();
     for (settled, before) in held {
         let otherwise = |status| !matches!(status, DeliveryStatus::Pending | DeliveryStatus::Accepted);
@@ -192,8 +211,7 @@ async fn notes(
         let mut ended = Vec::new();
         if i64::try_from(now_otherwise).ok() != Some(before.ended_otherwise) {
             let targets = before.targets.as_deref().unwrap_or_default();
-            let old =
-                chunk::read(conn, &context.reasons, settled.key, targets, before.states.as_deref()).await?;
+            let old = chunk::read(conn, &context.reasons, settled.key, targets, before.states.as_deref()).await?;
             ended = (0..)
                 .zip(states.iter().zip(&old.states))
                 .filter(|(_, (state, old))| otherwise(state.status) && old.status != state.status)
@@ -257,12 +275,7 @@ fn effect_name(effect: &DeviceEffect) -> (&'static str, Option<Timestamp>) {
     }
 }
 
-fn effect_on_one(
-    seq: DeviceSeq,
-    token: &DeviceToken,
-    effect: &DeviceEffect,
-    tried_at: Timestamp,
-) -> Option<Statement> {
+fn effect_on_one(seq: DeviceSeq, token: &DeviceToken, effect: &DeviceEffect, tried_at: Timestamp) -> Option<Statement> {
     let mut statement = Statement::new("-- queue.settle_device\nUPDATE devices SET status = ");
     let (status, reason, registered_until, never_accepted) = match effect {
         DeviceEffect::Accepted(_) => return None,
