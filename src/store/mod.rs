@@ -10,7 +10,9 @@ use async_trait::async_trait;
 
 mod api_keys;
 mod breakers;
+mod cursor;
 mod database;
+mod devices;
 mod migrate;
 mod mysql;
 mod replicas;
@@ -560,7 +562,7 @@ pub trait Database: Send + Sync {
 }
 
 /// Everything that is kept.
-// `Devices`, `Notifications` and `Queue` join this list with their implementations.
-pub trait Store: Replicas + Breakers + ApiKeys + Database {}
+// `Notifications` and `Queue` join this list with their implementations.
+pub trait Store: Devices + Replicas + Breakers + ApiKeys + Database {}
 
-impl<T: Replicas + Breakers + ApiKeys + Database> Store for T {}
+impl<T: Devices + Replicas + Breakers + ApiKeys + Database> Store for T {}
