@@ -6,6 +6,8 @@
 
 use std::{io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
+use tokio_util::task::TaskTracker;
+
 use crate::{
     apns::{
         Gateway,
@@ -73,7 +75,9 @@ pub enum AppError {
     #[error("[server.tls]: {0}")]
     Tls(String),
     /// An address is taken.
-    #[error("{key} = \"{address}\" cannot be listened on: {source}. Is another service there? Stop it, or choose another port")]
+    #[error(
+        "{key} = \"{address}\" cannot be listened on: {source}. Is another service there? Stop it, or choose another port"
+    )]
     Listen {
         /// Which key of the configuration.
         key: &'static str,
@@ -143,7 +147,9 @@ impl App {
             tracing::warn!("{warning}");
         }
         // Started.
-        let gateway = Arc::new(ApnsGateway::new(&apns, &apps, &clock, &tasks)?);
+        // Connections live on their own tracker: an idle one must not keep a drain waiting.
+        let connections = TaskTracker::new();
+        let gateway = Arc::new(ApnsGateway::new(&apns, &apps, &clock, &connections, tasks.aborting())?);
         let identity = Identity::default();
         let (intake, handover) = Intake::start(
             Arc::clone(&store),
@@ -238,7 +244,10 @@ impl App {
         let left = match self.dispatcher.leave().await {
             Ok(()) => true,
             Err(error) => {
-                tracing::warn!(error = &error as &dyn std::error::Error, "the database could not be told that we leave");
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "the database could not be told that we leave"
+                );
                 false
             }
         };
@@ -269,15 +278,15 @@ async fn listen(
     max_connections: usize,
     tls: Option<tokio_rustls::TlsAcceptor>,
 ) -> Result<Listener, AppError> {
-    Listener::bind(address, max_connections, tls)
-        .await
-        .map_err(|source| AppError::Listen { key, address: address.to_owned(), source })
+    Listener::bind(address, max_connections, tls).await.map_err(|source| AppError::Listen {
+        key,
+        address: address.to_owned(),
+        source,
+    })
 }
 
 fn address_of(listener: &Listener) -> Result<SocketAddr, AppError> {
-    listener
-        .address()
-        .map_err(|source| AppError::Listen { key: "server.listen", address: String::new(), source })
+    listener.address().map_err(|source| AppError::Listen { key: "server.listen", address: String::new(), source })
 }
 
 fn read(file: &std::path::Path) -> Result<Vec<u8>, AppError> {

@@ -512,6 +512,31 @@ mod tests {
     }
 
     #[test]
+    fn the_example_holds_every_key_with_its_default() {
+        let text = include_str!("../config.example.toml");
+        let example: Config = toml::from_str(text).unwrap();
+        let default = Config::default();
+        assert_eq!(format!("{example:?}"), format!("{default:?}"));
+        assert_eq!(example.database.url.expose(), default.database.url.expose());
+        // Those that have no default are shown behind a `#`.
+        let shown = format!("{default:?}");
+        let keys = shown.split(&[' ', '{', ',']).filter_map(|word| word.strip_suffix(':'));
+        for key in keys.filter(|key| *key != "apps") {
+            let there = text.lines().any(|l| {
+                let line = l.trim_start_matches('#').trim_start();
+                line.starts_with(&format!("{key} =")) || line.starts_with(&format!("[{key}]")) || line.contains(&format!(".{key}]"))
+            });
+            assert!(there, "config.example.toml does not show `{key}`");
+        }
+    }
+
+    #[test]
+    fn the_template_of_the_keys_folder_can_be_read() {
+        let apps: AppsFile = toml::from_str(include_str!("../keys.example/apps.toml")).unwrap();
+        assert_eq!(apps.apps.len(), 1);
+    }
+
+    #[test]
     fn apps_are_read_from_the_keys_folder_with_paths_relative_to_it() {
         let app =
             "[[app]]\ntopic = \"fr.a.b\"\nteam_id = \"ABCDE12345\"\nkey_id = \"ABC123DEFG\"\nkey_file = \"k.p8\"\n";

@@ -22,8 +22,9 @@ pub struct LogSettings {
 /// # Errors
 /// If the level cannot be understood.
 pub fn start_logs(settings: &LogSettings) -> Result<(), String> {
-    let filter = EnvFilter::try_new(&settings.level)
-        .map_err(|error| format!("log.level: {error}; write a level such as `info`, or `info,sonnette::dispatch=debug`"))?;
+    let filter = EnvFilter::try_new(&settings.level).map_err(|error| {
+        format!("log.level: {error}; write a level such as `info`, or `info,sonnette::dispatch=debug`")
+    })?;
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     // Already started, as in tests: the first one stays.
     _ = if settings.json { builder.json().try_init() } else { builder.with_target(false).try_init() };
@@ -41,11 +42,12 @@ pub fn prometheus() -> PrometheusHandle {
         .get_or_init(|| {
             let builder = PrometheusBuilder::new();
             // The list is not empty, which is all that could be wrong with it.
-            let recorder = match builder.set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &DURATION_BUCKETS) {
-                Ok(builder) => builder,
-                Err(_) => PrometheusBuilder::new(),
-            }
-            .build_recorder();
+            let recorder =
+                match builder.set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &DURATION_BUCKETS) {
+                    Ok(builder) => builder,
+                    Err(_) => PrometheusBuilder::new(),
+                }
+                .build_recorder();
             let handle = recorder.handle();
             if metrics::set_global_recorder(recorder).is_err() {
                 tracing::warn!("another metrics recorder is installed: /metrics shows only gauges");

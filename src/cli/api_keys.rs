@@ -92,7 +92,8 @@ pub async fn run(common: &Common, command: &Command) -> anyhow::Result<()> {
 }
 
 /// Makes a key: what is handed out, and what is kept.
-pub(crate) fn make(
+#[must_use]
+pub fn make(
     owner: &str,
     scopes: impl IntoIterator<Item = Scope>,
     topics: Option<Vec<Topic>>,

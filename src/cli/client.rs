@@ -32,7 +32,8 @@ pub(crate) struct Answer {
 impl Client {
     /// For the service at `url`, such as `http://127.0.0.1:8080`.
     pub(crate) fn new(url: &str, key: Option<String>, ca_file: Option<&Path>) -> anyhow::Result<Self> {
-        let url: http::Uri = url.parse().with_context(|| format!("`{url}` is not an address such as http://127.0.0.1:8080"))?;
+        let url: http::Uri =
+            url.parse().with_context(|| format!("`{url}` is not an address such as http://127.0.0.1:8080"))?;
         if !matches!(url.scheme_str(), Some("http" | "https")) || url.host().is_none() {
             bail!("`{url}` is not an address such as http://127.0.0.1:8080");
         }
@@ -99,7 +100,8 @@ where
             bail!("the connection was closed without an answer");
         }
     };
-    let body = serde_json::from_slice(&body).unwrap_or_else(|_| Value::String(String::from_utf8_lossy(&body).into_owned()));
+    let body =
+        serde_json::from_slice(&body).unwrap_or_else(|_| Value::String(String::from_utf8_lossy(&body).into_owned()));
     Ok(Answer { status, body })
 }
 

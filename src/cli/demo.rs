@@ -15,13 +15,7 @@ use serde_json::{Value, json};
 
 use crate::{
     app::{App, Options},
-    cli::{
-        Common, api_keys,
-        client::Client,
-        keys, say,
-        send::until_done,
-        serve::until_told,
-    },
+    cli::{Common, api_keys, client::Client, keys, say, send::until_done, serve::until_told},
     config::Config,
     domain::{api_key::Scope, secret::Secret},
     sim::{self, Simulator},

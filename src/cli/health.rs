@@ -31,8 +31,7 @@ pub async fn run(common: &Common, args: &Args) -> anyhow::Result<()> {
         None => common.service_url(&common.config()?),
     };
     let key = args.key.clone().or_else(|| common.variable("SONNETTE_API_KEY"));
-    let answer =
-        Client::new(&url, key, args.ca_file.as_deref())?.ask(http::Method::GET, "/health", None).await?;
+    let answer = Client::new(&url, key, args.ca_file.as_deref())?.ask(http::Method::GET, "/health", None).await?;
     let status = answer.body.get("status").and_then(Value::as_str).unwrap_or("no health report");
     say(status);
     for (name, checks) in answer.body.get("checks").and_then(Value::as_object).into_iter().flatten() {

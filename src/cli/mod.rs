@@ -13,6 +13,8 @@ pub mod send;
 pub mod serve;
 pub mod simulator;
 
+pub use api_keys::make as make_api_key;
+
 use std::{collections::BTreeMap, io::Write as _, path::PathBuf, sync::Arc};
 
 use anyhow::Context;

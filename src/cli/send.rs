@@ -32,7 +32,7 @@ pub struct Args {
     #[arg(long)]
     pub url: Option<String>,
     /// An API key with the scopes `send` and `read`; without it, the environment's `SONNETTE_API_KEY`.
-    #[arg(long, hide_env_values = true)]
+    #[arg(long)]
     pub key: Option<String>,
     /// The certificate of a service with a private one, PEM.
     #[arg(long)]
@@ -55,7 +55,9 @@ pub async fn run(common: &Common, args: &Args) -> anyhow::Result<()> {
         None => common.service_url(&common.config()?),
     };
     let Some(key) = args.key.clone().or_else(|| common.variable("SONNETTE_API_KEY")) else {
-        bail!("an API key is needed: --key, or SONNETTE_API_KEY; make one with `sonnette api-keys create --owner me --scopes send,read`");
+        bail!(
+            "an API key is needed: --key, or SONNETTE_API_KEY; make one with `sonnette api-keys create --owner me --scopes send,read`"
+        );
     };
     let client = Client::new(&url, Some(key), args.ca_file.as_deref())?;
     let mut alert = json!({ "title": args.title });
@@ -66,7 +68,8 @@ pub async fn run(common: &Common, args: &Args) -> anyhow::Result<()> {
         (Some(user), _) => json!({ "user_ids": [user] }),
         (None, device) => json!({ "device_ids": [device] }),
     };
-    let mut body = json!({ "topic": args.topic, "to": to, "payload": { "aps": { "alert": alert, "sound": "default" } } });
+    let mut body =
+        json!({ "topic": args.topic, "to": to, "payload": { "aps": { "alert": alert, "sound": "default" } } });
     if let Some(reference) = &args.reference {
         body["reference"] = json!(reference);
     }
@@ -78,10 +81,7 @@ pub async fn run(common: &Common, args: &Args) -> anyhow::Result<()> {
     }
     let seen = until_done(common, &client, &id).await?;
     say(format_args!("{}: {}", seen["status"].as_str().unwrap_or_default(), seen["counts"]));
-    let deliveries = client
-        .ask(http::Method::GET, &format!("/v1/notifications/{id}/deliveries"), None)
-        .await?
-        .ok()?;
+    let deliveries = client.ask(http::Method::GET, &format!("/v1/notifications/{id}/deliveries"), None).await?.ok()?;
     for delivery in deliveries["items"].as_array().into_iter().flatten() {
         say(format_args!(
             "  …{}: {} {}",

@@ -399,6 +399,12 @@ pub struct Migration {
     pub name: String,
 }
 
+impl std::fmt::Display for Migration {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:04}_{}", self.version, self.name)
+    }
+}
+
 /// Devices and who holds them.
 #[async_trait]
 pub trait Devices: Send + Sync {

@@ -68,6 +68,7 @@ on_both! {
             &self,
             max: usize,
             passable: &[BreakerId],
+            overdue: &[BreakerId],
             replica: ReplicaId,
             now: Timestamp,
         ) -> Result<Vec<Lease>, StoreError> {
@@ -75,7 +76,7 @@ on_both! {
             let context = self.context();
             committed(Repeat::Deadlocks, || async {
                 let mut tx = self.begin().await?;
-                let leases = claim::claim(&mut Conn::from(&mut *tx), &context, max, passable, replica, now).await?;
+                let leases = claim::claim(&mut Conn::from(&mut *tx), &context, max, passable, overdue, replica, now).await?;
                 Ok((tx, leases))
             })
             .await
