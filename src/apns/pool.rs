@@ -60,6 +60,9 @@ const AGE_JITTER: Duration = Duration::from_secs(2 * 3600);
 /// A connection is replaced after this many requests: stream ids end at 2^30 requests.
 const MAX_REQUESTS: u64 = 1 << 29;
 
+/// A connection whose peer has not sent its first SETTINGS by then is given up.
+const GREETING_PATIENCE: Duration = Duration::from_secs(10);
+
 /// A connection younger than this already knows what Apple's portal says.
 const FRESH: Duration = Duration::from_secs(60);
 
@@ -136,16 +139,19 @@ struct State {
 
 #[expect(
     clippy::struct_excessive_bools,
-    reason = "five independent facts about a connection, each asked for by name"
+    reason = "six independent facts about a connection, each asked for by name"
 )]
 struct Member {
     connection: Arc<Connection>,
     in_flight: usize,
+    /// What the peer allows.
     limit: usize,
+    /// The peer's first SETTINGS have come.
+    greeted: bool,
     requests: u64,
     /// An answer came that was not about the credential or the connection.
     proved: bool,
-    /// The limit was raised after the first request.
+    /// The limit was raised after the first SETTINGS.
     raised: bool,
     /// Opens streams.
     usable: bool,
@@ -515,7 +521,8 @@ impl Pool {
         state.members.push(Member {
             connection: Arc::clone(&connection),
             in_flight: 0,
-            limit: 1,
+            limit: 0,
+            greeted: false,
             requests: 0,
             proved: false,
             raised: false,
@@ -756,7 +763,8 @@ impl Owner for Arc<Pool> {
                 streams,
                 "connection {id} may have {streams} streams"
             );
-            member.raised |= streams > member.limit && member.requests > 0;
+            member.raised |= member.greeted && streams > member.limit;
+            member.greeted = true;
             member.limit = streams;
         }
         self.settle(&mut state);
@@ -802,8 +810,10 @@ impl Owner for Arc<Pool> {
             Duration::ZERO
         };
         let traffic = now.saturating_sub(member.answered_at);
-        if member.usable && now.saturating_sub(member.opened_at) >= member.max_age {
-            state.retire(id, now, false);
+        let age = now.saturating_sub(member.opened_at);
+        if member.usable && (age >= member.max_age || !member.greeted && age >= GREETING_PATIENCE) {
+            let peer = !member.greeted;
+            state.retire(id, now, peer);
             self.settle(&mut state);
         } else if member.usable
             && member.in_flight == 0
