@@ -830,8 +830,12 @@ async fn a_refused_credential_costs_few_requests() {
         "the others were given back"
     );
     assert!(requests <= 6, "{requests} requests in half a minute");
+    // The last one may have opened when nobody waited any more.
     let connections = shared.orders.lock().unwrap().len();
-    assert_eq!(connections, requests, "each on a connection of its own");
+    assert!(
+        (requests..=requests + 1).contains(&connections),
+        "{connections} connections for {requests} requests: each has one of its own"
+    );
 }
 
 #[tokio::test]

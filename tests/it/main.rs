@@ -1,7 +1,6 @@
 //! Behaviour, through real sockets.
 #![expect(
     clippy::unwrap_used,
-    clippy::expect_used,
     clippy::panic,
     clippy::indexing_slicing,
     reason = "a test fails by panicking"
