@@ -1201,3 +1201,204 @@ async fn over_six_hours_no_connection_changes_its_token_within_21_minutes_or_sen
     assert!(used.len() > 8, "{} connections", used.len());
     assert!(changes > 3, "{changes} changes");
 }
+
+#[tokio::test]
+async fn a_dead_connection_holds_up_an_urgent_push_for_two_seconds_and_not_for_ten() {
+    let mut server = Server::start(ONE).await;
+    let client = client_with(server.port, &server.ca_pem, |s| s.max_connections = 1);
+    client.warm_up(&mut server).await;
+    server.shared.swallow_pings.store(true, Ordering::SeqCst);
+    client.clock.advance(Duration::from_secs(61));
+    let sent = client.send(push(1, Lane::Transactional));
+    until("it waits for the PING", || client.production().waiting == 1).await;
+    client.clock.advance(Duration::from_secs(3));
+    let got = server.next().await;
+    assert_eq!(got.connection, 2);
+    got.answer(200, "");
+    assert_eq!(outcome(sent).await, Outcome::Accepted);
+}
+
+/// Figures, not a promise: `cargo test --release --test it -- --ignored --nocapture figures`.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "takes half a minute, and says something in a release build only"]
+#[expect(clippy::print_stdout, reason = "its purpose")]
+async fn figures_of_the_gateway_beside_a_bare_h2_loop() {
+    const PUSHES: usize = 150_000;
+    const AT_A_TIME: usize = 400;
+    let (port, ca_pem) = fast_server().await;
+    for round in 1..=3 {
+        let bare = bare_loop(port, &ca_pem, PUSHES, AT_A_TIME).await;
+        let ours = gateway_loop(port, &ca_pem, PUSHES, AT_A_TIME).await;
+        println!(
+            "round {round}: bare h2 {bare:.0}/s, gateway {ours:.0}/s, {:.2} of it",
+            ours / bare
+        );
+    }
+}
+
+async fn fast_server() -> (u16, Vec<u8>) {
+    let key = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
+    let private =
+        rustls::pki_types::PrivateKeyDer::try_from(key.signing_key.serialize_der()).unwrap();
+    let mut config = rustls::ServerConfig::builder_with_provider(Arc::new(
+        rustls::crypto::ring::default_provider(),
+    ))
+    .with_safe_default_protocol_versions()
+    .unwrap()
+    .with_no_client_auth()
+    .with_single_cert(vec![key.cert.der().clone()], private)
+    .unwrap();
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let tls = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+    let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        while let Ok((tcp, _)) = listener.accept().await {
+            tcp.set_nodelay(true).unwrap();
+            let tls = tls.clone();
+            tokio::spawn(async move {
+                let stream = tls.accept(tcp).await.unwrap();
+                let mut connection = h2::server::Builder::new()
+                    .max_concurrent_streams(1_000)
+                    .initial_connection_window_size(1 << 24)
+                    .handshake::<_, Bytes>(stream)
+                    .await
+                    .unwrap();
+                while let Some(Ok((mut request, mut respond))) = connection.accept().await {
+                    tokio::spawn(async move {
+                        while let Some(Ok(piece)) = request.body_mut().data().await {
+                            let _ = request
+                                .body_mut()
+                                .flow_control()
+                                .release_capacity(piece.len());
+                        }
+                        let _ = respond.send_response(Response::new(()), true);
+                    });
+                }
+            });
+        }
+    });
+    (port, key.cert.pem().into_bytes())
+}
+
+async fn bare_loop(port: u16, ca_pem: &[u8], pushes: usize, at_a_time: usize) -> f64 {
+    let tls = sonnette::apns::tls::client_config(Some(ca_pem)).unwrap();
+    let tcp = tokio::net::TcpStream::connect(("127.0.0.1", port))
+        .await
+        .unwrap();
+    tcp.set_nodelay(true).unwrap();
+    let stream = tokio_rustls::TlsConnector::from(tls)
+        .connect("localhost".try_into().unwrap(), tcp)
+        .await
+        .unwrap();
+    let (handle, connection) = h2::client::handshake(stream).await.unwrap();
+    let driver = tokio::spawn(async move {
+        let _ = connection.await;
+    });
+    let left = Arc::new(AtomicUsize::new(pushes));
+    let began = std::time::Instant::now();
+    let tasks: Vec<_> = (0..at_a_time)
+        .map(|_| {
+            let (left, mut handle) = (Arc::clone(&left), handle.clone());
+            tokio::spawn(async move {
+                while left
+                    .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1))
+                    .is_ok()
+                {
+                    handle = handle.ready().await.unwrap();
+                    let request = http::Request::builder()
+                        .method("POST")
+                        .uri("https://localhost/3/device/a1b2c3d4a1b2c3d4a1b2c3d4a1b2c3d4a1b2c3d4a1b2c3d4a1b2c3d4a1b2c3d4")
+                        .header("authorization", "bearer eyJhbGciOiJFUzI1NiIsImtpZCI6IkFCQzEyM0RFRkcifQ.eyJpc3MiOiJBQkNERTEyMzQ1IiwiaWF0IjoxNzk0OTk3ODAwfQ.y0UQ_gXY03Ou7iurJqOiiQshrvWcVju8Mv3sQMBX_Fh8vtEcZzrH9YNzV440vJkHNm237q8N31ep9fqjp-yiPw")
+                        .header("apns-topic", "fr.ocpizza.livreur")
+                        .header("apns-push-type", "alert")
+                        .header("apns-priority", "10")
+                        .header("apns-expiration", "1795000000")
+                        .header("apns-id", "0193515e-8f00-7abc-8def-0123456789ab")
+                        .body(())
+                        .unwrap();
+                    let (response, mut body) = handle.send_request(request, false).unwrap();
+                    body.send_data(Bytes::from_static(b"{\"aps\":{\"alert\":\"Bonjour\"}}"), true)
+                        .unwrap();
+                    assert_eq!(response.await.unwrap().status(), 200);
+                }
+            })
+        })
+        .collect();
+    for task in tasks {
+        task.await.unwrap();
+    }
+    let passed = began.elapsed().as_secs_f64();
+    driver.abort();
+    f64::from(u32::try_from(pushes).unwrap()) / passed
+}
+
+async fn gateway_loop(port: u16, ca_pem: &[u8], pushes: usize, at_a_time: usize) -> f64 {
+    let clock: Arc<dyn Clock> = Arc::new(sonnette::domain::clock::SystemClock::new());
+    let url = format!("https://localhost:{port}");
+    let settings = Settings {
+        production: Endpoint { url: url.clone() },
+        sandbox: Endpoint { url },
+        extra_roots_pem: Some(ca_pem.to_vec()),
+        max_connections: 1,
+        ..Settings::default()
+    };
+    let credential = Credential::new(
+        "ABCDE12345".parse().unwrap(),
+        "ABC123DEFG".parse().unwrap(),
+        &credential::generate().unwrap(),
+    )
+    .unwrap();
+    let app = App {
+        topic: topic(),
+        environments: vec![Environment::Production],
+        credential: Arc::new(credential),
+    };
+    let gateway = Arc::new(
+        ApnsGateway::new(
+            &settings,
+            &[app],
+            &clock,
+            &TaskTracker::new(),
+            &CancellationToken::new(),
+        )
+        .unwrap(),
+    );
+    let mut head = (*push(0, Lane::Bulk).head).clone();
+    head.deadline = clock.now().plus(Duration::from_secs(3600));
+    let head = Arc::new(head);
+    let left = Arc::new(AtomicUsize::new(pushes));
+    let began = std::time::Instant::now();
+    let tasks: Vec<_> = (0..at_a_time)
+        .map(|_| {
+            let (left, gateway, head) =
+                (Arc::clone(&left), Arc::clone(&gateway), Arc::clone(&head));
+            tokio::spawn(async move {
+                while let Ok(number) =
+                    left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1))
+                {
+                    let token = format!("{number:064x}").parse().unwrap();
+                    let one = Push {
+                        apns_id: ApnsId::derive(
+                            "0193515e-8f00-7abc-8def-0123456789ab".parse().unwrap(),
+                            Recipient::Token(&token),
+                        ),
+                        head: Arc::clone(&head),
+                        environment: Environment::Production,
+                        token,
+                    };
+                    assert_eq!(
+                        gateway.send(&one, &NoFence).await.outcome,
+                        Outcome::Accepted
+                    );
+                }
+            })
+        })
+        .collect();
+    for task in tasks {
+        task.await.unwrap();
+    }
+    let passed = began.elapsed().as_secs_f64();
+    gateway.close(Duration::from_secs(1)).await;
+    f64::from(u32::try_from(pushes).unwrap()) / passed
+}
