@@ -2,7 +2,7 @@
 //!
 //! Promises:
 //!
-//! - A fresh connection is told to open one stream; every SETTINGS frame that changes the limit is reported to the
+//! - No stream before the peer's first SETTINGS. Every SETTINGS frame that changes the limit is reported to the
 //!   [`Owner`] right after the poll that read it, and so is a GOAWAY. A connection that was told GOAWAY opens no stream.
 //! - What [`exchange`] returns is honest: [`Ended::Unsent`] only if APNs cannot have processed the request (never
 //!   written, its body never handed over, `REFUSED_STREAM`, GOAWAY below its stream), [`Ended::Unknown`] if it may have.
@@ -176,7 +176,8 @@ async fn open_at(
         return Err(OpenError::NotHttp2 { address: at });
     }
     let (handle, h2) = h2::client::Builder::new()
-        .initial_max_send_streams(1)
+        // None before the peer's first SETTINGS: what it allows is then known, and a later raise is told from it.
+        .initial_max_send_streams(0)
         .enable_push(false)
         .max_header_list_size(16 * 1024)
         // A reset of ours after a deadline must not be held against the peer's late answer.

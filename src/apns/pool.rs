@@ -60,6 +60,12 @@ const AGE_JITTER: Duration = Duration::from_secs(2 * 3600);
 /// A connection is replaced after this many requests: stream ids end at 2^30 requests.
 const MAX_REQUESTS: u64 = 1 << 29;
 
+/// While a fresh or long idle connection finds out whether it works, nobody opens another, for so long.
+const UNSURE: Duration = Duration::from_secs(2);
+
+/// A connection whose peer has not sent its first SETTINGS by then is given up.
+const GREETING_PATIENCE: Duration = Duration::from_secs(10);
+
 /// A connection younger than this already knows what Apple's portal says.
 const FRESH: Duration = Duration::from_secs(60);
 
@@ -134,20 +140,26 @@ struct State {
     skew_measured_at: Option<Duration>,
 }
 
-#[expect(clippy::struct_excessive_bools, reason = "five independent facts about a connection, each asked for by name")]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "five independent facts about a connection, each asked for by name"
+)]
 struct Member {
     connection: Arc<Connection>,
     in_flight: usize,
+    /// What the peer allows.
     limit: usize,
+    /// The peer's first SETTINGS have come.
+    greeted: bool,
     requests: u64,
     /// An answer came that was not about the credential or the connection.
     proved: bool,
-    /// The limit was raised after the first request.
+    /// The limit was raised after the first SETTINGS.
     raised: bool,
     /// Opens streams.
     usable: bool,
-    /// Waits for a PING before it is used again.
-    checking: bool,
+    /// Since when it waits for a PING before it is used again.
+    checking: Option<Duration>,
     /// Its end has been counted as a failure, or need not be.
     judged: bool,
     opened_at: Duration,
@@ -158,9 +170,26 @@ struct Member {
 }
 
 impl Member {
+    /// Since when it is not known what the connection is good for; `None`: it is known.
+    fn unsure_since(&self) -> Option<Duration> {
+        match self.checking {
+            Some(since) => Some(since),
+            None if self.proved || self.raised => None,
+            None => Some(self.opened_at),
+        }
+    }
+
     fn room(&self) -> usize {
-        let streams = if self.proved || self.raised { self.limit.min(MAX_STREAMS) } else { self.limit.min(1) };
-        if self.usable && !self.checking { streams.saturating_sub(self.in_flight) } else { 0 }
+        let streams = if self.proved || self.raised {
+            self.limit.min(MAX_STREAMS)
+        } else {
+            self.limit.min(1)
+        };
+        if self.usable && self.checking.is_none() {
+            streams.saturating_sub(self.in_flight)
+        } else {
+            0
+        }
     }
 }
 
@@ -196,7 +225,11 @@ impl Drop for Slot {
     }
 }
 
-const UNSENT: Reply = Reply { outcome: Outcome::Unsent, answer: None, sent_at: None };
+const UNSENT: Reply = Reply {
+    outcome: Outcome::Unsent,
+    answer: None,
+    sent_at: None,
+};
 
 impl Pool {
     pub(super) fn new(
@@ -226,7 +259,12 @@ impl Pool {
         let Some(template) = self.template(&push.head) else {
             return UNSENT;
         };
-        let gate = Gate { fence, clock: &*self.clock, deadline: push.head.deadline, stopped: &self.stopped };
+        let gate = Gate {
+            fence,
+            clock: &*self.clock,
+            deadline: push.head.deadline,
+            stopped: &self.stopped,
+        };
         // Another round only where nothing was written: the connection turned out to take no more streams.
         for _ in 0..=self.spec.max_connections {
             let Some(slot) = self.acquire(push.head.lane, push.head.deadline).await else {
@@ -236,26 +274,50 @@ impl Pool {
                 &slot.connection,
                 &self.minter,
                 &gate,
-                |token| template.request(push, &self.spec.address.authority, token.authorization()).ok(),
+                |token| {
+                    template
+                        .request(push, &self.spec.address.authority, token.authorization())
+                        .ok()
+                },
                 push.head.payload.clone(),
                 self.spec.request_deadline,
             )
             .await;
             match ended {
-                Ended::Answered { status, headers, body, sent_at } => {
+                Ended::Answered {
+                    status,
+                    headers,
+                    body,
+                    sent_at,
+                } => {
                     let now = self.clock.now();
                     let reply = response::read(status, &headers, &body, sent_at, now);
-                    let verdict = reply.answer.as_ref().map_or(Verdict::Keep, response::verdict);
+                    let verdict = reply
+                        .answer
+                        .as_ref()
+                        .map_or(Verdict::Keep, response::verdict);
                     self.compare_clocks(&headers, now);
                     slot.done(&Note::Answered(verdict));
                     return reply;
                 }
                 Ended::Unknown { sent_at, timed_out } => {
-                    slot.done(if timed_out { &Note::TimedOut } else { &Note::Unused });
-                    return Reply { outcome: Outcome::Unknown, answer: None, sent_at: Some(sent_at) };
+                    slot.done(if timed_out {
+                        &Note::TimedOut
+                    } else {
+                        &Note::Unused
+                    });
+                    return Reply {
+                        outcome: Outcome::Unknown,
+                        answer: None,
+                        sent_at: Some(sent_at),
+                    };
                 }
                 Ended::Fenced => {
-                    return Reply { outcome: Outcome::Fenced, answer: None, sent_at: None };
+                    return Reply {
+                        outcome: Outcome::Fenced,
+                        answer: None,
+                        sent_at: None,
+                    };
                 }
                 Ended::Unsent => return UNSENT,
                 Ended::UnsentForGood => slot.done(&Note::Over),
@@ -274,7 +336,10 @@ impl Pool {
             if !state.somebody_is_before(lane)
                 && let Some(connection) = state.take_room(self.clock.monotonic())
             {
-                return Some(Slot { pool: Some(Arc::clone(self)), connection });
+                return Some(Slot {
+                    pool: Some(Arc::clone(self)),
+                    connection,
+                });
             }
             let (grant, granted) = oneshot::channel();
             state.enqueue(lane, grant);
@@ -306,11 +371,13 @@ impl Pool {
                 let fresh = now.saturating_sub(member.opened_at) < FRESH;
                 match verdict {
                     Verdict::Retire => {
-                        tracing::info!(
-                            apns.environment = %self.spec.environment,
-                            connection.id = id,
-                            "connection {id} is replaced: APNs' answer says so"
-                        );
+                        if member.usable {
+                            tracing::info!(
+                                apns.environment = %self.spec.environment,
+                                connection.id = id,
+                                "connection {id} is replaced: APNs' answer says so"
+                            );
+                        }
                         state.retire(id, now, true);
                     }
                     Verdict::RetireIfOld if !fresh => state.retire(id, now, false),
@@ -327,7 +394,7 @@ impl Pool {
                 // PINGs may be acknowledged by a connection that answers nothing (§3.2: wedged).
                 let wedged = now.saturating_sub(member.answered_at) >= self.spec.request_deadline;
                 member.connection.ping();
-                if wedged {
+                if wedged && member.usable {
                     tracing::warn!(
                         apns.environment = %self.spec.environment,
                         connection.id = id,
@@ -357,7 +424,10 @@ impl Pool {
                 break;
             };
             let id = connection.id;
-            let slot = Slot { pool: Some(Arc::clone(self)), connection };
+            let slot = Slot {
+                pool: Some(Arc::clone(self)),
+                connection,
+            };
             let waiter = state.waiting.get_mut(queue).and_then(VecDeque::pop_front);
             if let Some(mut unwanted) = waiter.and_then(|w| w.send(slot).err()) {
                 // Not by its drop, which would want the lock that is held here.
@@ -374,9 +444,25 @@ impl Pool {
         if state.connecting || self.stopped.load(Ordering::Acquire) {
             return;
         }
-        let usable = state.members.iter().filter(|m| m.usable).count();
-        let finding_out = state.members.iter().any(|m| m.usable && (m.checking || !(m.proved || m.raised)));
-        if finding_out || usable >= self.spec.max_connections || state.members.len() >= 2 * self.spec.max_connections {
+        let now = self.clock.monotonic();
+        let mut counted = 0;
+        for member in state.members.iter().filter(|m| m.usable) {
+            match member.unsure_since() {
+                // Is about to be known: wait for it. After failures, one at a time, however long it takes.
+                Some(since)
+                    if now.saturating_sub(since) < UNSURE
+                        || state.strikes > 0 && member.checking.is_none() =>
+                {
+                    return;
+                }
+                // May well be dead: it does not stand in the way of another.
+                Some(_) if member.checking.is_some() => {}
+                _ => counted += 1,
+            }
+        }
+        if counted >= self.spec.max_connections
+            || state.members.len() >= 2 * self.spec.max_connections
+        {
             return;
         }
         state.connecting = true;
@@ -389,11 +475,18 @@ impl Pool {
             let mut state = self.state();
             let now = self.clock.monotonic();
             let opens = MAX_OPENS.max(2 * self.spec.max_connections);
-            while state.opens.front().is_some_and(|at| now.saturating_sub(*at) >= OPENS_WINDOW) {
+            while state
+                .opens
+                .front()
+                .is_some_and(|at| now.saturating_sub(*at) >= OPENS_WINDOW)
+            {
                 state.opens.pop_front();
             }
             let pace = if state.opens.len() >= opens {
-                state.opens.front().map_or(Duration::ZERO, |at| *at + OPENS_WINDOW)
+                state
+                    .opens
+                    .front()
+                    .map_or(Duration::ZERO, |at| *at + OPENS_WINDOW)
             } else {
                 Duration::ZERO
             };
@@ -409,7 +502,8 @@ impl Pool {
         {
             let mut state = self.state();
             state.skip_those_who_left();
-            if self.stopped.load(Ordering::Acquire) || state.waiting.iter().all(VecDeque::is_empty) {
+            if self.stopped.load(Ordering::Acquire) || state.waiting.iter().all(VecDeque::is_empty)
+            {
                 state.connecting = false;
                 return;
             }
@@ -451,12 +545,13 @@ impl Pool {
         state.members.push(Member {
             connection: Arc::clone(&connection),
             in_flight: 0,
-            limit: 1,
+            limit: 0,
+            greeted: false,
             requests: 0,
             proved: false,
             raised: false,
             usable: true,
-            checking: false,
+            checking: None,
             judged: false,
             opened_at: now,
             active_at: now,
@@ -480,9 +575,14 @@ impl Pool {
 
     /// What all pushes of a notification share, made once. `None`: cannot be, by the domain's types.
     fn template(&self, head: &Arc<Head>) -> Option<Arc<Template>> {
-        let mut templates = self.templates.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut templates = self
+            .templates
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         // The weak reference keeps the place in memory from being used again, so the same place is the same head.
-        let known = templates.iter().find(|(known, _)| std::ptr::eq(known.as_ptr(), Arc::as_ptr(head)));
+        let known = templates
+            .iter()
+            .find(|(known, _)| std::ptr::eq(known.as_ptr(), Arc::as_ptr(head)));
         if let Some((_, template)) = known {
             return Some(Arc::clone(template));
         }
@@ -498,7 +598,10 @@ impl Pool {
         }
         let passed = self.clock.monotonic();
         let mut state = self.state();
-        if state.skew_measured_at.is_none_or(|at| passed.saturating_sub(at) >= SKEW_EVERY) {
+        if state
+            .skew_measured_at
+            .is_none_or(|at| passed.saturating_sub(at) >= SKEW_EVERY)
+        {
             state.skew_measured_at = Some(passed);
             state.clock_skew_seconds = response::clock_skew_seconds(headers, now);
         }
@@ -507,11 +610,21 @@ impl Pool {
     pub(super) fn report(&self) -> Report {
         let state = self.state();
         let now = self.clock.now();
-        let kept = state.members.iter().filter(|m| m.usable).filter_map(|m| m.connection.token_age(&*self.clock)).max();
+        let kept = state
+            .members
+            .iter()
+            .filter(|m| m.usable)
+            .filter_map(|m| m.connection.token_age(&*self.clock))
+            .max();
         Report {
             connections: state.members.len(),
             in_flight: state.members.iter().map(|m| m.in_flight).sum(),
-            waiting: state.waiting.iter().flatten().filter(|w| !w.is_closed()).count(),
+            waiting: state
+                .waiting
+                .iter()
+                .flatten()
+                .filter(|w| !w.is_closed())
+                .count(),
             connect_error: state.connect_error.clone(),
             provider_token_age: kept.or_else(|| TokenSlot::at(now).age(now)),
             clock_skew_seconds: state.clock_skew_seconds,
@@ -577,15 +690,25 @@ impl State {
     }
 
     fn somebody_is_before(&self, lane: Lane) -> bool {
-        self.waiting.iter().take(queue_of(lane) + 1).any(|q| !q.is_empty())
+        self.waiting
+            .iter()
+            .take(queue_of(lane) + 1)
+            .any(|q| !q.is_empty())
     }
 
     /// Takes a stream of the usable connection that has the fewest requests in flight.
     fn take_room(&mut self, now: Duration) -> Option<Arc<Connection>> {
         loop {
-            let member = self.members.iter_mut().filter(|m| m.room() > 0).min_by_key(|m| m.in_flight)?;
-            if member.in_flight == 0 && member.requests > 0 && now.saturating_sub(member.active_at) > REUSE_PING {
-                member.checking = true;
+            let member = self
+                .members
+                .iter_mut()
+                .filter(|m| m.room() > 0)
+                .min_by_key(|m| m.in_flight)?;
+            if member.in_flight == 0
+                && member.requests > 0
+                && now.saturating_sub(member.active_at) > REUSE_PING
+            {
+                member.checking = Some(now);
                 member.connection.ping();
                 continue;
             }
@@ -637,7 +760,9 @@ impl State {
     }
 
     fn strike(&mut self, now: Duration) {
-        let doubled = BACKOFF_FIRST.saturating_mul(1 << self.strikes.min(6)).min(BACKOFF_MAX);
+        let doubled = BACKOFF_FIRST
+            .saturating_mul(1 << self.strikes.min(6))
+            .min(BACKOFF_MAX);
         self.strikes = self.strikes.saturating_add(1);
         self.not_before = now + doubled.mul_f64(rand::random_range(0.75..=1.0));
     }
@@ -662,7 +787,8 @@ impl Owner for Arc<Pool> {
                 streams,
                 "connection {id} may have {streams} streams"
             );
-            member.raised |= streams > member.limit && member.requests > 0;
+            member.raised |= member.greeted && streams > member.limit;
+            member.greeted = true;
             member.limit = streams;
         }
         self.settle(&mut state);
@@ -687,7 +813,7 @@ impl Owner for Arc<Pool> {
         let mut state = self.state();
         if let Some(member) = state.member(id) {
             member.active_at = now;
-            member.checking = false;
+            member.checking = None;
         }
         self.settle(&mut state);
     }
@@ -696,19 +822,32 @@ impl Owner for Arc<Pool> {
         let now = self.clock.monotonic();
         let mut state = self.state();
         let usable = state.members.iter().filter(|m| m.usable).count();
-        let surplus_pace = state.surplus_closed_at.is_none_or(|at| now.saturating_sub(at) >= SURPLUS_PACE);
+        let surplus_pace = state
+            .surplus_closed_at
+            .is_none_or(|at| now.saturating_sub(at) >= SURPLUS_PACE);
         let Some(member) = state.member(id) else {
             return Care::Nothing;
         };
-        let idle = if member.in_flight == 0 { now.saturating_sub(member.active_at) } else { Duration::ZERO };
+        let idle = if member.in_flight == 0 {
+            now.saturating_sub(member.active_at)
+        } else {
+            Duration::ZERO
+        };
         let traffic = now.saturating_sub(member.answered_at);
-        if member.usable && now.saturating_sub(member.opened_at) >= member.max_age {
-            state.retire(id, now, false);
-            self.settle(&mut state);
-        } else if member.usable && member.in_flight == 0 && traffic >= SURPLUS_IDLE && usable > 1 && surplus_pace {
+        let age = now.saturating_sub(member.opened_at);
+        if member.usable && (age >= member.max_age || !member.greeted && age >= GREETING_PATIENCE) {
+            let peer = !member.greeted;
+            state.retire(id, now, peer);
+        } else if member.usable
+            && member.in_flight == 0
+            && traffic >= SURPLUS_IDLE
+            && usable > 1
+            && surplus_pace
+        {
             state.surplus_closed_at = Some(now);
             state.retire(id, now, false);
         }
+        self.settle(&mut state);
         match state.member(id) {
             Some(member) if !member.usable && member.in_flight == 0 => Care::Close,
             Some(_) if idle >= IDLE_PING => Care::Ping,

@@ -11,6 +11,7 @@
     reason = "helpers of tests: a failure is to stop the test and say where"
 )]
 
+mod apns;
 mod database;
 mod layers;
 mod simulator;
