@@ -206,6 +206,8 @@ on_both_stores! {
         let back = one(&store, on("phone", registration("a1"))).await;
         assert_eq!((back.id, back.status), (old.id, DeviceStatus::Active));
         assert_eq!(read(&store, own.id).await.status_reason.as_deref(), Some("Replaced"));
+        let fourth = one(&store, on("phone", registration("a4"))).await;
+        assert_eq!(fourth.id, old.id, "never the row that is replaced, though its number is the higher");
     }
 
     async fn tokens_change_places_within_one_group(database) {
@@ -244,6 +246,8 @@ on_both_stores! {
         one(&store, Registration { user_id: Field::Clear, ..voip(registration("a2")) }).await;
         let alert = read(&store, alert.id).await;
         assert_eq!((alert.user_id, alert.generation.0), (None, 3));
+        one(&store, on("phone, reinstalled", of("a1", "bruno"))).await;
+        assert_eq!(read(&store, call.id).await.user_id, Some(user("bruno")), "it is the same phone under its new name");
         let fresh = one(&store, Registration { push_type: PushType::Widgets, ..on("phone", of("a5", "chloé")) }).await;
         assert_eq!(fresh.generation.0, 1);
         assert_eq!(read(&store, call.id).await.user_id, Some(user("chloé")), "a token never seen before speaks for the phone too");
