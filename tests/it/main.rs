@@ -15,5 +15,6 @@ mod apns;
 mod database;
 mod layers;
 mod simulator;
+mod store;
 mod support;
 mod tree;
