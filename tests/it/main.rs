@@ -13,5 +13,6 @@
 
 mod database;
 mod layers;
+mod store;
 mod support;
 mod tree;
