@@ -344,12 +344,11 @@ impl Committer {
                             // database only, and the sender gives back what it does not have.
                             let mut rest = (Vec::new(), Vec::new());
                             for (submission, waiting) in submissions.into_iter().zip(on_the_way) {
-                                match committed.get(&submission.notification.id) {
-                                    Some(view) => _ = waiting.answer.send(Ok(Noted::Accepted(view.clone()))),
-                                    None => {
-                                        rest.0.push(submission);
-                                        rest.1.push(waiting);
-                                    }
+                                if let Some(view) = committed.get(&submission.notification.id) {
+                                    _ = waiting.answer.send(Ok(Noted::Accepted(view.clone())));
+                                } else {
+                                    rest.0.push(submission);
+                                    rest.1.push(waiting);
                                 }
                             }
                             self.wake.notify_one();

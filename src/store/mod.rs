@@ -230,8 +230,13 @@ pub enum Disposition {
         /// When it is due again.
         due_at: Timestamp,
     },
-    /// Waits until the breaker closes.
-    Park(BreakerId),
+    /// Waits until the breaker closes; one that has closed meanwhile sets it free at once.
+    Park {
+        /// Which.
+        breaker: BreakerId,
+        /// When it is claimed all the same, to be counted as expired.
+        until: Timestamp,
+    },
 }
 
 /// The progress of one chunk.
@@ -370,11 +375,13 @@ pub trait Queue: Send + Sync {
     /// Which of these notifications are committed. Waits for a commit that is still under way.
     async fn committed(&self, ids: &[NotificationId]) -> Result<BTreeSet<NotificationId>, StoreError>;
     /// Takes over at most `max` due chunks that nobody owns, urgent first, then oldest; also those parked by one of
-    /// `passable` breakers (open for another credential than this replica's). Audiences that are due are resolved.
+    /// `passable` breakers (open for another credential than this replica's), and those whose time parked by one of
+    /// `overdue` is over. Audiences that are due are resolved.
     async fn claim(
         &self,
         max: usize,
         passable: &[BreakerId],
+        overdue: &[BreakerId],
         replica: ReplicaId,
         now: Timestamp,
     ) -> Result<Vec<Lease>, StoreError>;
@@ -452,8 +459,8 @@ pub trait Breakers: Send + Sync {
         now: Timestamp,
         next_probe_at: Timestamp,
     ) -> Result<bool, StoreError>;
-    /// Closes a breaker and lets its chunks go on.
-    async fn close_breaker(&self, breaker: BreakerId) -> Result<(), StoreError>;
+    /// Closes a breaker and lets its chunks go on: they are due now.
+    async fn close_breaker(&self, breaker: BreakerId, now: Timestamp) -> Result<(), StoreError>;
 }
 
 /// API keys.

@@ -13,5 +13,6 @@
 
 mod database;
 mod layers;
+mod simulator;
 mod support;
 mod tree;
