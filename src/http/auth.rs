@@ -82,10 +82,7 @@ impl Caller {
             Kind::Forbidden,
             format!("This API key lacks the scope {}. An operator can make a key that has it.", named.join(" or ")),
         )
-        .challenge(format!(
-            "Bearer realm=\"sonnette\", error=\"insufficient_scope\", scope=\"{}\"",
-            all.join(" ")
-        )))
+        .challenge(format!("Bearer realm=\"sonnette\", error=\"insufficient_scope\", scope=\"{}\"", all.join(" "))))
     }
 
     /// Nothing, if the key is for this app.
@@ -141,12 +138,7 @@ impl Keys {
         Ok(Caller(key))
     }
 
-    async fn look_up(
-        &self,
-        id: &ApiKeyId,
-        api: &Shared,
-        staleness: Staleness,
-    ) -> Result<Option<Arc<ApiKey>>, Problem> {
+    async fn look_up(&self, id: &ApiKeyId, api: &Shared, staleness: Staleness) -> Result<Option<Arc<ApiKey>>, Problem> {
         let store: &dyn Store = api.services.store.as_ref();
         let now = || api.services.clock.monotonic();
         let remembered = self.remembered(id);
@@ -216,14 +208,12 @@ fn unavailable() -> Problem {
 }
 
 fn refused(detail: &'static str) -> Problem {
-    Problem::new(Kind::Unauthorized, detail)
-        .challenge("Bearer realm=\"sonnette\", error=\"invalid_token\"".to_owned())
+    Problem::new(Kind::Unauthorized, detail).challenge("Bearer realm=\"sonnette\", error=\"invalid_token\"".to_owned())
 }
 
 fn presented(headers: &HeaderMap) -> Result<PresentedKey, Problem> {
-    let missing = |detail| {
-        Err(Problem::new(Kind::Unauthorized, detail).challenge("Bearer realm=\"sonnette\"".to_owned()))
-    };
+    let missing =
+        |detail| Err(Problem::new(Kind::Unauthorized, detail).challenge("Bearer realm=\"sonnette\"".to_owned()));
     let mut values = headers.get_all(header::AUTHORIZATION).iter();
     let Some(value) = values.next() else {
         return missing("Send an API key: `Authorization: Bearer sonnette_…`.");

@@ -113,9 +113,10 @@ impl Catalogue {
                     .map_err(|_| bad("not a P-256 public key in PEM (`-----BEGIN PUBLIC KEY-----`)"))?;
                 let bytes = public.to_sec1_bytes();
                 let decoding = DecodingKey::from_ec_der(&bytes);
-                let same = entry.keys.get(&key.kid).is_some_and(|other| {
-                    other.try_get_as_bytes().ok().is_some_and(|other| *other == *bytes)
-                });
+                let same = entry
+                    .keys
+                    .get(&key.kid)
+                    .is_some_and(|other| other.try_get_as_bytes().ok().is_some_and(|other| *other == *bytes));
                 if !same && entry.keys.insert(key.kid.clone(), decoding).is_some() {
                     return Err(bad("two keys have this name"));
                 }

@@ -505,7 +505,8 @@ mod tests {
     #[test]
     fn all_faults_are_collected_with_their_pointers() {
         let mut faults = Faults::default();
-        let text = r#"{"n":"7","s":7,"l":["ok","",3],"b":1,"d":1,"d":2,"Num":1,"title":"x","colour":1,"w":"x","f":1.0}"#;
+        let text =
+            r#"{"n":"7","s":7,"l":["ok","",3],"b":1,"d":1,"d":2,"Num":1,"title":"x","colour":1,"w":"x","f":1.0}"#;
         let mut object = Object::open(&Value::new(text, ""), &mut faults).unwrap();
         assert_eq!(object.optional("n").unwrap().integer(&mut faults), None);
         assert_eq!(object.optional("f").unwrap().integer(&mut faults), None);

@@ -49,7 +49,7 @@ pub(super) struct Refused {
 }
 
 impl Refused {
-    fn new(code: &'static str, detail: impl Into<String>) -> Self {
+    pub(super) fn new(code: &'static str, detail: impl Into<String>) -> Self {
         Self { code, detail: detail.into(), malformed: false }
     }
 
@@ -146,12 +146,13 @@ pub(super) fn verify(
             "The identity token's header has no `kid`: name the key that signed it.",
         ));
     };
-    let key = app.key(&kid).or_else(|| own.filter(|_| kid == OWN_KEY_ID).map(|own| &own.decoding)).ok_or_else(|| {
-        Refused::new(
-            "identity_token_key_unknown",
-            "The `kid` of the identity token is not among this app's `identity_keys`, nor is it `sonnette`.",
-        )
-    })?;
+    let key =
+        app.key(&kid).or_else(|| own.filter(|_| kid == OWN_KEY_ID).map(|own| &own.decoding)).ok_or_else(|| {
+            Refused::new(
+                "identity_token_key_unknown",
+                "The `kid` of the identity token is not among this app's `identity_keys`, nor is it `sonnette`.",
+            )
+        })?;
     let mut validation = Validation::new(Algorithm::ES256);
     // Time and audience are checked below, against our clock and with our words.
     validation.required_spec_claims.clear();
@@ -185,11 +186,10 @@ fn mentions_algorithm(token: &str) -> bool {
 }
 
 fn check(claims: &Map<String, Value>, topic: &Topic, now: Timestamp) -> Result<UserId, Refused> {
-    let user = claims
-        .get("sub")
-        .and_then(Value::as_str)
-        .and_then(|sub| sub.parse::<UserId>().ok())
-        .ok_or_else(|| Refused::new("identity_token_subject", "The identity token needs `sub`: the user's id, a string."))?;
+    let user =
+        claims.get("sub").and_then(Value::as_str).and_then(|sub| sub.parse::<UserId>().ok()).ok_or_else(|| {
+            Refused::new("identity_token_subject", "The identity token needs `sub`: the user's id, a string.")
+        })?;
     let for_this_app = match claims.get("aud") {
         Some(Value::String(audience)) => audience == topic.as_str(),
         Some(Value::Array(list)) => list.iter().any(|audience| audience.as_str() == Some(topic.as_str())),

@@ -437,10 +437,7 @@ mod tests {
     #[test]
     fn a_fault_of_the_database_is_told_to_the_log_alone() {
         let problem = Problem::from(StoreError::Unavailable("connection refused to db7:3306".into()));
-        assert_eq!(
-            problem.chain().unwrap(),
-            "the database did not answer: connection refused to db7:3306"
-        );
+        assert_eq!(problem.chain().unwrap(), "the database did not answer: connection refused to db7:3306");
         assert!(!String::from_utf8(problem.body("r")).unwrap().contains("db7"));
         let response = problem.into_response();
         assert_eq!(response.headers()[header::RETRY_AFTER], "2");

@@ -104,8 +104,7 @@ impl Drop for Record {
             "status" => status.to_string()
         )
         .increment(1);
-        metrics::histogram!(names::HTTP_DURATION, "route" => self.route.clone())
-            .record(duration.as_secs_f64());
+        metrics::histogram!(names::HTTP_DURATION, "route" => self.route.clone()).record(duration.as_secs_f64());
     }
 }
 
@@ -185,7 +184,10 @@ fn explain(response: &mut Response, request_id: &str, method: &Method) -> Option
 
 /// Whether the handler wrote a document that is meant to be read as it is.
 fn is_document(response: &Response) -> bool {
-    response.headers().get(header::CONTENT_TYPE).is_some_and(|kind| kind.as_bytes() == super::ops::HEALTH_JSON.as_bytes())
+    response
+        .headers()
+        .get(header::CONTENT_TYPE)
+        .is_some_and(|kind| kind.as_bytes() == super::ops::HEALTH_JSON.as_bytes())
 }
 
 /// What the framework refused by itself.

@@ -317,7 +317,8 @@ pub(in crate::http) async fn one(
 /// The device of a path that is to be changed: `None` if there is none that this key may change.
 async fn changeable(api: &Shared, caller: &Caller, id: &str) -> Result<Option<DeviceId>, Problem> {
     caller.require(&[Scope::Send, Scope::Admin])?;
-    let id: DeviceId = id.parse().map_err(|_| Problem::new(Kind::NotFound, "This is not the id of a device: a UUID."))?;
+    let id: DeviceId =
+        id.parse().map_err(|_| Problem::new(Kind::NotFound, "This is not the id of a device: a UUID."))?;
     if caller.0.topics.is_none() {
         return Ok(Some(id));
     }
