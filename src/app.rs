@@ -16,7 +16,7 @@ use crate::{
     },
     config::{self, Config, ConfigError},
     dispatch::{self, Dispatcher},
-    domain::{clock::Clock, secret::Secret, topic::Environment},
+    domain::{clock::Clock, secret::Secret},
     http::{self, listener::Listener},
     lifecycle::Tasks,
     ops::Health,
@@ -69,8 +69,8 @@ pub enum AppError {
     #[error("[apns]")]
     Gateway(#[from] BuildError),
     /// An identity key.
-    #[error("{0}")]
-    Identity(String),
+    #[error(transparent)]
+    Identity(#[from] http::BadIdentityKey),
     /// The certificate of the listener.
     #[error("[server.tls]: {0}")]
     Tls(String),
@@ -182,6 +182,7 @@ impl App {
             catalogue,
             health,
             stopping: tasks.stopping().clone(),
+            settings: http::Settings { ops_elsewhere: config.server.ops_listen.is_some(), ..http::Settings::default() },
         };
         let (address, ops_address) = (address_of(&listener)?, ops_listener.as_ref().map(address_of).transpose()?);
         if let Some(listener) = ops_listener {
@@ -333,17 +334,23 @@ fn apns_settings(config: &Config) -> Result<client::Settings, AppError> {
 
 /// What the API must know of apps: no secret among it.
 fn catalogue(config: &Config) -> Result<http::Catalogue, AppError> {
-    let mut catalogue = http::Catalogue::default();
+    let mut apps = Vec::new();
     for app in &config.apps {
-        let mut keys = Vec::new();
-        for key in &app.identity_keys {
-            keys.push((key.kid.clone(), read_text(&key.public_key_file)?));
-        }
-        let required = app.identity == config::Identity::Required;
-        let environments: &[Environment] = &app.environments;
-        catalogue.add(&app.topic, environments, required, &keys).map_err(AppError::Identity)?;
+        let keys = app
+            .identity_keys
+            .iter()
+            .map(|key| Ok(http::IdentityKey { kid: key.kid.clone(), pem: read_text(&key.public_key_file)? }));
+        let known = http::App {
+            environments: app.environments.iter().copied().collect(),
+            identity: match app.identity {
+                config::Identity::Required => http::Identity::Required,
+                config::Identity::Optional => http::Identity::Optional,
+            },
+            identity_keys: keys.collect::<Result<_, AppError>>()?,
+        };
+        apps.push((app.topic.clone(), known));
     }
-    Ok(catalogue)
+    Ok(http::Catalogue::new(apps)?)
 }
 
 /// This process among others.

@@ -524,7 +524,9 @@ mod tests {
         for key in keys.filter(|key| *key != "apps") {
             let there = text.lines().any(|l| {
                 let line = l.trim_start_matches('#').trim_start();
-                line.starts_with(&format!("{key} =")) || line.starts_with(&format!("[{key}]")) || line.contains(&format!(".{key}]"))
+                line.starts_with(&format!("{key} ="))
+                    || line.starts_with(&format!("[{key}]"))
+                    || line.contains(&format!(".{key}]"))
             });
             assert!(there, "config.example.toml does not show `{key}`");
         }

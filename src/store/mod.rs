@@ -457,6 +457,9 @@ pub trait Queue: Send + Sync {
         replica: ReplicaId,
         now: Timestamp,
     ) -> Result<Vec<Result<Accepted, StoreError>>, StoreError>;
+    /// What was accepted under this idempotency key before: [`Accepted::Seen`], [`Accepted::Conflict`] for another body,
+    /// `None` if the key is new. For a request that is refused by the clock now and was right when it came first.
+    async fn seen(&self, idempotency: &Idempotency) -> Result<Option<Accepted>, StoreError>;
     /// Which of these notifications are committed. Waits for a commit that is still under way.
     async fn committed(&self, ids: &[NotificationId]) -> Result<BTreeSet<NotificationId>, StoreError>;
     /// Takes over at most `max` due chunks that nobody owns, urgent first, then oldest; also those parked by one of

@@ -200,8 +200,7 @@ pub(super) async fn depth(conn: &mut Conn<'_>, now: Timestamp) -> Result<Vec<Que
 
 /// Holds whatever is open. What was parked bears the end of its time as `due_at`: released, it is due at once.
 pub(super) async fn hold(conn: &mut Conn<'_>, now: Timestamp) -> Result<u64, Failure> {
-    let mut statement =
-        Statement::new("-- queue.hold\nUPDATE chunks SET due_at = CASE WHEN holder < -1000 THEN ");
+    let mut statement = Statement::new("-- queue.hold\nUPDATE chunks SET due_at = CASE WHEN holder < -1000 THEN ");
     statement.bind(now).push(" ELSE due_at END, holder = -1, waiting_since = ").bind(now);
     statement.push(" WHERE holder <> -1");
     Ok(conn.execute(statement).await?)

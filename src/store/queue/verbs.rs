@@ -10,7 +10,7 @@ use crate::domain::{
     push::CollapseId, topic::Topic,
 };
 use crate::store::{
-    Accepted, BreakerId, Lease, Queue, QueueDepth, ReplicaId, Settled, StoreError, Submission,
+    Accepted, BreakerId, Idempotency, Lease, Queue, QueueDepth, ReplicaId, Settled, StoreError, Submission,
     audience::{self, WORDS},
     reasons,
     sql::{Repeat, committed, on_both, read},
@@ -53,6 +53,14 @@ on_both! {
                     Err(error) => Err(error),
                 })
                 .collect())
+        }
+
+        async fn seen(&self, idempotency: &Idempotency) -> Result<Option<Accepted>, StoreError> {
+            read(|| async {
+                let mut tx = self.snapshot().await?;
+                accept::seen(&mut Conn::from(&mut *tx), idempotency).await
+            })
+            .await
         }
 
         async fn committed(&self, ids: &[NotificationId]) -> Result<BTreeSet<NotificationId>, StoreError> {

@@ -90,8 +90,7 @@ impl World {
         let config = Config::load(Some(&file), &BTreeMap::new()).unwrap();
         let app = App::start(&config, Arc::clone(&clock), Options::default()).await.unwrap();
         let server = Client::new(app.address(), None);
-        let mut world =
-            Self { app: Some(app), sim, server, clock, config, folder, _database: database };
+        let mut world = Self { app: Some(app), sim, server, clock, config, folder, _database: database };
         let key = world.key("back-office", &SERVER).await;
         world.server = world.server.with_key(&key);
         world
@@ -155,10 +154,11 @@ impl World {
     pub(crate) async fn notification(&self, id: &str) -> Value {
         let seen = self.server.get(&format!("/v1/notifications/{id}")).await.ok();
         let counts = &seen["counts"];
-        let sum: u64 = ["pending", "accepted", "failed", "unregistered", "expired", "cancelled", "suppressed", "unknown"]
-            .iter()
-            .map(|word| counts[word].as_u64().unwrap())
-            .sum();
+        let sum: u64 =
+            ["pending", "accepted", "failed", "unregistered", "expired", "cancelled", "suppressed", "unknown"]
+                .iter()
+                .map(|word| counts[word].as_u64().unwrap())
+                .sum();
         assert_eq!(counts["targeted"].as_u64().unwrap(), sum, "the counts add up: {counts}");
         seen
     }
