@@ -35,7 +35,6 @@ pub(super) mod names {
     pub(in crate::store) const DIALECT: crate::store::Kind = crate::store::Kind::Mysql;
     /// Differs: rows are locked one by one.
     pub(in crate::store) const FOR_UPDATE: &str = " FOR UPDATE";
-    /// Differs: rows that another replica is taking are left to it.
     /// Differs: the words for "do nothing if the key is taken". Only for rows whose values are ours: IGNORE also turns
     /// other errors into warnings.
     pub(in crate::store) const INSERT_IF_ABSENT: &str = "INSERT IGNORE INTO ";
