@@ -790,6 +790,10 @@ async fn a_connection_that_does_not_acknowledge_a_ping_is_closed() {
     assert_eq!(got.connection, 2);
     got.answer(200, "");
     assert_eq!(outcome(sent).await, Outcome::Accepted);
+    until("the dead one is gone", || {
+        client.production().connections == 1
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -873,17 +877,17 @@ async fn a_fence_that_closes_while_a_push_waits_for_a_stream_stops_it_before_the
     got.answer(200, "");
     assert_eq!(outcome(first).await, Outcome::Accepted);
     assert_eq!(outcome(fenced).await, Outcome::Fenced);
-    assert_eq!(
-        server.load.heads.load(Ordering::SeqCst),
-        1,
-        "the server saw nothing of it"
-    );
     let next = client.send(push(3, Lane::Transactional));
     server.next().await.answer(200, "");
     assert_eq!(
         outcome(next).await,
         Outcome::Accepted,
         "its stream was given back"
+    );
+    assert_eq!(
+        server.load.heads.load(Ordering::SeqCst),
+        2,
+        "of the fenced one the server saw nothing, not even its head"
     );
 }
 
