@@ -140,10 +140,7 @@ struct State {
     skew_measured_at: Option<Duration>,
 }
 
-#[expect(
-    clippy::struct_excessive_bools,
-    reason = "five independent facts about a connection, each asked for by name"
-)]
+#[expect(clippy::struct_excessive_bools, reason = "five independent facts about a connection, each asked for by name")]
 struct Member {
     connection: Arc<Connection>,
     in_flight: usize,
@@ -180,16 +177,8 @@ impl Member {
     }
 
     fn room(&self) -> usize {
-        let streams = if self.proved || self.raised {
-            self.limit.min(MAX_STREAMS)
-        } else {
-            self.limit.min(1)
-        };
-        if self.usable && self.checking.is_none() {
-            streams.saturating_sub(self.in_flight)
-        } else {
-            0
-        }
+        let streams = if self.proved || self.raised { self.limit.min(MAX_STREAMS) } else { self.limit.min(1) };
+        if self.usable && self.checking.is_none() { streams.saturating_sub(self.in_flight) } else { 0 }
     }
 }
 
@@ -225,11 +214,7 @@ impl Drop for Slot {
     }
 }
 
-const UNSENT: Reply = Reply {
-    outcome: Outcome::Unsent,
-    answer: None,
-    sent_at: None,
-};
+const UNSENT: Reply = Reply { outcome: Outcome::Unsent, answer: None, sent_at: None };
 
 impl Pool {
     pub(super) fn new(
@@ -259,12 +244,7 @@ impl Pool {
         let Some(template) = self.template(&push.head) else {
             return UNSENT;
         };
-        let gate = Gate {
-            fence,
-            clock: &*self.clock,
-            deadline: push.head.deadline,
-            stopped: &self.stopped,
-        };
+        let gate = Gate { fence, clock: &*self.clock, deadline: push.head.deadline, stopped: &self.stopped };
         // Another round only where nothing was written: the connection turned out to take no more streams.
         for _ in 0..=self.spec.max_connections {
             let Some(slot) = self.acquire(push.head.lane, push.head.deadline).await else {
@@ -274,50 +254,26 @@ impl Pool {
                 &slot.connection,
                 &self.minter,
                 &gate,
-                |token| {
-                    template
-                        .request(push, &self.spec.address.authority, token.authorization())
-                        .ok()
-                },
+                |token| template.request(push, &self.spec.address.authority, token.authorization()).ok(),
                 push.head.payload.clone(),
                 self.spec.request_deadline,
             )
             .await;
             match ended {
-                Ended::Answered {
-                    status,
-                    headers,
-                    body,
-                    sent_at,
-                } => {
+                Ended::Answered { status, headers, body, sent_at } => {
                     let now = self.clock.now();
                     let reply = response::read(status, &headers, &body, sent_at, now);
-                    let verdict = reply
-                        .answer
-                        .as_ref()
-                        .map_or(Verdict::Keep, response::verdict);
+                    let verdict = reply.answer.as_ref().map_or(Verdict::Keep, response::verdict);
                     self.compare_clocks(&headers, now);
                     slot.done(&Note::Answered(verdict));
                     return reply;
                 }
                 Ended::Unknown { sent_at, timed_out } => {
-                    slot.done(if timed_out {
-                        &Note::TimedOut
-                    } else {
-                        &Note::Unused
-                    });
-                    return Reply {
-                        outcome: Outcome::Unknown,
-                        answer: None,
-                        sent_at: Some(sent_at),
-                    };
+                    slot.done(if timed_out { &Note::TimedOut } else { &Note::Unused });
+                    return Reply { outcome: Outcome::Unknown, answer: None, sent_at: Some(sent_at) };
                 }
                 Ended::Fenced => {
-                    return Reply {
-                        outcome: Outcome::Fenced,
-                        answer: None,
-                        sent_at: None,
-                    };
+                    return Reply { outcome: Outcome::Fenced, answer: None, sent_at: None };
                 }
                 Ended::Unsent => return UNSENT,
                 Ended::UnsentForGood => slot.done(&Note::Over),
@@ -336,10 +292,7 @@ impl Pool {
             if !state.somebody_is_before(lane)
                 && let Some(connection) = state.take_room(self.clock.monotonic())
             {
-                return Some(Slot {
-                    pool: Some(Arc::clone(self)),
-                    connection,
-                });
+                return Some(Slot { pool: Some(Arc::clone(self)), connection });
             }
             let (grant, granted) = oneshot::channel();
             state.enqueue(lane, grant);
@@ -424,10 +377,7 @@ impl Pool {
                 break;
             };
             let id = connection.id;
-            let slot = Slot {
-                pool: Some(Arc::clone(self)),
-                connection,
-            };
+            let slot = Slot { pool: Some(Arc::clone(self)), connection };
             let waiter = state.waiting.get_mut(queue).and_then(VecDeque::pop_front);
             if let Some(mut unwanted) = waiter.and_then(|w| w.send(slot).err()) {
                 // Not by its drop, which would want the lock that is held here.
@@ -449,10 +399,7 @@ impl Pool {
         for member in state.members.iter().filter(|m| m.usable) {
             match member.unsure_since() {
                 // Is about to be known: wait for it. After failures, one at a time, however long it takes.
-                Some(since)
-                    if now.saturating_sub(since) < UNSURE
-                        || state.strikes > 0 && member.checking.is_none() =>
-                {
+                Some(since) if now.saturating_sub(since) < UNSURE || state.strikes > 0 && member.checking.is_none() => {
                     return;
                 }
                 // May well be dead: it does not stand in the way of another.
@@ -460,9 +407,7 @@ impl Pool {
                 _ => counted += 1,
             }
         }
-        if counted >= self.spec.max_connections
-            || state.members.len() >= 2 * self.spec.max_connections
-        {
+        if counted >= self.spec.max_connections || state.members.len() >= 2 * self.spec.max_connections {
             return;
         }
         state.connecting = true;
@@ -475,18 +420,11 @@ impl Pool {
             let mut state = self.state();
             let now = self.clock.monotonic();
             let opens = MAX_OPENS.max(2 * self.spec.max_connections);
-            while state
-                .opens
-                .front()
-                .is_some_and(|at| now.saturating_sub(*at) >= OPENS_WINDOW)
-            {
+            while state.opens.front().is_some_and(|at| now.saturating_sub(*at) >= OPENS_WINDOW) {
                 state.opens.pop_front();
             }
             let pace = if state.opens.len() >= opens {
-                state
-                    .opens
-                    .front()
-                    .map_or(Duration::ZERO, |at| *at + OPENS_WINDOW)
+                state.opens.front().map_or(Duration::ZERO, |at| *at + OPENS_WINDOW)
             } else {
                 Duration::ZERO
             };
@@ -502,8 +440,7 @@ impl Pool {
         {
             let mut state = self.state();
             state.skip_those_who_left();
-            if self.stopped.load(Ordering::Acquire) || state.waiting.iter().all(VecDeque::is_empty)
-            {
+            if self.stopped.load(Ordering::Acquire) || state.waiting.iter().all(VecDeque::is_empty) {
                 state.connecting = false;
                 return;
             }
@@ -575,14 +512,9 @@ impl Pool {
 
     /// What all pushes of a notification share, made once. `None`: cannot be, by the domain's types.
     fn template(&self, head: &Arc<Head>) -> Option<Arc<Template>> {
-        let mut templates = self
-            .templates
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut templates = self.templates.lock().unwrap_or_else(PoisonError::into_inner);
         // The weak reference keeps the place in memory from being used again, so the same place is the same head.
-        let known = templates
-            .iter()
-            .find(|(known, _)| std::ptr::eq(known.as_ptr(), Arc::as_ptr(head)));
+        let known = templates.iter().find(|(known, _)| std::ptr::eq(known.as_ptr(), Arc::as_ptr(head)));
         if let Some((_, template)) = known {
             return Some(Arc::clone(template));
         }
@@ -598,10 +530,7 @@ impl Pool {
         }
         let passed = self.clock.monotonic();
         let mut state = self.state();
-        if state
-            .skew_measured_at
-            .is_none_or(|at| passed.saturating_sub(at) >= SKEW_EVERY)
-        {
+        if state.skew_measured_at.is_none_or(|at| passed.saturating_sub(at) >= SKEW_EVERY) {
             state.skew_measured_at = Some(passed);
             state.clock_skew_seconds = response::clock_skew_seconds(headers, now);
         }
@@ -610,21 +539,11 @@ impl Pool {
     pub(super) fn report(&self) -> Report {
         let state = self.state();
         let now = self.clock.now();
-        let kept = state
-            .members
-            .iter()
-            .filter(|m| m.usable)
-            .filter_map(|m| m.connection.token_age(&*self.clock))
-            .max();
+        let kept = state.members.iter().filter(|m| m.usable).filter_map(|m| m.connection.token_age(&*self.clock)).max();
         Report {
             connections: state.members.len(),
             in_flight: state.members.iter().map(|m| m.in_flight).sum(),
-            waiting: state
-                .waiting
-                .iter()
-                .flatten()
-                .filter(|w| !w.is_closed())
-                .count(),
+            waiting: state.waiting.iter().flatten().filter(|w| !w.is_closed()).count(),
             connect_error: state.connect_error.clone(),
             provider_token_age: kept.or_else(|| TokenSlot::at(now).age(now)),
             clock_skew_seconds: state.clock_skew_seconds,
@@ -690,24 +609,14 @@ impl State {
     }
 
     fn somebody_is_before(&self, lane: Lane) -> bool {
-        self.waiting
-            .iter()
-            .take(queue_of(lane) + 1)
-            .any(|q| !q.is_empty())
+        self.waiting.iter().take(queue_of(lane) + 1).any(|q| !q.is_empty())
     }
 
     /// Takes a stream of the usable connection that has the fewest requests in flight.
     fn take_room(&mut self, now: Duration) -> Option<Arc<Connection>> {
         loop {
-            let member = self
-                .members
-                .iter_mut()
-                .filter(|m| m.room() > 0)
-                .min_by_key(|m| m.in_flight)?;
-            if member.in_flight == 0
-                && member.requests > 0
-                && now.saturating_sub(member.active_at) > REUSE_PING
-            {
+            let member = self.members.iter_mut().filter(|m| m.room() > 0).min_by_key(|m| m.in_flight)?;
+            if member.in_flight == 0 && member.requests > 0 && now.saturating_sub(member.active_at) > REUSE_PING {
                 member.checking = Some(now);
                 member.connection.ping();
                 continue;
@@ -760,9 +669,7 @@ impl State {
     }
 
     fn strike(&mut self, now: Duration) {
-        let doubled = BACKOFF_FIRST
-            .saturating_mul(1 << self.strikes.min(6))
-            .min(BACKOFF_MAX);
+        let doubled = BACKOFF_FIRST.saturating_mul(1 << self.strikes.min(6)).min(BACKOFF_MAX);
         self.strikes = self.strikes.saturating_add(1);
         self.not_before = now + doubled.mul_f64(rand::random_range(0.75..=1.0));
     }
@@ -822,28 +729,17 @@ impl Owner for Arc<Pool> {
         let now = self.clock.monotonic();
         let mut state = self.state();
         let usable = state.members.iter().filter(|m| m.usable).count();
-        let surplus_pace = state
-            .surplus_closed_at
-            .is_none_or(|at| now.saturating_sub(at) >= SURPLUS_PACE);
+        let surplus_pace = state.surplus_closed_at.is_none_or(|at| now.saturating_sub(at) >= SURPLUS_PACE);
         let Some(member) = state.member(id) else {
             return Care::Nothing;
         };
-        let idle = if member.in_flight == 0 {
-            now.saturating_sub(member.active_at)
-        } else {
-            Duration::ZERO
-        };
+        let idle = if member.in_flight == 0 { now.saturating_sub(member.active_at) } else { Duration::ZERO };
         let traffic = now.saturating_sub(member.answered_at);
         let age = now.saturating_sub(member.opened_at);
         if member.usable && (age >= member.max_age || !member.greeted && age >= GREETING_PATIENCE) {
             let peer = !member.greeted;
             state.retire(id, now, peer);
-        } else if member.usable
-            && member.in_flight == 0
-            && traffic >= SURPLUS_IDLE
-            && usable > 1
-            && surplus_pace
-        {
+        } else if member.usable && member.in_flight == 0 && traffic >= SURPLUS_IDLE && usable > 1 && surplus_pace {
             state.surplus_closed_at = Some(now);
             state.retire(id, now, false);
         }

@@ -60,14 +60,9 @@ impl Got {
     fn answer(mut self, status: u16, body: &str) {
         self.open.now.fetch_sub(1, Ordering::SeqCst);
         let response = Response::builder().status(status).body(()).unwrap();
-        let mut stream = self
-            .respond
-            .send_response(response, body.is_empty())
-            .unwrap();
+        let mut stream = self.respond.send_response(response, body.is_empty()).unwrap();
         if !body.is_empty() {
-            stream
-                .send_data(Bytes::from(body.to_owned()), true)
-                .unwrap();
+            stream.send_data(Bytes::from(body.to_owned()), true).unwrap();
         }
     }
 
@@ -118,29 +113,21 @@ struct Script {
     alpn: bool,
 }
 
-const ONE: Script = Script {
-    streams: 1,
-    alpn: true,
-};
-const MANY: Script = Script {
-    streams: 1_000,
-    ..ONE
-};
+const ONE: Script = Script { streams: 1, alpn: true };
+const MANY: Script = Script { streams: 1_000, ..ONE };
 
 impl Server {
     async fn start(script: Script) -> Self {
         let key = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
         let ca_pem = key.cert.pem().into_bytes();
-        let private =
-            rustls::pki_types::PrivateKeyDer::try_from(key.signing_key.serialize_der()).unwrap();
-        let mut config = rustls::ServerConfig::builder_with_provider(Arc::new(
-            rustls::crypto::ring::default_provider(),
-        ))
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_no_client_auth()
-        .with_single_cert(vec![key.cert.der().clone()], private)
-        .unwrap();
+        let private = rustls::pki_types::PrivateKeyDer::try_from(key.signing_key.serialize_der()).unwrap();
+        let mut config =
+            rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+                .with_safe_default_protocol_versions()
+                .unwrap()
+                .with_no_client_auth()
+                .with_single_cert(vec![key.cert.der().clone()], private)
+                .unwrap();
         if script.alpn {
             config.alpn_protocols = vec![b"h2".to_vec()];
         }
@@ -150,13 +137,7 @@ impl Server {
         let (sender, got) = mpsc::unbounded_channel();
         let load = Arc::new(Load::default());
         let shared = Arc::new(Shared::default());
-        let server = Self {
-            port,
-            ca_pem,
-            got,
-            load: Arc::clone(&load),
-            shared: Arc::clone(&shared),
-        };
+        let server = Self { port, ca_pem, got, load: Arc::clone(&load), shared: Arc::clone(&shared) };
         tokio::spawn(async move {
             while let Ok((tcp, _)) = listener.accept().await {
                 let (orders, inbox) = mpsc::unbounded_channel();
@@ -165,12 +146,7 @@ impl Server {
                     all.push(orders);
                     all.len()
                 };
-                let (tls, sender, load, shared) = (
-                    tls.clone(),
-                    sender.clone(),
-                    Arc::clone(&load),
-                    Arc::clone(&shared),
-                );
+                let (tls, sender, load, shared) = (tls.clone(), sender.clone(), Arc::clone(&load), Arc::clone(&shared));
                 tokio::spawn(async move {
                     if let Ok(tls) = tls.accept(tcp).await
                         && script.alpn
@@ -207,10 +183,7 @@ impl Server {
         let mut payload = id.to_be_bytes().to_vec();
         payload.extend(value.to_be_bytes());
         self.order(connection, Order::Frame(frame(4, 0, 0, &payload)));
-        until("the SETTINGS are acknowledged", || {
-            self.shared.acknowledged.load(Ordering::SeqCst) > before
-        })
-        .await;
+        until("the SETTINGS are acknowledged", || self.shared.acknowledged.load(Ordering::SeqCst) > before).await;
     }
 
     fn go_away(&self, connection: usize, last_stream: u32) {
@@ -242,9 +215,7 @@ impl Server {
         let log = Arc::clone(&seen);
         tokio::spawn(async move {
             while let Some(got) = self.got.recv().await {
-                log.lock()
-                    .unwrap()
-                    .push((got.connection, got.token().to_owned()));
+                log.lock().unwrap().push((got.connection, got.token().to_owned()));
                 got.answer(status, body);
             }
         });
@@ -386,12 +357,9 @@ fn topic() -> Topic {
 
 fn client_with(port: u16, ca_pem: &[u8], adjust: impl FnOnce(&mut Settings)) -> Client {
     let clock = Arc::new(ManualClock::new(START));
-    let credential = Credential::new(
-        "ABCDE12345".parse().unwrap(),
-        "ABC123DEFG".parse().unwrap(),
-        &credential::generate().unwrap(),
-    )
-    .unwrap();
+    let credential =
+        Credential::new("ABCDE12345".parse().unwrap(), "ABC123DEFG".parse().unwrap(), &credential::generate().unwrap())
+            .unwrap();
     let url = format!("https://localhost:{port}");
     let mut settings = Settings {
         production: Endpoint { url: url.clone() },
@@ -406,18 +374,9 @@ fn client_with(port: u16, ca_pem: &[u8], adjust: impl FnOnce(&mut Settings)) -> 
         credential: Arc::new(credential),
     };
     let dyn_clock: Arc<dyn Clock> = Arc::<ManualClock>::clone(&clock);
-    let gateway = ApnsGateway::new(
-        &settings,
-        &[app],
-        &dyn_clock,
-        &TaskTracker::new(),
-        &CancellationToken::new(),
-    )
-    .unwrap();
-    Client {
-        gateway: Arc::new(gateway),
-        clock,
-    }
+    let gateway =
+        ApnsGateway::new(&settings, &[app], &dyn_clock, &TaskTracker::new(), &CancellationToken::new()).unwrap();
+    Client { gateway: Arc::new(gateway), clock }
 }
 
 fn client(server: &Server) -> Client {
@@ -425,20 +384,13 @@ fn client(server: &Server) -> Client {
 }
 
 fn push(number: usize, lane: Lane) -> Push {
-    push_until(
-        number,
-        lane,
-        START.plus(Duration::from_secs(30 * 24 * 3600)),
-    )
+    push_until(number, lane, START.plus(Duration::from_secs(30 * 24 * 3600)))
 }
 
 fn push_until(number: usize, lane: Lane, deadline: Timestamp) -> Push {
     let token = format!("{number:08x}").parse().unwrap();
     Push {
-        apns_id: ApnsId::derive(
-            "0193515e-8f00-7abc-8def-0123456789ab".parse().unwrap(),
-            Recipient::Token(&token),
-        ),
+        apns_id: ApnsId::derive("0193515e-8f00-7abc-8def-0123456789ab".parse().unwrap(), Recipient::Token(&token)),
         head: Arc::new(Head {
             topic: topic(),
             push_type: PushType::Alert,
@@ -465,17 +417,11 @@ impl Client {
     }
 
     fn send_n(&self, n: usize) -> Vec<JoinHandle<Reply>> {
-        (0..n)
-            .map(|i| self.send(push(i, Lane::Transactional)))
-            .collect()
+        (0..n).map(|i| self.send(push(i, Lane::Transactional))).collect()
     }
 
     fn production(&self) -> sonnette::apns::RouteReport {
-        self.gateway
-            .report()
-            .into_iter()
-            .find(|r| r.environment == Environment::Production)
-            .unwrap()
+        self.gateway.report().into_iter().find(|r| r.environment == Environment::Production).unwrap()
     }
 
     /// A connection that has proved itself and may open as many streams as the script says.
@@ -493,10 +439,7 @@ struct Switch {
 
 impl Switch {
     fn new(open: bool) -> Arc<Self> {
-        Arc::new(Self {
-            open: AtomicBool::new(open),
-            asked: AtomicUsize::new(0),
-        })
+        Arc::new(Self { open: AtomicBool::new(open), asked: AtomicUsize::new(0) })
     }
 }
 
@@ -513,9 +456,7 @@ impl Fence for Switch {
 }
 
 async fn within<F: Future>(what: &str, future: F) -> F::Output {
-    tokio::time::timeout(Duration::from_secs(20), future)
-        .await
-        .unwrap_or_else(|_| panic!("waited too long for {what}"))
+    tokio::time::timeout(Duration::from_secs(20), future).await.unwrap_or_else(|_| panic!("waited too long for {what}"))
 }
 
 async fn until(what: &str, mut condition: impl FnMut() -> bool) {
@@ -562,15 +503,9 @@ async fn a_push_arrives_as_the_sheet_says_and_is_accepted() {
     assert_eq!(reply.outcome, Outcome::Accepted);
     assert_eq!(reply.sent_at, Some(START));
     let report = client.production();
-    assert_eq!(
-        (report.connections, report.in_flight, report.waiting),
-        (1, 0, 0)
-    );
+    assert_eq!((report.connections, report.in_flight, report.waiting), (1, 0, 0));
     assert_eq!(report.last_accepted_at, Some(START));
-    assert_eq!(
-        client.gateway.environments(&topic()),
-        [Environment::Production, Environment::Sandbox]
-    );
+    assert_eq!(client.gateway.environments(&topic()), [Environment::Production, Environment::Sandbox]);
 }
 
 #[tokio::test]
@@ -583,11 +518,7 @@ async fn there_is_one_stream_until_the_limit_is_raised() {
     first.answer(200, "");
     server.next().await.answer(200, "");
     let third = server.next().await;
-    assert_eq!(
-        server.load.most.load(Ordering::SeqCst),
-        1,
-        "never more than one at a time"
-    );
+    assert_eq!(server.load.most.load(Ordering::SeqCst), 1, "never more than one at a time");
     server.allow(1, 1_000).await;
     let rest = server.next_many(17).await;
     third.answer(200, "");
@@ -606,11 +537,7 @@ async fn even_where_many_streams_are_allowed_the_first_request_goes_alone() {
     let first = server.next().await;
     until("the others wait", || client.production().waiting == 19).await;
     assert_eq!(client.production().in_flight, 1);
-    assert_eq!(
-        server.connections(),
-        1,
-        "nobody opens a second connection meanwhile"
-    );
+    assert_eq!(server.connections(), 1, "nobody opens a second connection meanwhile");
     first.answer(200, "");
     for got in server.next_many(19).await {
         got.answer(200, "");
@@ -626,17 +553,11 @@ async fn a_limit_that_falls_is_obeyed_at_once() {
     let before = client.send_n(10);
     let in_flight = server.next_many(10).await;
     server.allow(1, 1).await;
-    until("the client has seen it", || {
-        client.production().in_flight == 10
-    })
-    .await;
+    until("the client has seen it", || client.production().in_flight == 10).await;
     let after = client.send_n(5);
     until("five wait", || client.production().waiting == 5).await;
     for got in in_flight {
-        assert!(
-            server.has_nothing(),
-            "nothing new while the limit is exceeded"
-        );
+        assert!(server.has_nothing(), "nothing new while the limit is exceeded");
         got.answer(200, "");
     }
     server.load.most.store(0, Ordering::SeqCst);
@@ -657,11 +578,7 @@ async fn where_streams_are_scarce_more_connections_are_opened_up_to_the_bound() 
         server.next().await.answer(200, "");
     }
     assert_eq!(count(&outcomes(sent).await, &Outcome::Accepted), 12);
-    assert!(
-        (2..=3).contains(&server.connections()),
-        "{}",
-        server.connections()
-    );
+    assert!((2..=3).contains(&server.connections()), "{}", server.connections());
 }
 
 #[tokio::test]
@@ -676,10 +593,7 @@ async fn streams_above_the_last_one_of_a_goaway_come_back_unsent_and_go_elsewher
     until("three are left", || client.production().in_flight == 3).await;
     let again = client.send(push(77, Lane::Transactional));
     let elsewhere = server.next().await;
-    assert_eq!(
-        elsewhere.connection, 2,
-        "nothing new goes where GOAWAY was said"
-    );
+    assert_eq!(elsewhere.connection, 2, "nothing new goes where GOAWAY was said");
     elsewhere.answer(200, "");
     assert_eq!(outcome(again).await, Outcome::Accepted);
     for got in in_flight {
@@ -690,10 +604,7 @@ async fn streams_above_the_last_one_of_a_goaway_come_back_unsent_and_go_elsewher
     let all = outcomes(sent).await;
     assert_eq!(count(&all, &Outcome::Accepted), 3, "{all:?}");
     assert_eq!(count(&all, &Outcome::Unsent), 3, "{all:?}");
-    until("the old connection is gone", || {
-        client.production().connections == 1
-    })
-    .await;
+    until("the old connection is gone", || client.production().connections == 1).await;
 }
 
 #[tokio::test]
@@ -728,11 +639,7 @@ async fn another_reset_leaves_it_unknown() {
     let client = client(&server);
     client.warm_up(&mut server).await;
     let sent = client.send(push(1, Lane::Transactional));
-    server
-        .next()
-        .await
-        .respond
-        .send_reset(h2::Reason::INTERNAL_ERROR);
+    server.next().await.respond.send_reset(h2::Reason::INTERNAL_ERROR);
     assert_eq!(outcome(sent).await, Outcome::Unknown);
 }
 
@@ -763,10 +670,7 @@ async fn a_silent_server_leaves_it_unknown_after_the_deadline_and_the_connection
     until("back-off", || client.production().waiting == 1).await;
     client.clock.advance(Duration::from_secs(1));
     let got = server.next().await;
-    assert_eq!(
-        got.connection, 2,
-        "it acknowledges PINGs, but it answers nothing"
-    );
+    assert_eq!(got.connection, 2, "it acknowledges PINGs, but it answers nothing");
     got.answer(200, "");
     assert_eq!(outcome(again).await, Outcome::Accepted);
 }
@@ -780,20 +684,13 @@ async fn a_connection_that_does_not_acknowledge_a_ping_is_closed() {
     client.clock.advance(Duration::from_secs(61));
     let sent = client.send(push(1, Lane::Transactional));
     until("it waits for the PING", || client.production().waiting == 1).await;
-    assert_eq!(
-        server.load.heads.load(Ordering::SeqCst),
-        1,
-        "an idle connection is checked before it is used"
-    );
+    assert_eq!(server.load.heads.load(Ordering::SeqCst), 1, "an idle connection is checked before it is used");
     client.clock.advance(Duration::from_secs(10));
     let got = server.next().await;
     assert_eq!(got.connection, 2);
     got.answer(200, "");
     assert_eq!(outcome(sent).await, Outcome::Accepted);
-    until("the dead one is gone", || {
-        client.production().connections == 1
-    })
-    .await;
+    until("the dead one is gone", || client.production().connections == 1).await;
 }
 
 #[tokio::test]
@@ -823,16 +720,9 @@ async fn a_refused_credential_costs_few_requests() {
     }
     let all = outcomes(sent).await;
     let requests = seen.lock().unwrap().len();
-    let withheld = all
-        .iter()
-        .filter(|o| matches!(o, Outcome::Withheld(_)))
-        .count();
+    let withheld = all.iter().filter(|o| matches!(o, Outcome::Withheld(_))).count();
     assert_eq!(withheld, requests);
-    assert_eq!(
-        count(&all, &Outcome::Unsent),
-        50 - requests,
-        "the others were given back"
-    );
+    assert_eq!(count(&all, &Outcome::Unsent), 50 - requests, "the others were given back");
     assert!(requests <= 6, "{requests} requests in half a minute");
     // The last one may have opened when nobody waited any more.
     let connections = shared.orders.lock().unwrap().len();
@@ -868,22 +758,14 @@ async fn a_fence_that_closes_while_a_push_waits_for_a_stream_stops_it_before_the
     let fence = Switch::new(true);
     let fenced = client.send_fenced(push(2, Lane::Transactional), Arc::<Switch>::clone(&fence));
     until("it waits", || client.production().waiting == 1).await;
-    assert_eq!(
-        fence.asked.load(Ordering::SeqCst),
-        0,
-        "the fence is asked with a stream in hand"
-    );
+    assert_eq!(fence.asked.load(Ordering::SeqCst), 0, "the fence is asked with a stream in hand");
     fence.open.store(false, Ordering::SeqCst);
     got.answer(200, "");
     assert_eq!(outcome(first).await, Outcome::Accepted);
     assert_eq!(outcome(fenced).await, Outcome::Fenced);
     let next = client.send(push(3, Lane::Transactional));
     server.next().await.answer(200, "");
-    assert_eq!(
-        outcome(next).await,
-        Outcome::Accepted,
-        "its stream was given back"
-    );
+    assert_eq!(outcome(next).await, Outcome::Accepted, "its stream was given back");
     assert_eq!(
         server.load.heads.load(Ordering::SeqCst),
         2,
@@ -899,17 +781,11 @@ async fn a_fence_that_closes_while_the_body_waits_for_room_takes_the_push_back()
     server.window(1, 0).await;
     let fence = Switch::new(true);
     let sent = client.send_fenced(push(1, Lane::Transactional), Arc::<Switch>::clone(&fence));
-    until("the head came", || {
-        server.load.heads.load(Ordering::SeqCst) == 2
-    })
-    .await;
+    until("the head came", || server.load.heads.load(Ordering::SeqCst) == 2).await;
     fence.open.store(false, Ordering::SeqCst);
     server.window(1, 65_535).await;
     assert_eq!(outcome(sent).await, Outcome::Fenced);
-    until("it is taken back", || {
-        server.load.taken_back.load(Ordering::SeqCst) == 1
-    })
-    .await;
+    until("it is taken back", || server.load.taken_back.load(Ordering::SeqCst) == 1).await;
     assert!(server.has_nothing(), "no request came to its end");
     let next = client.send(push(2, Lane::Transactional));
     server.next().await.answer(200, "");
@@ -923,10 +799,7 @@ async fn a_body_that_fits_only_in_pieces_arrives_whole() {
     client.warm_up(&mut server).await;
     server.window(1, 10).await;
     let sent = client.send(push(1, Lane::Transactional));
-    until("the head came", || {
-        server.load.heads.load(Ordering::SeqCst) == 2
-    })
-    .await;
+    until("the head came", || server.load.heads.load(Ordering::SeqCst) == 2).await;
     server.window(1, 20).await;
     server.window(1, 100).await;
     let got = server.next().await;
@@ -942,10 +815,7 @@ async fn a_connection_lost_before_the_body_left_gives_the_push_back_unsent() {
     client.warm_up(&mut server).await;
     server.window(1, 0).await;
     let sent = client.send(push(1, Lane::Transactional));
-    until("the head came", || {
-        server.load.heads.load(Ordering::SeqCst) == 2
-    })
-    .await;
+    until("the head came", || server.load.heads.load(Ordering::SeqCst) == 2).await;
     server.order(1, Order::Cut);
     assert_eq!(outcome(sent).await, Outcome::Unsent);
 }
@@ -958,10 +828,7 @@ async fn nothing_is_written_once_its_deadline_has_passed() {
     server.window(1, 0).await;
     let deadline = START.plus(Duration::from_secs(5));
     let with_stream = client.send(push_until(1, Lane::Transactional, deadline));
-    until("the head came", || {
-        server.load.heads.load(Ordering::SeqCst) == 2
-    })
-    .await;
+    until("the head came", || server.load.heads.load(Ordering::SeqCst) == 2).await;
     let waiting = client.send(push_until(2, Lane::Transactional, deadline));
     until("the other waits", || client.production().waiting == 1).await;
     client.clock.advance(Duration::from_secs(5));
@@ -994,12 +861,7 @@ async fn the_urgent_lane_goes_first() {
         got.answer(200, "");
     }
     assert_eq!(order[0], "/3/device/00000064");
-    assert_eq!(
-        order[1..],
-        (1..=5)
-            .map(|n| format!("/3/device/{n:08x}"))
-            .collect::<Vec<_>>()
-    );
+    assert_eq!(order[1..], (1..=5).map(|n| format!("/3/device/{n:08x}")).collect::<Vec<_>>());
     assert_eq!(count(&outcomes(sent).await, &Outcome::Accepted), 7);
 }
 
@@ -1017,10 +879,7 @@ async fn where_nobody_listens_pushes_come_back_unsent_after_few_attempts() {
     let ca = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
     let client = client_with(port, ca.cert.pem().as_bytes(), |_| {});
     let sent = client.send_n(100);
-    until("the first attempt failed", || {
-        client.production().connect_error.is_some()
-    })
-    .await;
+    until("the first attempt failed", || client.production().connect_error.is_some()).await;
     for _ in 0..31 {
         client.clock.advance(Duration::from_secs(1));
         tokio::time::sleep(Duration::from_millis(10)).await;
@@ -1028,17 +887,8 @@ async fn where_nobody_listens_pushes_come_back_unsent_after_few_attempts() {
     let all = outcomes(sent).await;
     assert_eq!(count(&all, &Outcome::Unsent), 100);
     let attempts = attempts.load(Ordering::SeqCst);
-    assert!(
-        (3..=6).contains(&attempts),
-        "{attempts} attempts in half a minute"
-    );
-    assert!(
-        client
-            .production()
-            .connect_error
-            .unwrap()
-            .contains("TLS handshake")
-    );
+    assert!((3..=6).contains(&attempts), "{attempts} attempts in half a minute");
+    assert!(client.production().connect_error.unwrap().contains("TLS handshake"));
 }
 
 #[tokio::test]
@@ -1046,10 +896,7 @@ async fn a_server_without_http_2_is_named_as_the_fault() {
     let server = Server::start(Script { alpn: false, ..ONE }).await;
     let client = client(&server);
     let _sent = client.send(push(1, Lane::Transactional));
-    until("the attempt failed", || {
-        client.production().connect_error.is_some()
-    })
-    .await;
+    until("the attempt failed", || client.production().connect_error.is_some()).await;
     let error = client.production().connect_error.unwrap();
     assert!(error.contains("does not speak HTTP/2"), "{error}");
 }
@@ -1059,10 +906,7 @@ async fn a_server_that_nobody_vouches_for_is_refused() {
     let server = Server::start(ONE).await;
     let client = client_with(server.port, &[], |s| s.extra_roots_pem = None);
     let _sent = client.send(push(1, Lane::Transactional));
-    until("the attempt failed", || {
-        client.production().connect_error.is_some()
-    })
-    .await;
+    until("the attempt failed", || client.production().connect_error.is_some()).await;
     let error = client.production().connect_error.unwrap();
     assert!(error.contains("certificate"), "{error}");
 }
@@ -1077,10 +921,7 @@ async fn stop_gives_back_who_waits_and_lets_who_is_under_way_finish() {
     until("it waits", || client.production().waiting == 1).await;
     client.gateway.stop();
     assert_eq!(outcome(waiting).await, Outcome::Unsent);
-    assert_eq!(
-        outcome(client.send(push(3, Lane::Transactional))).await,
-        Outcome::Unsent
-    );
+    assert_eq!(outcome(client.send(push(3, Lane::Transactional))).await, Outcome::Unsent);
     let gateway = Arc::clone(&client.gateway);
     let closing = tokio::spawn(async move { gateway.close(Duration::from_secs(30)).await });
     got.answer(200, "");
@@ -1104,37 +945,20 @@ async fn two_credentials_never_meet_on_one_connection() {
         topic: topic.parse().unwrap(),
         environments: vec![Environment::Production],
         credential: Arc::new(
-            Credential::new(
-                team.parse().unwrap(),
-                "ABC123DEFG".parse().unwrap(),
-                &credential::generate().unwrap(),
-            )
-            .unwrap(),
+            Credential::new(team.parse().unwrap(), "ABC123DEFG".parse().unwrap(), &credential::generate().unwrap())
+                .unwrap(),
         ),
     };
     let mut apps = vec![app("fr.a", "TEAMAAAAAA"), app("fr.b", "TEAMBBBBBB")];
-    apps.push(App {
-        topic: "fr.c".parse().unwrap(),
-        ..apps[0].clone()
-    });
-    let gateway = ApnsGateway::new(
-        &settings,
-        &apps,
-        &clock,
-        &TaskTracker::new(),
-        &CancellationToken::new(),
-    )
-    .unwrap();
+    apps.push(App { topic: "fr.c".parse().unwrap(), ..apps[0].clone() });
+    let gateway = ApnsGateway::new(&settings, &apps, &clock, &TaskTracker::new(), &CancellationToken::new()).unwrap();
     let seen = server.answer_all(200, "");
     for topic in ["fr.a", "fr.b", "fr.c", "fr.a", "fr.b"] {
         let mut one = push(1, Lane::Transactional);
         let mut head = (*one.head).clone();
         head.topic = topic.parse().unwrap();
         one.head = Arc::new(head);
-        assert_eq!(
-            gateway.send(&one, &NoFence).await.outcome,
-            Outcome::Accepted
-        );
+        assert_eq!(gateway.send(&one, &NoFence).await.outcome, Outcome::Accepted);
     }
     let mut tokens: HashMap<usize, Vec<String>> = HashMap::new();
     for (connection, token) in seen.lock().unwrap().iter() {
@@ -1143,11 +967,7 @@ async fn two_credentials_never_meet_on_one_connection() {
             of.push(token.clone());
         }
     }
-    assert_eq!(
-        tokens.len(),
-        2,
-        "two topics of one credential share a connection"
-    );
+    assert_eq!(tokens.len(), 2, "two topics of one credential share a connection");
     assert!(tokens.values().all(|t| t.len() == 1));
 }
 
@@ -1155,9 +975,7 @@ async fn two_credentials_never_meet_on_one_connection() {
 fn issued_at(token: &str) -> i64 {
     use base64::Engine as _;
     let claims = token.split('.').nth(1).unwrap();
-    let claims = base64::engine::general_purpose::URL_SAFE_NO_PAD
-        .decode(claims)
-        .unwrap();
+    let claims = base64::engine::general_purpose::URL_SAFE_NO_PAD.decode(claims).unwrap();
     let claims: serde_json::Value = serde_json::from_slice(&claims).unwrap();
     claims["iat"].as_i64().unwrap()
 }
@@ -1174,10 +992,7 @@ async fn over_six_hours_no_connection_changes_its_token_within_21_minutes_or_sen
     let step = 50;
     for round in 0..(6 * 3600 / step) {
         let now = client.clock.now().as_seconds();
-        assert_eq!(
-            outcome(client.send(push(round, Lane::Transactional))).await,
-            Outcome::Accepted
-        );
+        assert_eq!(outcome(client.send(push(round, Lane::Transactional))).await, Outcome::Accepted);
         let (connection, token) = seen.lock().unwrap().last().unwrap().clone();
         let age = now - issued_at(&token);
         assert!((120..56 * 60).contains(&age), "a token of {age} s was sent");
@@ -1198,9 +1013,7 @@ async fn over_six_hours_no_connection_changes_its_token_within_21_minutes_or_sen
             let _ = shared.orders.lock().unwrap()[last - 1].send(Order::Cut);
             until("it is gone", || client.production().connections == 0).await;
         }
-        client
-            .clock
-            .advance(Duration::from_secs(u64::try_from(step).unwrap()));
+        client.clock.advance(Duration::from_secs(u64::try_from(step).unwrap()));
     }
     assert!(used.len() > 8, "{} connections", used.len());
     assert!(changes > 3, "{changes} changes");
@@ -1254,27 +1067,19 @@ async fn figures_of_the_gateway_beside_a_bare_h2_loop() {
 fn cpu_seconds() -> f64 {
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
     let after_name = stat.rsplit(')').next().unwrap_or_default();
-    let ticks: f64 = after_name
-        .split_whitespace()
-        .skip(11)
-        .take(2)
-        .filter_map(|t| t.parse::<f64>().ok())
-        .sum();
+    let ticks: f64 = after_name.split_whitespace().skip(11).take(2).filter_map(|t| t.parse::<f64>().ok()).sum();
     ticks / 100.0
 }
 
 async fn fast_server() -> (u16, Vec<u8>) {
     let key = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
-    let private =
-        rustls::pki_types::PrivateKeyDer::try_from(key.signing_key.serialize_der()).unwrap();
-    let mut config = rustls::ServerConfig::builder_with_provider(Arc::new(
-        rustls::crypto::ring::default_provider(),
-    ))
-    .with_safe_default_protocol_versions()
-    .unwrap()
-    .with_no_client_auth()
-    .with_single_cert(vec![key.cert.der().clone()], private)
-    .unwrap();
+    let private = rustls::pki_types::PrivateKeyDer::try_from(key.signing_key.serialize_der()).unwrap();
+    let mut config = rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(vec![key.cert.der().clone()], private)
+        .unwrap();
     config.alpn_protocols = vec![b"h2".to_vec()];
     let tls = tokio_rustls::TlsAcceptor::from(Arc::new(config));
     let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
@@ -1294,10 +1099,7 @@ async fn fast_server() -> (u16, Vec<u8>) {
                 while let Some(Ok((mut request, mut respond))) = connection.accept().await {
                     tokio::spawn(async move {
                         while let Some(Ok(piece)) = request.body_mut().data().await {
-                            let _ = request
-                                .body_mut()
-                                .flow_control()
-                                .release_capacity(piece.len());
+                            let _ = request.body_mut().flow_control().release_capacity(piece.len());
                         }
                         let _ = respond.send_response(Response::new(()), true);
                     });
@@ -1310,14 +1112,9 @@ async fn fast_server() -> (u16, Vec<u8>) {
 
 async fn bare_loop(port: u16, ca_pem: &[u8], pushes: usize, at_a_time: usize) -> f64 {
     let tls = sonnette::apns::tls::client_config(Some(ca_pem)).unwrap();
-    let tcp = tokio::net::TcpStream::connect(("127.0.0.1", port))
-        .await
-        .unwrap();
+    let tcp = tokio::net::TcpStream::connect(("127.0.0.1", port)).await.unwrap();
     tcp.set_nodelay(true).unwrap();
-    let stream = tokio_rustls::TlsConnector::from(tls)
-        .connect("localhost".try_into().unwrap(), tcp)
-        .await
-        .unwrap();
+    let stream = tokio_rustls::TlsConnector::from(tls).connect("localhost".try_into().unwrap(), tcp).await.unwrap();
     let (handle, connection) = h2::client::handshake(stream).await.unwrap();
     let driver = tokio::spawn(async move {
         let _ = connection.await;
@@ -1370,27 +1167,12 @@ async fn gateway_loop(port: u16, ca_pem: &[u8], pushes: usize, at_a_time: usize)
         max_connections: 1,
         ..Settings::default()
     };
-    let credential = Credential::new(
-        "ABCDE12345".parse().unwrap(),
-        "ABC123DEFG".parse().unwrap(),
-        &credential::generate().unwrap(),
-    )
-    .unwrap();
-    let app = App {
-        topic: topic(),
-        environments: vec![Environment::Production],
-        credential: Arc::new(credential),
-    };
-    let gateway = Arc::new(
-        ApnsGateway::new(
-            &settings,
-            &[app],
-            &clock,
-            &TaskTracker::new(),
-            &CancellationToken::new(),
-        )
-        .unwrap(),
-    );
+    let credential =
+        Credential::new("ABCDE12345".parse().unwrap(), "ABC123DEFG".parse().unwrap(), &credential::generate().unwrap())
+            .unwrap();
+    let app = App { topic: topic(), environments: vec![Environment::Production], credential: Arc::new(credential) };
+    let gateway =
+        Arc::new(ApnsGateway::new(&settings, &[app], &clock, &TaskTracker::new(), &CancellationToken::new()).unwrap());
     let mut head = (*push(0, Lane::Bulk).head).clone();
     head.deadline = clock.now().plus(Duration::from_secs(3600));
     let head = Arc::new(head);
@@ -1398,12 +1180,9 @@ async fn gateway_loop(port: u16, ca_pem: &[u8], pushes: usize, at_a_time: usize)
     let began = std::time::Instant::now();
     let tasks: Vec<_> = (0..at_a_time)
         .map(|_| {
-            let (left, gateway, head) =
-                (Arc::clone(&left), Arc::clone(&gateway), Arc::clone(&head));
+            let (left, gateway, head) = (Arc::clone(&left), Arc::clone(&gateway), Arc::clone(&head));
             tokio::spawn(async move {
-                while let Ok(number) =
-                    left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1))
-                {
+                while let Ok(number) = left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1)) {
                     let token = format!("{number:064x}").parse().unwrap();
                     let one = Push {
                         apns_id: ApnsId::derive(
@@ -1414,10 +1193,7 @@ async fn gateway_loop(port: u16, ca_pem: &[u8], pushes: usize, at_a_time: usize)
                         environment: Environment::Production,
                         token,
                     };
-                    assert_eq!(
-                        gateway.send(&one, &NoFence).await.outcome,
-                        Outcome::Accepted
-                    );
+                    assert_eq!(gateway.send(&one, &NoFence).await.outcome, Outcome::Accepted);
                 }
             })
         })
