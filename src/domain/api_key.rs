@@ -29,14 +29,7 @@ pub enum Scope {
 
 impl Scope {
     /// All of them.
-    pub const ALL: [Self; 6] = [
-        Self::Register,
-        Self::Send,
-        Self::Broadcast,
-        Self::Read,
-        Self::Metrics,
-        Self::Admin,
-    ];
+    pub const ALL: [Self; 6] = [Self::Register, Self::Send, Self::Broadcast, Self::Read, Self::Metrics, Self::Admin];
 
     /// The name on the command line, the API and in the database.
     #[must_use]
@@ -67,10 +60,7 @@ impl FromStr for Scope {
     type Err = NotAScope;
 
     fn from_str(text: &str) -> Result<Self, NotAScope> {
-        Self::ALL
-            .into_iter()
-            .find(|s| s.as_str() == text)
-            .ok_or_else(|| NotAScope(text.into()))
+        Self::ALL.into_iter().find(|s| s.as_str() == text).ok_or_else(|| NotAScope(text.into()))
     }
 }
 
@@ -89,13 +79,8 @@ impl FromStr for ApiKeyId {
     type Err = NotAnApiKeyId;
 
     fn from_str(text: &str) -> Result<Self, NotAnApiKeyId> {
-        let shaped =
-            text.len() == 16 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
-        if shaped {
-            Ok(Self(text.into()))
-        } else {
-            Err(NotAnApiKeyId)
-        }
+        let shaped = text.len() == 16 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+        if shaped { Ok(Self(text.into())) } else { Err(NotAnApiKeyId) }
     }
 }
 
@@ -113,10 +98,7 @@ impl PresentedKey {
     /// Makes a new key from 8 random bytes for the id and 32 for the secret.
     #[must_use]
     pub fn from_random(id: [u8; 8], secret: [u8; 32]) -> Self {
-        Self {
-            id: ApiKeyId(hex::encode(id).into()),
-            secret: Secret::new(hex::encode(secret).into()),
-        }
+        Self { id: ApiKeyId(hex::encode(id).into()), secret: Secret::new(hex::encode(secret).into()) }
     }
 
     /// Reads `sonnette_<id>_<secret>`; `None` if it does not have that shape.
@@ -127,10 +109,7 @@ impl PresentedKey {
         if !shaped {
             return None;
         }
-        Some(Self {
-            id: id.parse().ok()?,
-            secret: Secret::new(secret.into()),
-        })
+        Some(Self { id: id.parse().ok()?, secret: Secret::new(secret.into()) })
     }
 
     /// The whole key. For the one moment in which it is handed out.
@@ -183,9 +162,7 @@ impl ApiKey {
     /// Whether the key is for this app.
     #[must_use]
     pub fn is_for(&self, topic: &Topic) -> bool {
-        self.topics
-            .as_ref()
-            .is_none_or(|topics| topics.contains(topic))
+        self.topics.as_ref().is_none_or(|topics| topics.contains(topic))
     }
 }
 
@@ -200,13 +177,7 @@ mod tests {
         assert!(text.starts_with("sonnette_abababababababab_cdcd"));
         assert_eq!(PresentedKey::parse(&text).unwrap().hash(), made.hash());
         assert!(!format!("{made:?}").contains("cdcd"));
-        for bad in [
-            "",
-            "sonnette_",
-            "sonnette_abababababababab_",
-            "abababababababab_cd",
-            &text.replace('c', "z"),
-        ] {
+        for bad in ["", "sonnette_", "sonnette_abababababababab_", "abababababababab_cd", &text.replace('c', "z")] {
             assert!(PresentedKey::parse(bad).is_none(), "{bad:?} is refused");
         }
     }

@@ -40,19 +40,13 @@ impl Timestamp {
     /// This moment and `duration` more. Saturates.
     #[must_use]
     pub fn plus(self, duration: Duration) -> Self {
-        Self(
-            self.0
-                .saturating_add(i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)),
-        )
+        Self(self.0.saturating_add(i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)))
     }
 
     /// This moment less `duration`. Saturates.
     #[must_use]
     pub fn minus(self, duration: Duration) -> Self {
-        Self(
-            self.0
-                .saturating_sub(i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)),
-        )
+        Self(self.0.saturating_sub(i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)))
     }
 
     /// How long after `earlier` this is; zero if it is not after it.
@@ -86,9 +80,7 @@ impl FromStr for Timestamp {
     type Err = NotATime;
 
     fn from_str(text: &str) -> Result<Self, NotATime> {
-        text.parse::<jiff::Timestamp>()
-            .map(|at| Self(at.as_millisecond()))
-            .map_err(|_| NotATime)
+        text.parse::<jiff::Timestamp>().map(|at| Self(at.as_millisecond())).map_err(|_| NotATime)
     }
 }
 
@@ -130,9 +122,7 @@ impl SystemClock {
     /// The machine's clock; [`Clock::monotonic`] counts from now.
     #[must_use]
     pub fn new() -> Self {
-        Self {
-            origin: std::time::Instant::now(),
-        }
+        Self { origin: std::time::Instant::now() }
     }
 }
 
@@ -144,10 +134,7 @@ impl Default for SystemClock {
 
 impl Clock for SystemClock {
     fn now(&self) -> Timestamp {
-        #[expect(
-            clippy::disallowed_methods,
-            reason = "this is the one place that reads the machine's clock"
-        )]
+        #[expect(clippy::disallowed_methods, reason = "this is the one place that reads the machine's clock")]
         let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         Timestamp(since_epoch.map_or(0, |d| i64::try_from(d.as_millis()).unwrap_or(i64::MAX)))
     }
@@ -172,9 +159,7 @@ impl ManualClock {
     /// A clock that shows `now` until it is moved.
     #[must_use]
     pub fn new(now: Timestamp) -> Self {
-        Self {
-            time: watch::Sender::new((now.0, Duration::ZERO)),
-        }
+        Self { time: watch::Sender::new((now.0, Duration::ZERO)) }
     }
 
     /// Lets `duration` pass: both clocks move, and timers that have come due end.
@@ -220,10 +205,7 @@ mod tests {
     fn any_offset_is_read_and_z_is_written() {
         let at: Timestamp = "2026-11-22T19:15:00+01:00".parse().unwrap();
         assert_eq!(at.to_string(), "2026-11-22T18:15:00.000Z");
-        assert!(
-            "2026-11-22T19:15:00".parse::<Timestamp>().is_err(),
-            "a time without an offset is refused"
-        );
+        assert!("2026-11-22T19:15:00".parse::<Timestamp>().is_err(), "a time without an offset is refused");
         assert!("tomorrow".parse::<Timestamp>().is_err());
     }
 
@@ -233,10 +215,7 @@ mod tests {
         let mut timer = clock.sleep(Duration::from_secs(60));
         assert!(futures_util::poll!(&mut timer).is_pending());
         clock.set_wall(Timestamp::from_seconds(9_999));
-        assert!(
-            futures_util::poll!(&mut timer).is_pending(),
-            "setting the wall clock lets no time pass"
-        );
+        assert!(futures_util::poll!(&mut timer).is_pending(), "setting the wall clock lets no time pass");
         clock.advance(Duration::from_secs(60));
         timer.await;
         assert_eq!(clock.now(), Timestamp::from_seconds(10_059));

@@ -84,19 +84,14 @@ impl fmt::Display for DeliveryStatus {
 
 /// A text that names no delivery status.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "not a delivery status: pending, accepted, failed, unregistered, expired, cancelled, suppressed or unknown"
-)]
+#[error("not a delivery status: pending, accepted, failed, unregistered, expired, cancelled, suppressed or unknown")]
 pub struct NotADeliveryStatus;
 
 impl FromStr for DeliveryStatus {
     type Err = NotADeliveryStatus;
 
     fn from_str(text: &str) -> Result<Self, NotADeliveryStatus> {
-        Self::ALL
-            .into_iter()
-            .find(|s| s.as_str() == text)
-            .ok_or(NotADeliveryStatus)
+        Self::ALL.into_iter().find(|s| s.as_str() == text).ok_or(NotADeliveryStatus)
     }
 }
 
@@ -135,10 +130,7 @@ pub enum Target {
 
 /// Where the delivery to one target stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
-#[expect(
-    clippy::struct_excessive_bools,
-    reason = "four independent facts, each a bit of the compact form"
-)]
+#[expect(clippy::struct_excessive_bools, reason = "four independent facts, each a bit of the compact form")]
 pub struct State {
     /// The count word.
     pub status: DeliveryStatus,
@@ -177,12 +169,7 @@ impl State {
     /// Ended without an attempt, with a word of ours.
     #[must_use]
     pub fn ended(status: DeliveryStatus, cause: Cause, at: Timestamp) -> Self {
-        Self {
-            status,
-            cause: Some(cause),
-            at: Some(at),
-            ..Self::PENDING
-        }
+        Self { status, cause: Some(cause), at: Some(at), ..Self::PENDING }
     }
 
     /// Whether it is still open.
@@ -239,10 +226,7 @@ impl Chunk {
     /// How many stand where.
     #[must_use]
     pub fn counts(&self) -> Counts {
-        let mut counts = Counts {
-            targeted: self.targets.len() as u64,
-            ..Counts::default()
-        };
+        let mut counts = Counts { targeted: self.targets.len() as u64, ..Counts::default() };
         for state in &self.states {
             *match state.status {
                 DeliveryStatus::Pending => &mut counts.pending,
@@ -267,11 +251,7 @@ impl Chunk {
     /// When the next open target may be tried; `None` if none is open.
     #[must_use]
     pub fn next_try_at(&self, due_at: Timestamp) -> Option<Timestamp> {
-        self.states
-            .iter()
-            .filter(|s| s.is_open())
-            .map(|s| s.retry_at.unwrap_or(due_at))
-            .min()
+        self.states.iter().filter(|s| s.is_open()).map(|s| s.retry_at.unwrap_or(due_at)).min()
     }
 }
 
@@ -363,25 +343,20 @@ pub fn conclude(state: &State, reply: &Reply, with: Circumstances<'_>) -> Conclu
                     Some(DeviceEffect::Suspend)
                 } else {
                     // One environment alone proves nothing where the caller insisted on it.
-                    with.named_environment
-                        .is_none()
-                        .then_some(DeviceEffect::Bad)
+                    with.named_environment.is_none().then_some(DeviceEffect::Bad)
                 };
                 next.end(DeliveryStatus::Failed, cause, with.now);
             }
         }
         Outcome::Gone { since } => {
             let since = since.or(reply.sent_at).unwrap_or(with.now);
-            let reason = cause
-                .as_ref()
-                .map_or(Cow::Borrowed("Unregistered"), |c| c.reason.clone());
+            let reason = cause.as_ref().map_or(Cow::Borrowed("Unregistered"), |c| c.reason.clone());
             effect = Some(DeviceEffect::Dead { reason, since });
             next.end(DeliveryStatus::Unregistered, cause, with.now);
         }
         Outcome::Deferred { whose, after } => {
             next.cause = cause;
-            let delay =
-                after.unwrap_or_else(|| spread(delay_after(*whose, next.attempts), with.jitter));
+            let delay = after.unwrap_or_else(|| spread(delay_after(*whose, next.attempts), with.jitter));
             retry_or_expire(&mut next, delay, with);
         }
         Outcome::Withheld(found) => {
@@ -404,25 +379,15 @@ pub fn conclude(state: &State, reply: &Reply, with: Circumstances<'_>) -> Conclu
             }
         }
     }
-    Conclusion {
-        state: next,
-        effect,
-        fault,
-    }
+    Conclusion { state: next, effect, fault }
 }
 
 fn cause_of(answer: &Answer) -> Option<Cause> {
     if answer.status == 200 {
         return None;
     }
-    let reason = answer
-        .reason
-        .as_ref()
-        .map_or(Cow::Borrowed(""), |r| Cow::Owned(r.as_str().to_owned()));
-    Some(Cause {
-        apns_status: Some(answer.status),
-        reason,
-    })
+    let reason = answer.reason.as_ref().map_or(Cow::Borrowed(""), |r| Cow::Owned(r.as_str().to_owned()));
+    Some(Cause { apns_status: Some(answer.status), reason })
 }
 
 /// The sheet's retry arithmetic, §14. `attempt` counts from 1.
@@ -516,21 +481,13 @@ pub fn decode_targets(bytes: &[u8]) -> Result<Vec<Target>, NotAChunk> {
             tag @ (0 | 1) => {
                 let difference = u64::try_from(head >> 2).map_err(|_| NotAChunk::Damaged)?;
                 previous = previous.wrapping_add(unzigzag(difference));
-                let generation = if tag == 1 {
-                    Some(Generation(unzigzag(input.small()?)))
-                } else {
-                    None
-                };
-                targets.push(Target::Device {
-                    seq: DeviceSeq(previous),
-                    generation,
-                });
+                let generation = if tag == 1 { Some(Generation(unzigzag(input.small()?))) } else { None };
+                targets.push(Target::Device { seq: DeviceSeq(previous), generation });
             }
             2 => {
                 let index = u32::try_from(head >> 2).map_err(|_| NotAChunk::Damaged)?;
                 let length = usize::try_from(input.small()?).map_err(|_| NotAChunk::Damaged)?;
-                let token =
-                    DeviceToken::from_bytes(input.take(length)?).map_err(|_| NotAChunk::Damaged)?;
+                let token = DeviceToken::from_bytes(input.take(length)?).map_err(|_| NotAChunk::Damaged)?;
                 targets.push(Target::Token { index, token });
             }
             _ => return Err(NotAChunk::Damaged),
@@ -551,8 +508,7 @@ const REFUSED_SANDBOX: u8 = 1 << 3;
 const HAS_RETRY_AT: u8 = 1 << 4;
 const HAS_AT: u8 = 1 << 5;
 /// Only written with something to tell: the common end, `at` and nothing else, is folded into [`HAS_FACTS`] = 0.
-const FACTS_BEYOND_AT: u8 =
-    AMBIGUOUS | MARKED | REFUSED_PRODUCTION | REFUSED_SANDBOX | HAS_RETRY_AT;
+const FACTS_BEYOND_AT: u8 = AMBIGUOUS | MARKED | REFUSED_PRODUCTION | REFUSED_SANDBOX | HAS_RETRY_AT;
 
 /// The compact form of states: version, a base time, then runs of equal states. Neighbours that ended in one settle
 /// share a time and so a run: a broadcast costs well under a byte a device.
@@ -560,11 +516,7 @@ const FACTS_BEYOND_AT: u8 =
 /// `code` numbers a cause in the dictionary of reasons.
 #[must_use]
 pub fn encode_states(states: &[State], mut code: impl FnMut(&Cause) -> u32) -> Vec<u8> {
-    let base = states
-        .iter()
-        .filter_map(|s| s.at)
-        .min()
-        .map_or(0, Timestamp::as_millis);
+    let base = states.iter().filter_map(|s| s.at).min().map_or(0, Timestamp::as_millis);
     let mut out = vec![VERSION];
     out.extend_from_slice(&base.to_be_bytes());
     let mut rest = states;
@@ -594,9 +546,7 @@ fn put_state(out: &mut Vec<u8>, state: &State, base: i64, code: &mut impl FnMut(
     // An ended state always has a time, an untouched one never: only what differs from that needs facts.
     let usual = if state.is_open() { 0 } else { HAS_AT };
     let has_facts = facts & FACTS_BEYOND_AT != 0 || facts & HAS_AT != usual;
-    let attempts = u8::try_from(state.attempts)
-        .unwrap_or(u8::MAX)
-        .min(ATTEMPTS_FOLLOW);
+    let attempts = u8::try_from(state.attempts).unwrap_or(u8::MAX).min(ATTEMPTS_FOLLOW);
     let mut head = state.status.code() | attempts << ATTEMPTS_SHIFT;
     if state.cause.is_some() {
         head |= HAS_CAUSE;
@@ -618,10 +568,7 @@ fn put_state(out: &mut Vec<u8>, state: &State, base: i64, code: &mut impl FnMut(
         put_varint(out, u128::from(zigzag(at.as_millis().wrapping_sub(base))));
     }
     if let Some(retry_at) = state.retry_at {
-        put_varint(
-            out,
-            u128::from(zigzag(retry_at.as_millis().wrapping_sub(base))),
-        );
+        put_varint(out, u128::from(zigzag(retry_at.as_millis().wrapping_sub(base))));
     }
 }
 
@@ -635,11 +582,7 @@ pub fn decode_states(
     cause: impl Fn(u32) -> Option<Cause>,
 ) -> Result<Vec<State>, NotAChunk> {
     let mut input = Input::open(bytes)?;
-    let base = input
-        .take(8)?
-        .try_into()
-        .map(i64::from_be_bytes)
-        .map_err(|_| NotAChunk::Damaged)?;
+    let base = input.take(8)?.try_into().map(i64::from_be_bytes).map_err(|_| NotAChunk::Damaged)?;
     let mut states = Vec::with_capacity(targets);
     while !input.is_empty() {
         let run = usize::try_from(input.small()?).map_err(|_| NotAChunk::Damaged)?;
@@ -649,18 +592,10 @@ pub fn decode_states(
         let state = take_state(&mut input, base, &cause)?;
         states.extend(std::iter::repeat_n(state, run));
     }
-    if states.len() == targets {
-        Ok(states)
-    } else {
-        Err(NotAChunk::Damaged)
-    }
+    if states.len() == targets { Ok(states) } else { Err(NotAChunk::Damaged) }
 }
 
-fn take_state(
-    input: &mut Input<'_>,
-    base: i64,
-    cause: &impl Fn(u32) -> Option<Cause>,
-) -> Result<State, NotAChunk> {
+fn take_state(input: &mut Input<'_>, base: i64, cause: &impl Fn(u32) -> Option<Cause>) -> Result<State, NotAChunk> {
     let head = input.byte()?;
     let status = DeliveryStatus::from_code(head & 7).ok_or(NotAChunk::Damaged)?;
     let attempts = match head >> ATTEMPTS_SHIFT {
@@ -684,9 +619,7 @@ fn take_state(
         if facts & flag == 0 {
             return Ok(None);
         }
-        Ok(Some(Timestamp::from_millis(
-            base.wrapping_add(unzigzag(input.small()?)),
-        )))
+        Ok(Some(Timestamp::from_millis(base.wrapping_add(unzigzag(input.small()?)))))
     };
     let at = time(HAS_AT)?;
     let retry_at = time(HAS_RETRY_AT)?;
@@ -794,11 +727,7 @@ mod tests {
             reason: (!reason.is_empty()).then(|| Reason::from(reason)),
             apns_unique_id: None,
         });
-        Reply {
-            outcome,
-            answer,
-            sent_at: Some(NOW),
-        }
+        Reply { outcome, answer, sent_at: Some(NOW) }
     }
 
     fn bad_token() -> Reply {
@@ -807,44 +736,21 @@ mod tests {
 
     #[test]
     fn after_an_ambiguous_attempt_only_accepted_or_unknown_end_a_delivery() {
-        let unanswered = conclude(
-            &State::PENDING,
-            &reply(Outcome::Unknown, 0, ""),
-            circumstances(),
-        )
-        .state;
+        let unanswered = conclude(&State::PENDING, &reply(Outcome::Unknown, 0, ""), circumstances()).state;
         assert!(unanswered.is_open() && unanswered.ambiguous);
-        let gone = conclude(
-            &unanswered,
-            &reply(Outcome::Gone { since: None }, 410, "Unregistered"),
-            circumstances(),
-        );
+        let gone = conclude(&unanswered, &reply(Outcome::Gone { since: None }, 410, "Unregistered"), circumstances());
         assert_eq!(gone.state.status, DeliveryStatus::Unknown);
-        assert!(
-            matches!(gone.effect, Some(DeviceEffect::Dead { .. })),
-            "a 410 still deactivates"
-        );
-        let failed = conclude(
-            &unanswered,
-            &reply(Outcome::Rejected, 413, "PayloadTooLarge"),
-            circumstances(),
-        );
+        assert!(matches!(gone.effect, Some(DeviceEffect::Dead { .. })), "a 410 still deactivates");
+        let failed = conclude(&unanswered, &reply(Outcome::Rejected, 413, "PayloadTooLarge"), circumstances());
         assert_eq!(failed.state.status, DeliveryStatus::Unknown);
-        let accepted = conclude(
-            &unanswered,
-            &reply(Outcome::Accepted, 200, ""),
-            circumstances(),
-        );
+        let accepted = conclude(&unanswered, &reply(Outcome::Accepted, 200, ""), circumstances());
         assert_eq!(accepted.state.status, DeliveryStatus::Accepted);
         assert_eq!(accepted.state.attempts, 2);
     }
 
     #[test]
     fn an_unanswered_write_is_not_repeated_when_told_to_stop() {
-        let with = Circumstances {
-            on_unknown: OnUnknown::Stop,
-            ..circumstances()
-        };
+        let with = Circumstances { on_unknown: OnUnknown::Stop, ..circumstances() };
         let state = conclude(&State::PENDING, &reply(Outcome::Unknown, 0, ""), with).state;
         assert_eq!(state.status, DeliveryStatus::Unknown);
     }
@@ -853,61 +759,33 @@ mod tests {
     fn a_bad_token_never_accepted_is_tried_once_in_the_other_environment() {
         let first = conclude(&State::PENDING, &bad_token(), circumstances());
         assert!(first.state.is_open() && first.effect.is_none());
-        let sandbox = Circumstances {
-            environment: Environment::Sandbox,
-            ..circumstances()
-        };
+        let sandbox = Circumstances { environment: Environment::Sandbox, ..circumstances() };
         let both = conclude(&first.state, &bad_token(), sandbox);
-        assert_eq!(
-            (both.state.status, both.effect),
-            (DeliveryStatus::Failed, Some(DeviceEffect::Bad))
-        );
+        assert_eq!((both.state.status, both.effect), (DeliveryStatus::Failed, Some(DeviceEffect::Bad)));
         let learned = conclude(&first.state, &reply(Outcome::Accepted, 200, ""), sandbox);
-        assert_eq!(
-            learned.effect,
-            Some(DeviceEffect::Accepted(Environment::Sandbox))
-        );
+        assert_eq!(learned.effect, Some(DeviceEffect::Accepted(Environment::Sandbox)));
     }
 
     #[test]
     fn a_bad_token_once_accepted_is_suspended_and_not_tried_elsewhere() {
-        let with = Circumstances {
-            ever_accepted: true,
-            ..circumstances()
-        };
+        let with = Circumstances { ever_accepted: true, ..circumstances() };
         let refused = conclude(&State::PENDING, &bad_token(), with);
-        assert_eq!(
-            (refused.state.status, refused.effect),
-            (DeliveryStatus::Failed, Some(DeviceEffect::Suspend))
-        );
+        assert_eq!((refused.state.status, refused.effect), (DeliveryStatus::Failed, Some(DeviceEffect::Suspend)));
     }
 
     #[test]
     fn a_bad_token_in_an_environment_that_the_caller_named_proves_nothing() {
-        let with = Circumstances {
-            named_environment: Some(Environment::Production),
-            ..circumstances()
-        };
+        let with = Circumstances { named_environment: Some(Environment::Production), ..circumstances() };
         let refused = conclude(&State::PENDING, &bad_token(), with);
-        assert_eq!(
-            (refused.state.status, refused.effect),
-            (DeliveryStatus::Failed, None)
-        );
+        assert_eq!((refused.state.status, refused.effect), (DeliveryStatus::Failed, None));
     }
 
     #[test]
     fn our_own_fault_holds_nothing_against_the_device() {
-        let fault = Fault {
-            status: 403,
-            reason: Reason::InvalidProviderToken,
-        };
+        let fault = Fault { status: 403, reason: Reason::InvalidProviderToken };
         let withheld = conclude(
             &State::PENDING,
-            &reply(
-                Outcome::Withheld(fault.clone()),
-                403,
-                "InvalidProviderToken",
-            ),
+            &reply(Outcome::Withheld(fault.clone()), 403, "InvalidProviderToken"),
             circumstances(),
         );
         assert!(withheld.state.is_open() && withheld.effect.is_none());
@@ -916,19 +794,10 @@ mod tests {
 
     #[test]
     fn retries_follow_the_sheet_and_end_at_the_deadline() {
-        let busy = |whose| {
-            reply(
-                Outcome::Deferred { whose, after: None },
-                503,
-                "ServiceUnavailable",
-            )
-        };
+        let busy = |whose| reply(Outcome::Deferred { whose, after: None }, 503, "ServiceUnavailable");
         let mut state = State::PENDING;
         let mut delays = Vec::new();
-        let with = Circumstances {
-            deadline: NOW.plus(Duration::from_secs(100_000)),
-            ..circumstances()
-        };
+        let with = Circumstances { deadline: NOW.plus(Duration::from_secs(100_000)), ..circumstances() };
         for _ in 0..6 {
             state = conclude(&state, &busy(Busy::Server), with).state;
             delays.push(state.retry_at.unwrap().since(NOW).as_secs());
@@ -941,66 +810,32 @@ mod tests {
             delays.push(state.retry_at.unwrap().since(NOW).as_secs());
         }
         assert_eq!(delays, [2, 4, 8, 16, 32, 64, 128, 256, 300]);
-        let late = Circumstances {
-            deadline: NOW.plus(Duration::from_millis(900)),
-            ..circumstances()
-        };
+        let late = Circumstances { deadline: NOW.plus(Duration::from_millis(900)), ..circumstances() };
         let expired = conclude(&State::PENDING, &busy(Busy::Server), late).state;
         assert_eq!(expired.status, DeliveryStatus::Expired);
-        assert_eq!(
-            expired.cause.unwrap().reason,
-            "ServiceUnavailable",
-            "what APNs last said is kept"
-        );
+        assert_eq!(expired.cause.unwrap().reason, "ServiceUnavailable", "what APNs last said is kept");
     }
 
     #[test]
     fn retry_after_is_honoured_but_not_past_the_deadline() {
         let after = |seconds| {
             let after = Some(Duration::from_secs(seconds));
-            let reply = reply(
-                Outcome::Deferred {
-                    whose: Busy::Server,
-                    after,
-                },
-                503,
-                "",
-            );
-            conclude(&State::PENDING, &reply, circumstances())
-                .state
-                .retry_at
-                .unwrap()
-                .since(NOW)
-                .as_secs()
+            let reply = reply(Outcome::Deferred { whose: Busy::Server, after }, 503, "");
+            conclude(&State::PENDING, &reply, circumstances()).state.retry_at.unwrap().since(NOW).as_secs()
         };
         assert_eq!(after(77), 77);
         assert_eq!(after(7_700), 599);
     }
 
     fn dictionary() -> Vec<Cause> {
-        vec![
-            own::OWNER_CHANGED,
-            Cause {
-                apns_status: Some(410),
-                reason: "Unregistered".into(),
-            },
-        ]
+        vec![own::OWNER_CHANGED, Cause { apns_status: Some(410), reason: "Unregistered".into() }]
     }
 
     fn samples() -> Vec<State> {
         let causes = dictionary();
-        let accepted = State {
-            status: DeliveryStatus::Accepted,
-            attempts: 1,
-            at: Some(NOW),
-            ..State::PENDING
-        };
+        let accepted = State { status: DeliveryStatus::Accepted, attempts: 1, at: Some(NOW), ..State::PENDING };
         let mut states = vec![accepted; 500];
-        states.push(State::ended(
-            DeliveryStatus::Suppressed,
-            causes[0].clone(),
-            NOW.plus(Duration::from_millis(7)),
-        ));
+        states.push(State::ended(DeliveryStatus::Suppressed, causes[0].clone(), NOW.plus(Duration::from_millis(7))));
         states.push(State {
             attempts: 70_000,
             cause: Some(causes[1].clone()),
@@ -1025,24 +860,15 @@ mod tests {
 
     fn encoded(states: &[State]) -> Vec<u8> {
         let causes = dictionary();
-        encode_states(states, |cause| {
-            u32::try_from(causes.iter().position(|c| c == cause).unwrap()).unwrap()
-        })
+        encode_states(states, |cause| u32::try_from(causes.iter().position(|c| c == cause).unwrap()).unwrap())
     }
 
     #[test]
     fn states_survive_their_compact_form() {
         let causes = dictionary();
         let bytes = encoded(&samples());
-        assert!(
-            bytes.len() < 80,
-            "500 equal outcomes are one run: {} bytes",
-            bytes.len()
-        );
-        let read = decode_states(&bytes, samples().len(), |code| {
-            causes.get(code as usize).cloned()
-        })
-        .unwrap();
+        assert!(bytes.len() < 80, "500 equal outcomes are one run: {} bytes", bytes.len());
+        let read = decode_states(&bytes, samples().len(), |code| causes.get(code as usize).cloned()).unwrap();
         assert_eq!(read, samples());
     }
 
@@ -1050,48 +876,24 @@ mod tests {
     fn a_compact_form_with_an_outcome_missing_or_too_many_does_not_decode() {
         let causes = dictionary();
         let bytes = encoded(&samples());
-        let decode =
-            |bytes: &[u8], n| decode_states(bytes, n, |code| causes.get(code as usize).cloned());
+        let decode = |bytes: &[u8], n| decode_states(bytes, n, |code| causes.get(code as usize).cloned());
         assert_eq!(decode(&bytes, samples().len() + 1), Err(NotAChunk::Damaged));
         assert_eq!(decode(&bytes, samples().len() - 1), Err(NotAChunk::Damaged));
-        assert_eq!(
-            decode(&bytes[..bytes.len() - 1], samples().len()),
-            Err(NotAChunk::Damaged)
-        );
+        assert_eq!(decode(&bytes[..bytes.len() - 1], samples().len()), Err(NotAChunk::Damaged));
         assert_eq!(decode(&[9], 0), Err(NotAChunk::Version(9)));
-        assert!(matches!(
-            decode_states(&bytes, samples().len(), |_| None),
-            Err(NotAChunk::Reason(_))
-        ));
+        assert!(matches!(decode_states(&bytes, samples().len(), |_| None), Err(NotAChunk::Reason(_))));
     }
 
     #[test]
     fn targets_survive_their_compact_form_at_a_byte_or_two_a_device() {
-        let mut targets: Vec<Target> = (0..1_000)
-            .map(|i| Target::Device {
-                seq: DeviceSeq(5_000_000 + i),
-                generation: None,
-            })
-            .collect();
+        let mut targets: Vec<Target> =
+            (0..1_000).map(|i| Target::Device { seq: DeviceSeq(5_000_000 + i), generation: None }).collect();
         let bytes = encode_targets(&targets);
-        assert!(
-            bytes.len() < 1_010,
-            "{} bytes for 1,000 neighbours",
-            bytes.len()
-        );
+        assert!(bytes.len() < 1_010, "{} bytes for 1,000 neighbours", bytes.len());
         assert_eq!(decode_targets(&bytes).unwrap(), targets);
-        targets.push(Target::Device {
-            seq: DeviceSeq(3),
-            generation: Some(Generation(4)),
-        });
-        targets.push(Target::Token {
-            index: 19_999,
-            token: "a1b2c3".parse().unwrap(),
-        });
-        targets.push(Target::Device {
-            seq: DeviceSeq(i64::MAX),
-            generation: Some(Generation(0)),
-        });
+        targets.push(Target::Device { seq: DeviceSeq(3), generation: Some(Generation(4)) });
+        targets.push(Target::Token { index: 19_999, token: "a1b2c3".parse().unwrap() });
+        targets.push(Target::Device { seq: DeviceSeq(i64::MAX), generation: Some(Generation(0)) });
         assert_eq!(decode_targets(&encode_targets(&targets)).unwrap(), targets);
     }
 }

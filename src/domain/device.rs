@@ -25,9 +25,7 @@ pub struct DeviceToken(Box<str>);
 
 /// A text that is no device token. The text itself is not repeated: tokens are not shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "not a device token: 1 to 256 bytes as hex digits, without spaces, angle brackets or base64"
-)]
+#[error("not a device token: 1 to 256 bytes as hex digits, without spaces, angle brackets or base64")]
 pub struct NotADeviceToken;
 
 impl DeviceToken {
@@ -60,9 +58,7 @@ impl DeviceToken {
     /// The last six digits, by which people recognise a token.
     #[must_use]
     pub fn hint(&self) -> &str {
-        self.0
-            .get(self.0.len().saturating_sub(6)..)
-            .unwrap_or(&self.0)
+        self.0.get(self.0.len().saturating_sub(6)..).unwrap_or(&self.0)
     }
 
     /// Eight hex digits of the token's SHA-256: tells tokens apart in a log without holding one.
@@ -81,11 +77,7 @@ impl FromStr for DeviceToken {
             && text.len().is_multiple_of(2)
             && text.len() <= 2 * Self::MAX_BYTES
             && text.bytes().all(|b| b.is_ascii_hexdigit());
-        if shaped {
-            Ok(Self(text.to_ascii_lowercase().into()))
-        } else {
-            Err(NotADeviceToken)
-        }
+        if shaped { Ok(Self(text.to_ascii_lowercase().into())) } else { Err(NotADeviceToken) }
     }
 }
 
@@ -207,10 +199,7 @@ impl FromStr for DeviceStatus {
     type Err = NotADeviceStatus;
 
     fn from_str(text: &str) -> Result<Self, NotADeviceStatus> {
-        Self::ALL
-            .into_iter()
-            .find(|s| s.as_str() == text)
-            .ok_or(NotADeviceStatus)
+        Self::ALL.into_iter().find(|s| s.as_str() == text).ok_or(NotADeviceStatus)
     }
 }
 
@@ -300,10 +289,7 @@ pub enum Proof {
 
 /// One checked registration. Whether its `user_id` is allowed was decided before: [`Registration::proof`] tells how.
 #[derive(Debug, Clone)]
-#[expect(
-    missing_docs,
-    reason = "each field is the one of the same name in `Device`"
-)]
+#[expect(missing_docs, reason = "each field is the one of the same name in `Device`")]
 pub struct Registration {
     pub topic: Topic,
     pub token: DeviceToken,
@@ -385,9 +371,7 @@ impl Device {
         if registration.activity_id.is_some() {
             self.activity_id.clone_from(&registration.activity_id);
         }
-        self.installation_id = registration
-            .installation_id
-            .applied_to(self.installation_id.take());
+        self.installation_id = registration.installation_id.applied_to(self.installation_id.take());
         self.locale = registration.locale.applied_to(self.locale.take());
         self.time_zone = registration.time_zone.applied_to(self.time_zone.take());
         self.app_version = registration.app_version.applied_to(self.app_version.take());
@@ -502,14 +486,8 @@ mod tests {
         one.user_id = user("livreur-42");
         let mut device = one.into_device(AT);
         assert_eq!(device.generation, Generation(1));
-        assert!(
-            !device.refresh(&one, LATER),
-            "the same user again changes nothing"
-        );
-        assert!(
-            !device.refresh(&registration("a1b2"), LATER),
-            "an absent user is unchanged"
-        );
+        assert!(!device.refresh(&one, LATER), "the same user again changes nothing");
+        assert!(!device.refresh(&registration("a1b2"), LATER), "an absent user is unchanged");
         assert_eq!(device.generation, Generation(1));
         one.user_id = user("livreur-7");
         assert!(device.refresh(&one, LATER));
@@ -543,11 +521,7 @@ mod tests {
         device.environment = Some(Environment::Sandbox); // learned from APNs
         device.refresh(&registration("a1b2"), LATER);
         device.refresh(&named, LATER);
-        assert_eq!(
-            device.environment,
-            Some(Environment::Sandbox),
-            "naming the same again undoes nothing"
-        );
+        assert_eq!(device.environment, Some(Environment::Sandbox), "naming the same again undoes nothing");
         named.environment = Field::Set(Environment::Sandbox);
         device.refresh(&named, LATER);
         named.environment = Field::Set(Environment::Production);
@@ -570,21 +544,11 @@ mod tests {
         };
         assert_eq!(replaced(Proof::None).user_id, None);
         assert_eq!(replaced(Proof::None).generation, Generation(2));
-        assert_eq!(
-            replaced(Proof::User("livreur-7".parse().unwrap())).user_id,
-            None
-        );
+        assert_eq!(replaced(Proof::User("livreur-7".parse().unwrap())).user_id, None);
         let kept = replaced(Proof::User("livreur-42".parse().unwrap()));
-        assert_eq!(
-            (kept.user_id, kept.generation),
-            (device.user_id.clone(), device.generation)
-        );
+        assert_eq!((kept.user_id, kept.generation), (device.user_id.clone(), device.generation));
         assert_eq!(replaced(Proof::Server).user_id, device.user_id);
-        assert_eq!(
-            replaced(Proof::None).tags,
-            device.tags,
-            "tags stay with the installation"
-        );
+        assert_eq!(replaced(Proof::None).tags, device.tags, "tags stay with the installation");
         assert_eq!(replaced(Proof::None).id, device.id);
     }
 }

@@ -36,9 +36,7 @@ impl FromStr for Reference {
 
     fn from_str(text: &str) -> Result<Self, NotInBounds> {
         if text.is_empty() || text.len() > Self::MAX_BYTES {
-            return Err(NotInBounds {
-                max: Self::MAX_BYTES,
-            });
+            return Err(NotInBounds { max: Self::MAX_BYTES });
         }
         Ok(Self(text.into()))
     }
@@ -195,9 +193,7 @@ impl Notification {
     pub fn apns_collapse_id(&self) -> Option<CollapseId> {
         match &self.collapse_id {
             Some(given) => Some(given.clone()),
-            None => self
-                .derives_collapse_id
-                .then(|| CollapseId::derived(self.id)),
+            None => self.derives_collapse_id.then(|| CollapseId::derived(self.id)),
         }
     }
 
@@ -255,13 +251,7 @@ pub enum NotificationStatus {
 
 impl NotificationStatus {
     /// All of them.
-    pub const ALL: [Self; 5] = [
-        Self::Scheduled,
-        Self::Queued,
-        Self::Sending,
-        Self::Done,
-        Self::Cancelled,
-    ];
+    pub const ALL: [Self; 5] = [Self::Scheduled, Self::Queued, Self::Sending, Self::Done, Self::Cancelled];
 
     /// The name on the API.
     #[must_use]
@@ -291,10 +281,7 @@ impl FromStr for NotificationStatus {
     type Err = NotAStatus;
 
     fn from_str(text: &str) -> Result<Self, NotAStatus> {
-        Self::ALL
-            .into_iter()
-            .find(|s| s.as_str() == text)
-            .ok_or(NotAStatus)
+        Self::ALL.into_iter().find(|s| s.as_str() == text).ok_or(NotAStatus)
     }
 }
 
@@ -311,10 +298,7 @@ pub struct WaitingFor {
 
 /// A notification as it is read back: what `POST` and `GET /v1/notifications` answer.
 #[derive(Debug, Clone)]
-#[expect(
-    missing_docs,
-    reason = "the fields of the API's answer, explained in design.md"
-)]
+#[expect(missing_docs, reason = "the fields of the API's answer, explained in design.md")]
 pub struct NotificationView {
     pub id: NotificationId,
     pub status: NotificationStatus,

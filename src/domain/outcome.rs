@@ -95,10 +95,7 @@ impl Fault {
             Reason::ExpiredProviderToken => {
                 "APNs finds the provider token too old: this machine's clock is wrong; set it by NTP."
             }
-            Reason::TopicDisallowed
-            | Reason::BadTopic
-            | Reason::MissingTopic
-            | Reason::TopicMismatch => {
+            Reason::TopicDisallowed | Reason::BadTopic | Reason::MissingTopic | Reason::TopicMismatch => {
                 "The key may not push to this topic: check `topic` in apps.toml, that the bundle id belongs to `team_id`, that Push Notifications is enabled for it, and, for a topic-specific key, that the key lists it."
             }
             Reason::BadEnvironmentKeyIdInToken
@@ -115,9 +112,7 @@ impl Fault {
             Reason::BadDeviceToken => {
                 "Tokens that worked are refused in a wave: check `environments` in apps.toml and the addresses in [apns]."
             }
-            _ => {
-                "APNs refuses this credential: check the key in the Apple developer account, and apps.toml."
-            }
+            _ => "APNs refuses this credential: check the key in the Apple developer account, and apps.toml.",
         }
     }
 }
@@ -194,10 +189,7 @@ impl Cause {
     /// A word of our own.
     #[must_use]
     pub const fn own(reason: &'static str) -> Self {
-        Self {
-            apns_status: None,
-            reason: Cow::Borrowed(reason),
-        }
+        Self { apns_status: None, reason: Cow::Borrowed(reason) }
     }
 }
 

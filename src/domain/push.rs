@@ -6,16 +6,11 @@ use std::{fmt, str::FromStr, time::Duration};
 
 use uuid::Uuid;
 
-use super::{
-    clock::Timestamp, device::DeviceToken, notification::NotificationId, text_value, topic::Topic,
-};
+use super::{clock::Timestamp, device::DeviceToken, notification::NotificationId, text_value, topic::Topic};
 
 /// What kind of push this is: the value of `apns-push-type`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-#[expect(
-    missing_docs,
-    reason = "Apple's own words, each explained in docs and in Apple's table"
-)]
+#[expect(missing_docs, reason = "Apple's own words, each explained in docs and in Apple's table")]
 pub enum PushType {
     Alert,
     Background,
@@ -140,10 +135,7 @@ impl FromStr for PushType {
     type Err = NotAPushType;
 
     fn from_str(text: &str) -> Result<Self, NotAPushType> {
-        Self::ALL
-            .into_iter()
-            .find(|t| t.as_str() == text)
-            .ok_or(NotAPushType)
+        Self::ALL.into_iter().find(|t| t.as_str() == text).ok_or(NotAPushType)
     }
 }
 
@@ -286,14 +278,8 @@ impl FromStr for CollapseId {
     type Err = NotACollapseId;
 
     fn from_str(text: &str) -> Result<Self, NotACollapseId> {
-        let shaped = !text.is_empty()
-            && text.len() <= Self::MAX_BYTES
-            && text.bytes().all(|b| b.is_ascii_graphic());
-        if shaped {
-            Ok(Self(text.into()))
-        } else {
-            Err(NotACollapseId)
-        }
+        let shaped = !text.is_empty() && text.len() <= Self::MAX_BYTES && text.bytes().all(|b| b.is_ascii_graphic());
+        if shaped { Ok(Self(text.into())) } else { Err(NotACollapseId) }
     }
 }
 
@@ -309,14 +295,8 @@ impl ApnsId {
     #[must_use]
     pub fn derive(notification: NotificationId, recipient: Recipient<'_>) -> Self {
         match recipient {
-            Recipient::Device(id) => Self(Uuid::new_v5(
-                notification.as_uuid(),
-                id.as_uuid().as_bytes(),
-            )),
-            Recipient::Token(token) => Self(Uuid::new_v5(
-                notification.as_uuid(),
-                token.as_hex().as_bytes(),
-            )),
+            Recipient::Device(id) => Self(Uuid::new_v5(notification.as_uuid(), id.as_uuid().as_bytes())),
+            Recipient::Token(token) => Self(Uuid::new_v5(notification.as_uuid(), token.as_hex().as_bytes())),
         }
     }
 
@@ -373,14 +353,8 @@ mod tests {
         let notification: NotificationId = "0193515e-8f00-7abc-8def-0123456789ab".parse().unwrap();
         let one = Recipient::Device("0193515e-8f00-7abc-8def-000000000001".parse().unwrap());
         let two = Recipient::Device("0193515e-8f00-7abc-8def-000000000002".parse().unwrap());
-        assert_eq!(
-            ApnsId::derive(notification, one),
-            ApnsId::derive(notification, one)
-        );
-        assert_ne!(
-            ApnsId::derive(notification, one),
-            ApnsId::derive(notification, two)
-        );
+        assert_eq!(ApnsId::derive(notification, one), ApnsId::derive(notification, one));
+        assert_ne!(ApnsId::derive(notification, one), ApnsId::derive(notification, two));
     }
 
     #[test]

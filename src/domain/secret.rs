@@ -39,9 +39,6 @@ mod tests {
 
     #[test]
     fn a_secret_is_not_shown() {
-        assert_eq!(
-            format!("{:?}", Some(Secret::new("hunter2"))),
-            "Some([secret])"
-        );
+        assert_eq!(format!("{:?}", Some(Secret::new("hunter2"))), "Some([secret])");
     }
 }

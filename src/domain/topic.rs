@@ -25,14 +25,8 @@ impl FromStr for Topic {
     fn from_str(text: &str) -> Result<Self, NotATopic> {
         let shaped = !text.is_empty()
             && text.len() <= Self::MAX_BYTES
-            && text
-                .bytes()
-                .all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'.');
-        if shaped {
-            Ok(Self(text.into()))
-        } else {
-            Err(NotATopic)
-        }
+            && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'.');
+        if shaped { Ok(Self(text.into())) } else { Err(NotATopic) }
     }
 }
 

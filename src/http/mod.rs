@@ -1,1 +1,3 @@
-//! http
+//! The HTTP API.
+
+pub mod listener;

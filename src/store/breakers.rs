@@ -115,18 +115,19 @@ on_both! {
             .await
         }
 
-        async fn close_breaker(&self, breaker: BreakerId) -> Result<(), StoreError> {
-            committed(Repeat::Deadlocks, || self.close_breaker_once(breaker)).await
+        async fn close_breaker(&self, breaker: BreakerId, now: Timestamp) -> Result<(), StoreError> {
+            committed(Repeat::Deadlocks, || self.close_breaker_once(breaker, now)).await
         }
     }
 
     impl Base {
-        async fn close_breaker_once(&self, breaker: BreakerId) -> Result<(Tx, ()), Failure> {
+        async fn close_breaker_once(&self, breaker: BreakerId, now: Timestamp) -> Result<(Tx, ()), Failure> {
             let mut tx = self.begin().await?;
             sqlx::query("-- breakers.close\nDELETE FROM breakers WHERE id = ?").bind(breaker.0).execute(&mut *tx).await?;
             sqlx::query(
-                "-- breakers.set_free\nUPDATE chunks SET holder = 0, epoch = epoch + 1, waiting_since = NULL WHERE holder = ?",
+                "-- breakers.set_free\nUPDATE chunks SET holder = 0, epoch = epoch + 1, due_at = ?, waiting_since = NULL WHERE holder = ?",
             )
+            .bind(now.as_millis())
             .bind(parked_holder(breaker))
             .execute(&mut *tx)
             .await?;

@@ -4,21 +4,28 @@
 //! with the durability of the database's own commit. No pool, transaction, row or SQL crosses this border. Two
 //! implementations, one conformance suite (`tests/it/store/`), which is the contract.
 
+pub mod intake;
+
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 
 mod api_keys;
+mod audience;
 mod breakers;
 mod cursor;
 mod database;
 mod devices;
 mod migrate;
 mod mysql;
+mod notifications;
+mod queue;
+mod reasons;
 mod replicas;
 mod rows;
 mod sql;
 mod sqlite;
+mod statement;
 
 use crate::domain::{
     api_key::{ApiKey, ApiKeyId},
@@ -267,8 +274,13 @@ pub enum Disposition {
         /// When it is due again.
         due_at: Timestamp,
     },
-    /// Waits until the breaker closes. One that has closed meanwhile (its row is gone, looked at with a lock) frees it.
-    Park(BreakerId),
+    /// Waits until the breaker closes; one that has closed meanwhile sets it free at once.
+    Park {
+        /// Which.
+        breaker: BreakerId,
+        /// When it is claimed all the same, to be counted as expired.
+        until: Timestamp,
+    },
 }
 
 /// The progress of one chunk.
@@ -387,6 +399,12 @@ pub struct Migration {
     pub name: String,
 }
 
+impl std::fmt::Display for Migration {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:04}_{}", self.version, self.name)
+    }
+}
+
 /// Devices and who holds them.
 #[async_trait]
 pub trait Devices: Send + Sync {
@@ -429,6 +447,7 @@ pub trait Notifications: Send + Sync {
 #[async_trait]
 pub trait Queue: Send + Sync {
     /// Commits a group: each has its own idempotency key and gets its own answer; a bad one never fails the others.
+    /// The outer error is everybody's: nothing can be said of any of them.
     /// On [`StoreError::CommitUnknown`] the caller asks [`Queue::committed`] before it says anything.
     /// Work is taken in this replica's name only while its row is there, looked at with a lock: once it is buried,
     /// what it accepts is nobody's.
@@ -437,15 +456,17 @@ pub trait Queue: Send + Sync {
         group: &[Submission],
         replica: ReplicaId,
         now: Timestamp,
-    ) -> Result<Vec<Accepted>, StoreError>;
+    ) -> Result<Vec<Result<Accepted, StoreError>>, StoreError>;
     /// Which of these notifications are committed. Waits for a commit that is still under way.
     async fn committed(&self, ids: &[NotificationId]) -> Result<BTreeSet<NotificationId>, StoreError>;
     /// Takes over at most `max` due chunks that nobody owns, urgent first, then oldest; also those parked by one of
-    /// `passable` breakers (open for another credential than this replica's). Audiences that are due are resolved.
+    /// `passable` breakers (open for another credential than this replica's), and those whose time parked by one of
+    /// `overdue` is over. Audiences that are due are resolved.
     async fn claim(
         &self,
         max: usize,
         passable: &[BreakerId],
+        overdue: &[BreakerId],
         replica: ReplicaId,
         now: Timestamp,
     ) -> Result<Vec<Lease>, StoreError>;
@@ -523,8 +544,8 @@ pub trait Breakers: Send + Sync {
         now: Timestamp,
         next_probe_at: Timestamp,
     ) -> Result<bool, StoreError>;
-    /// Closes a breaker and lets its chunks go on.
-    async fn close_breaker(&self, breaker: BreakerId) -> Result<(), StoreError>;
+    /// Closes a breaker and lets its chunks go on: they are due now.
+    async fn close_breaker(&self, breaker: BreakerId, now: Timestamp) -> Result<(), StoreError>;
 }
 
 /// API keys.
@@ -562,7 +583,6 @@ pub trait Database: Send + Sync {
 }
 
 /// Everything that is kept.
-// `Notifications` and `Queue` join this list with their implementations.
-pub trait Store: Devices + Replicas + Breakers + ApiKeys + Database {}
+pub trait Store: Devices + Notifications + Queue + Replicas + Breakers + ApiKeys + Database {}
 
-impl<T: Devices + Replicas + Breakers + ApiKeys + Database> Store for T {}
+impl<T: Devices + Notifications + Queue + Replicas + Breakers + ApiKeys + Database> Store for T {}

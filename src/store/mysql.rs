@@ -54,6 +54,7 @@ pub(super) struct MysqlStore {
     /// Which of the hosts new connections go to.
     host: AtomicUsize,
     pub(super) clock: Arc<dyn Clock>,
+    pub(super) reasons: Arc<super::reasons::Reasons>,
 }
 
 impl MysqlStore {
@@ -70,7 +71,7 @@ impl MysqlStore {
             match tried.await {
                 Ok(Ok(())) => {
                     let pool = pool(settings).connect_lazy_with(options.clone());
-                    return Ok(Self { pool, hosts, host: AtomicUsize::new(host), clock });
+                    return Ok(Self { pool, hosts, host: AtomicUsize::new(host), clock, reasons: Arc::default() });
                 }
                 Ok(Err(error)) => last = Some(StoreError::from(error)),
                 Err(_) => last = Some(StoreError::Unavailable("no answer before the deadline".into())),

@@ -81,8 +81,8 @@ on_both_stores! {
         execute(&database, &[&chunk(1, -(1_000 + id.0)), &chunk(2, -(1_000 + id.0)), &chunk(3, -(1_001 + id.0)), &chunk(4, -1)]).await;
         assert_eq!(store.breakers().await.unwrap()[0].parked, 2);
 
-        store.close_breaker(id).await.unwrap();
-        store.close_breaker(id).await.unwrap();
+        store.close_breaker(id, NOW).await.unwrap();
+        store.close_breaker(id, NOW).await.unwrap();
         assert!(store.breakers().await.unwrap().is_empty());
         assert_eq!(number(&database, "SELECT COUNT(*) FROM chunks WHERE holder = 0 AND waiting_since IS NULL AND epoch = 8").await, 2);
         assert_eq!(number(&database, "SELECT COUNT(*) FROM chunks WHERE holder < 0 AND waiting_since = 5 AND epoch = 7").await, 2);

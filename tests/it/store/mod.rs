@@ -5,7 +5,10 @@ mod breakers;
 mod connection;
 mod devices;
 mod migrations;
+mod notifications;
+mod queue;
 mod replicas;
+mod world;
 
 use std::{sync::Arc, time::Duration};
 
