@@ -287,7 +287,11 @@ impl Config {
         }
     }
 
-    fn read_apps(&mut self) -> Result<(), ConfigError> {
+    /// Adds the apps of the keys folder's apps.toml, if there is one.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn read_apps(&mut self) -> Result<(), ConfigError> {
         let path = self.apns.keys.join("apps.toml");
         if !path.exists() {
             return Ok(());
@@ -390,6 +394,7 @@ fn overlay(table: &mut toml::Table, environment: &BTreeMap<String, String>) -> R
             // Such as SONNETTE_API_KEY for `sonnette send`: not configuration.
             continue;
         }
+        // `apns.ca_file` is a key of its own and names a file anyway.
         let (path, value) = match path.strip_suffix(FILE_SUFFIX).filter(|p| !p.ends_with("__CA")) {
             Some(path) => {
                 let text = std::fs::read_to_string(value)
@@ -504,6 +509,31 @@ mod tests {
         assert!(error("a.toml").contains("ulr"), "{}", error("a.toml"));
         assert!(error("b.toml").contains("b.toml:2"), "{}", error("b.toml"));
         assert!(!error("a.toml").contains("hunter2") && !error("b.toml").contains("hunter2"));
+    }
+
+    #[test]
+    fn the_example_holds_every_key_with_its_default() {
+        let text = include_str!("../config.example.toml");
+        let example: Config = toml::from_str(text).unwrap();
+        let default = Config::default();
+        assert_eq!(format!("{example:?}"), format!("{default:?}"));
+        assert_eq!(example.database.url.expose(), default.database.url.expose());
+        // Those that have no default are shown behind a `#`.
+        let shown = format!("{default:?}");
+        let keys = shown.split(&[' ', '{', ',']).filter_map(|word| word.strip_suffix(':'));
+        for key in keys.filter(|key| *key != "apps") {
+            let there = text.lines().any(|l| {
+                let line = l.trim_start_matches('#').trim_start();
+                line.starts_with(&format!("{key} =")) || line.starts_with(&format!("[{key}]")) || line.contains(&format!(".{key}]"))
+            });
+            assert!(there, "config.example.toml does not show `{key}`");
+        }
+    }
+
+    #[test]
+    fn the_template_of_the_keys_folder_can_be_read() {
+        let apps: AppsFile = toml::from_str(include_str!("../keys.example/apps.toml")).unwrap();
+        assert_eq!(apps.apps.len(), 1);
     }
 
     #[test]

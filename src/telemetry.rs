@@ -3,6 +3,60 @@
 //! Promises: metric names live here and nowhere else; labels are bounded (a topic, a reason, a room), never a device, a
 //! user or a token. Logs go to standard error, one line an event.
 
+use std::sync::OnceLock;
+
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use tracing_subscriber::EnvFilter;
+
+/// What is logged, and how.
+#[derive(Debug, Clone)]
+pub struct LogSettings {
+    /// A level or directives.
+    pub level: String,
+    /// One JSON object a line.
+    pub json: bool,
+}
+
+/// Starts logging to standard error. A second call changes nothing.
+///
+/// # Errors
+/// If the level cannot be understood.
+pub fn start_logs(settings: &LogSettings) -> Result<(), String> {
+    let filter = EnvFilter::try_new(&settings.level).map_err(|error| {
+        format!("log.level: {error}; write a level such as `info`, or `info,sonnette::dispatch=debug`")
+    })?;
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    // Already started, as in tests: the first one stays.
+    _ = if settings.json { builder.json().try_init() } else { builder.with_target(false).try_init() };
+    Ok(())
+}
+
+/// Upper bounds of the buckets of durations, in seconds.
+const DURATION_BUCKETS: [f64; 14] =
+    [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
+
+/// The process's metric registry; made at the first call.
+pub fn prometheus() -> PrometheusHandle {
+    static HANDLE: OnceLock<PrometheusHandle> = OnceLock::new();
+    HANDLE
+        .get_or_init(|| {
+            let builder = PrometheusBuilder::new();
+            // The list is not empty, which is all that could be wrong with it.
+            let recorder =
+                match builder.set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &DURATION_BUCKETS) {
+                    Ok(builder) => builder,
+                    Err(_) => PrometheusBuilder::new(),
+                }
+                .build_recorder();
+            let handle = recorder.handle();
+            if metrics::set_global_recorder(recorder).is_err() {
+                tracing::warn!("another metrics recorder is installed: /metrics shows only gauges");
+            }
+            handle
+        })
+        .clone()
+}
+
 /// Metric names, and the few calls that need their labels right.
 pub mod names {
     /// Requests to the API, by method, route and status.

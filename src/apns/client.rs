@@ -57,12 +57,8 @@ pub struct Settings {
 impl Default for Settings {
     fn default() -> Self {
         Self {
-            production: Endpoint {
-                url: "https://api.push.apple.com".to_owned(),
-            },
-            sandbox: Endpoint {
-                url: "https://api.sandbox.push.apple.com".to_owned(),
-            },
+            production: Endpoint { url: "https://api.push.apple.com".to_owned() },
+            sandbox: Endpoint { url: "https://api.sandbox.push.apple.com".to_owned() },
             extra_roots_pem: None,
             request_deadline: Duration::from_secs(20),
             max_connections: 4,
@@ -85,9 +81,7 @@ pub struct App {
 #[derive(Debug, thiserror::Error)]
 pub enum BuildError {
     /// An address that is none.
-    #[error(
-        "`{url}` is not an address of APNs: `https://host` or `https://host:port` is expected, without a path"
-    )]
+    #[error("`{url}` is not an address of APNs: `https://host` or `https://host:port` is expected, without a path")]
     Url {
         /// The address as it was given.
         url: String,
@@ -157,29 +151,25 @@ impl ApnsGateway {
         for (environment, address) in addresses {
             for app in apps {
                 let known = routes.entry(app.topic.clone()).or_default();
-                if !app.environments.contains(&environment)
-                    || known.environments.contains(&environment)
-                {
+                if !app.environments.contains(&environment) || known.environments.contains(&environment) {
                     continue;
                 }
                 let fingerprint = app.credential.fingerprint().clone();
-                let pool = pools
-                    .entry((fingerprint.clone(), environment))
-                    .or_insert_with(|| {
-                        Pool::new(
-                            Spec {
-                                environment,
-                                address: address.clone(),
-                                tls: Arc::clone(&tls),
-                                request_deadline: settings.request_deadline,
-                                max_connections: settings.max_connections,
-                            },
-                            Minter::new(Arc::clone(&app.credential)),
-                            Arc::clone(clock),
-                            tracker.clone(),
-                            abort,
-                        )
-                    });
+                let pool = pools.entry((fingerprint.clone(), environment)).or_insert_with(|| {
+                    Pool::new(
+                        Spec {
+                            environment,
+                            address: address.clone(),
+                            tls: Arc::clone(&tls),
+                            request_deadline: settings.request_deadline,
+                            max_connections: settings.max_connections,
+                        },
+                        Minter::new(Arc::clone(&app.credential)),
+                        Arc::clone(clock),
+                        tracker.clone(),
+                        abort,
+                    )
+                });
                 known.environments.push(environment);
                 known.routes.push(Route {
                     topic: app.topic.clone(),
@@ -190,25 +180,16 @@ impl ApnsGateway {
                 });
             }
         }
-        Ok(Self {
-            apps: routes,
-            pools: pools.into_values().collect(),
-        })
+        Ok(Self { apps: routes, pools: pools.into_values().collect() })
     }
 
     fn route(&self, topic: &Topic, environment: Environment) -> Option<&Route> {
-        self.apps
-            .get(topic)?
-            .routes
-            .iter()
-            .find(|r| r.environment == environment)
+        self.apps.get(topic)?.routes.iter().find(|r| r.environment == environment)
     }
 }
 
 fn address(endpoint: &Endpoint) -> Result<Address, BuildError> {
-    let wrong = || BuildError::Url {
-        url: endpoint.url.clone(),
-    };
+    let wrong = || BuildError::Url { url: endpoint.url.clone() };
     let uri: Uri = endpoint.url.parse().map_err(|_| wrong())?;
     let authority = uri.authority().ok_or_else(wrong)?;
     if uri.scheme() != Some(&Scheme::HTTPS)
@@ -238,19 +219,13 @@ impl Gateway for ApnsGateway {
                 push.head.topic,
                 push.environment
             );
-            return Reply {
-                outcome: Outcome::Unsent,
-                answer: None,
-                sent_at: None,
-            };
+            return Reply { outcome: Outcome::Unsent, answer: None, sent_at: None };
         };
         let reply = route.pool.send(push, fence).await;
         if reply.outcome == Outcome::Accepted
             && let Some(at) = reply.sent_at
         {
-            route
-                .last_accepted_at
-                .fetch_max(at.as_millis(), Ordering::Relaxed);
+            route.last_accepted_at.fetch_max(at.as_millis(), Ordering::Relaxed);
         }
         tracing::debug!(
             topic = %push.head.topic,

@@ -2,7 +2,7 @@
 //!
 //! Promises:
 //!
-//! - A fresh connection is told to open one stream; every SETTINGS frame that changes the limit is reported to the
+//! - No stream before the peer's first SETTINGS. Every SETTINGS frame that changes the limit is reported to the
 //!   [`Owner`] right after the poll that read it, and so is a GOAWAY. A connection that was told GOAWAY opens no stream.
 //! - What [`exchange`] returns is honest: [`Ended::Unsent`] only if APNs cannot have processed the request (never
 //!   written, its body never handed over, `REFUSED_STREAM`, GOAWAY below its stream), [`Ended::Unknown`] if it may have.
@@ -132,37 +132,22 @@ pub(super) struct Opened {
 
 /// Opens a connection: a fresh lookup, the addresses in random order, TLS, preface. Dropping the future closes
 /// whatever was opened.
-pub(super) async fn open(
-    address: &Address,
-    tls: &Arc<ClientConfig>,
-    clock: &dyn Clock,
-) -> Result<Opened, OpenError> {
-    within(clock, OPEN_PATIENCE, open_unbounded(address, tls, clock))
-        .await
-        .unwrap_or(Err(OpenError::TooSlow))
+pub(super) async fn open(address: &Address, tls: &Arc<ClientConfig>, clock: &dyn Clock) -> Result<Opened, OpenError> {
+    within(clock, OPEN_PATIENCE, open_unbounded(address, tls, clock)).await.unwrap_or(Err(OpenError::TooSlow))
 }
 
-async fn open_unbounded(
-    address: &Address,
-    tls: &Arc<ClientConfig>,
-    clock: &dyn Clock,
-) -> Result<Opened, OpenError> {
+async fn open_unbounded(address: &Address, tls: &Arc<ClientConfig>, clock: &dyn Clock) -> Result<Opened, OpenError> {
     let host = address.authority.host();
     let bare = host.trim_start_matches('[').trim_end_matches(']');
     let mut found: Vec<SocketAddr> = tokio::net::lookup_host((bare, address.port))
         .await
-        .map_err(|source| OpenError::Resolve {
-            host: host.to_owned(),
-            source,
-        })?
+        .map_err(|source| OpenError::Resolve { host: host.to_owned(), source })?
         .collect();
     // In random order, so that the connections of many processes spread over Apple's servers.
     for last in (1..found.len()).rev() {
         found.swap(last, rand::random_range(0..=last));
     }
-    let mut failure = OpenError::NoAddress {
-        host: host.to_owned(),
-    };
+    let mut failure = OpenError::NoAddress { host: host.to_owned() };
     for at in found {
         match open_at(at, address, tls, clock).await {
             Ok(opened) => return Ok(opened),
@@ -182,22 +167,17 @@ async fn open_at(
         .await
         .unwrap_or_else(|| Err(std::io::ErrorKind::TimedOut.into()))
         .and_then(|tcp| tcp.set_nodelay(true).map(|()| tcp))
-        .map_err(|source| OpenError::Tcp {
-            address: at,
-            source,
-        })?;
+        .map_err(|source| OpenError::Tcp { address: at, source })?;
     let stream = TlsConnector::from(Arc::clone(tls))
         .connect(address.server_name.clone(), tcp)
         .await
-        .map_err(|source| OpenError::Tls {
-            address: at,
-            source,
-        })?;
+        .map_err(|source| OpenError::Tls { address: at, source })?;
     if stream.get_ref().1.alpn_protocol() != Some(ALPN_H2) {
         return Err(OpenError::NotHttp2 { address: at });
     }
     let (handle, h2) = h2::client::Builder::new()
-        .initial_max_send_streams(1)
+        // None before the peer's first SETTINGS: what it allows is then known, and a later raise is told from it.
+        .initial_max_send_streams(0)
         .enable_push(false)
         .max_header_list_size(16 * 1024)
         // A reset of ours after a deadline must not be held against the peer's late answer.
@@ -205,10 +185,7 @@ async fn open_at(
         .max_local_error_reset_streams(None)
         .handshake::<_, Bytes>(stream)
         .await
-        .map_err(|source| OpenError::Preface {
-            address: at,
-            source,
-        })?;
+        .map_err(|source| OpenError::Preface { address: at, source })?;
     Ok(Opened { handle, h2 })
 }
 
@@ -318,10 +295,7 @@ impl Connection {
 
     /// How old the token is that a request would carry now.
     pub(super) fn token_age(&self, clock: &dyn Clock) -> Option<Duration> {
-        match lock(&self.token)
-            .rule
-            .choose(clock.now(), clock.monotonic())
-        {
+        match lock(&self.token).rule.choose(clock.now(), clock.monotonic()) {
             Choice::Keep(slot) | Choice::Take(slot) => slot.age(clock.now()),
             Choice::Replace => None,
         }
@@ -415,9 +389,8 @@ impl Driver<'_> {
         while self.tick.as_mut().poll(cx).is_ready() {
             self.tick = self.clock.sleep(TICK);
             let now = self.clock.monotonic();
-            let over = |since: Option<Duration>, patience| {
-                since.is_some_and(|since| now.saturating_sub(since) >= patience)
-            };
+            let over =
+                |since: Option<Duration>, patience| since.is_some_and(|since| now.saturating_sub(since) >= patience);
             if over(self.pinged_at, PING_PATIENCE) {
                 return Poll::Ready(End::Silent);
             }
@@ -447,12 +420,7 @@ impl Driver<'_> {
 #[derive(Debug)]
 pub(super) enum Ended {
     /// APNs answered.
-    Answered {
-        status: u16,
-        headers: HeaderMap,
-        body: Bytes,
-        sent_at: Timestamp,
-    },
+    Answered { status: u16, headers: HeaderMap, body: Bytes, sent_at: Timestamp },
     /// APNs cannot have processed it.
     Unsent,
     /// The same, and the connection opens no more streams.
@@ -524,10 +492,7 @@ pub(super) async fn exchange(
         return Ended::UnsentForGood;
     };
     drop(handle);
-    let mut exchange = Exchange {
-        response,
-        timer: gate.clock.sleep(patience),
-    };
+    let mut exchange = Exchange { response, timer: gate.clock.sleep(patience) };
     body.reserve_capacity(payload.len());
     while !payload.is_empty() {
         match exchange.step(&mut body).await {
@@ -556,25 +521,17 @@ pub(super) async fn exchange(
     match exchange.answer().await {
         Some(Ok(response)) => exchange.read(response, sent_at).await,
         Some(Err(error)) if never_processed(&error) => Ended::Unsent,
-        Some(Err(_)) => Ended::Unknown {
-            sent_at,
-            timed_out: false,
-        },
+        Some(Err(_)) => Ended::Unknown { sent_at, timed_out: false },
         None => {
             body.send_reset(H2Reason::CANCEL);
-            Ended::Unknown {
-                sent_at,
-                timed_out: true,
-            }
+            Ended::Unknown { sent_at, timed_out: true }
         }
     }
 }
 
 /// Whether the peer itself says that it did nothing with the request.
 fn never_processed(error: &h2::Error) -> bool {
-    error.is_remote()
-        && (error.is_go_away()
-            || (error.is_reset() && error.reason() == Some(H2Reason::REFUSED_STREAM)))
+    error.is_remote() && (error.is_go_away() || (error.is_reset() && error.reason() == Some(H2Reason::REFUSED_STREAM)))
 }
 
 type Response = http::Response<RecvStream>;
@@ -636,11 +593,6 @@ impl Exchange {
                 body.extend_from_slice(&piece);
             }
         }
-        Ended::Answered {
-            status: head.status.as_u16(),
-            headers: head.headers,
-            body: body.freeze(),
-            sent_at,
-        }
+        Ended::Answered { status: head.status.as_u16(), headers: head.headers, body: body.freeze(), sent_at }
     }
 }

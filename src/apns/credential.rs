@@ -9,10 +9,7 @@ use p256::{
     SecretKey,
     ecdsa::SigningKey,
     elliptic_curve::Generate,
-    pkcs8::{
-        DecodePrivateKey, EncodePrivateKey, EncodePublicKey, LineEnding, ObjectIdentifier,
-        PrivateKeyInfoRef,
-    },
+    pkcs8::{DecodePrivateKey, EncodePrivateKey, EncodePublicKey, LineEnding, ObjectIdentifier, PrivateKeyInfoRef},
 };
 use rustls::pki_types::pem::{PemObject, SectionKind};
 use sha2::{Digest, Sha256};
@@ -94,9 +91,7 @@ pub enum KeyError {
     )]
     Certificate,
     /// The public half.
-    #[error(
-        "a public key: the private key is needed, the .p8 file that Apple lets you download once"
-    )]
+    #[error("a public key: the private key is needed, the .p8 file that Apple lets you download once")]
     PublicKey,
     /// Behind a passphrase.
     #[error("the key is encrypted with a passphrase: a .p8 file from Apple is not")]
@@ -200,14 +195,8 @@ pub struct KeyInfo {
 /// [`KeyError`] says what the text is instead.
 pub fn inspect(p8: &Secret<String>) -> Result<KeyInfo, KeyError> {
     let key = parse(p8)?;
-    let pem = key
-        .public_key()
-        .to_public_key_pem(LineEnding::LF)
-        .map_err(|_| KeyError::Damaged)?;
-    Ok(KeyInfo {
-        public_key_sha256: hex::encode(Sha256::digest(public_key_der(&key)?)),
-        public_key_pem: pem,
-    })
+    let pem = key.public_key().to_public_key_pem(LineEnding::LF).map_err(|_| KeyError::Damaged)?;
+    Ok(KeyInfo { public_key_sha256: hex::encode(Sha256::digest(public_key_der(&key)?)), public_key_pem: pem })
 }
 
 /// Why no key could be made: the machine gave no randomness.
@@ -227,31 +216,18 @@ pub fn generate() -> Result<Secret<String>, NoRandomness> {
 }
 
 fn public_key_der(key: &SecretKey) -> Result<Vec<u8>, KeyError> {
-    key.public_key()
-        .to_public_key_der()
-        .map(p256::pkcs8::Document::into_vec)
-        .map_err(|_| KeyError::Damaged)
+    key.public_key().to_public_key_der().map(p256::pkcs8::Document::into_vec).map_err(|_| KeyError::Damaged)
 }
 
 fn parse(p8: &Secret<String>) -> Result<SecretKey, KeyError> {
     // An editor may have put a mark or a comment in front.
     let text = p8.expose();
-    let text = text
-        .find("-----BEGIN")
-        .and_then(|at| text.get(at..))
-        .ok_or(KeyError::NotPem)?;
-    if text.contains("-----BEGIN ENCRYPTED PRIVATE KEY-----")
-        || text.contains("Proc-Type: 4,ENCRYPTED")
-    {
+    let text = text.find("-----BEGIN").and_then(|at| text.get(at..)).ok_or(KeyError::NotPem)?;
+    if text.contains("-----BEGIN ENCRYPTED PRIVATE KEY-----") || text.contains("Proc-Type: 4,ENCRYPTED") {
         return Err(KeyError::Encrypted);
     }
-    let (kind, der) = <(SectionKind, Vec<u8>)>::from_pem_slice(text.as_bytes()).map_err(|_| {
-        if text.contains("-----BEGIN PRIVATE KEY-----") {
-            KeyError::Damaged
-        } else {
-            KeyError::NotPem
-        }
-    })?;
+    let (kind, der) = <(SectionKind, Vec<u8>)>::from_pem_slice(text.as_bytes())
+        .map_err(|_| if text.contains("-----BEGIN PRIVATE KEY-----") { KeyError::Damaged } else { KeyError::NotPem })?;
     match kind {
         SectionKind::PrivateKey => {}
         SectionKind::Certificate | SectionKind::Csr => return Err(KeyError::Certificate),
@@ -266,11 +242,7 @@ fn parse(p8: &Secret<String>) -> Result<SecretKey, KeyError> {
         RSA_ENCRYPTION => return Err(KeyError::Rsa),
         _ => return Err(KeyError::OtherAlgorithm),
     }
-    if !info
-        .algorithm
-        .parameters_oid()
-        .is_ok_and(|curve| curve == P_256)
-    {
+    if !info.algorithm.parameters_oid().is_ok_and(|curve| curve == P_256) {
         return Err(KeyError::OtherCurve);
     }
     SecretKey::from_pkcs8_der(&der).map_err(|_| KeyError::Damaged)
@@ -322,12 +294,8 @@ mnh1659vLw837Aw=
 -----END PRIVATE KEY-----";
 
     pub(crate) fn credential() -> Credential {
-        Credential::new(
-            "ABCDE12345".parse().unwrap(),
-            "ABC123DEFG".parse().unwrap(),
-            &Secret::new(TEST_KEY.to_owned()),
-        )
-        .unwrap()
+        Credential::new("ABCDE12345".parse().unwrap(), "ABC123DEFG".parse().unwrap(), &Secret::new(TEST_KEY.to_owned()))
+            .unwrap()
     }
 
     fn verdict(text: &str) -> Result<KeyInfo, KeyError> {
@@ -376,10 +344,7 @@ mnh1659vLw837Aw=
             verdict(TEST_KEY).unwrap().public_key_sha256,
             "3198ce6c6c3475e74de2e1c1bdf0e153b58b9be31a27db31b0aabf9a3c5f7a2e"
         );
-        assert_eq!(
-            &*credential().fingerprint().0,
-            "e589c8ff22e98a3f03ec9c91d244082b7507554fe6d7bc2674c6611402dd8c56"
-        );
+        assert_eq!(&*credential().fingerprint().0, "e589c8ff22e98a3f03ec9c91d244082b7507554fe6d7bc2674c6611402dd8c56");
     }
 
     #[test]
@@ -399,9 +364,6 @@ mnh1659vLw837Aw=
     #[test]
     fn a_credential_does_not_show_its_key() {
         let shown = format!("{:?}", credential());
-        assert_eq!(
-            shown,
-            "Credential { team: TeamId(ABCDE12345), key_id: KeyId(ABC123DEFG), key: [secret], .. }"
-        );
+        assert_eq!(shown, "Credential { team: TeamId(ABCDE12345), key_id: KeyId(ABC123DEFG), key: [secret], .. }");
     }
 }

@@ -60,6 +60,12 @@ const AGE_JITTER: Duration = Duration::from_secs(2 * 3600);
 /// A connection is replaced after this many requests: stream ids end at 2^30 requests.
 const MAX_REQUESTS: u64 = 1 << 29;
 
+/// While a fresh or long idle connection finds out whether it works, nobody opens another, for so long.
+const UNSURE: Duration = Duration::from_secs(2);
+
+/// A connection whose peer has not sent its first SETTINGS by then is given up.
+const GREETING_PATIENCE: Duration = Duration::from_secs(10);
+
 /// A connection younger than this already knows what Apple's portal says.
 const FRESH: Duration = Duration::from_secs(60);
 
@@ -141,16 +147,19 @@ struct State {
 struct Member {
     connection: Arc<Connection>,
     in_flight: usize,
+    /// What the peer allows.
     limit: usize,
+    /// The peer's first SETTINGS have come.
+    greeted: bool,
     requests: u64,
     /// An answer came that was not about the credential or the connection.
     proved: bool,
-    /// The limit was raised after the first request.
+    /// The limit was raised after the first SETTINGS.
     raised: bool,
     /// Opens streams.
     usable: bool,
-    /// Waits for a PING before it is used again.
-    checking: bool,
+    /// Since when it waits for a PING before it is used again.
+    checking: Option<Duration>,
     /// Its end has been counted as a failure, or need not be.
     judged: bool,
     opened_at: Duration,
@@ -161,13 +170,22 @@ struct Member {
 }
 
 impl Member {
+    /// Since when it is not known what the connection is good for; `None`: it is known.
+    fn unsure_since(&self) -> Option<Duration> {
+        match self.checking {
+            Some(since) => Some(since),
+            None if self.proved || self.raised => None,
+            None => Some(self.opened_at),
+        }
+    }
+
     fn room(&self) -> usize {
         let streams = if self.proved || self.raised {
             self.limit.min(MAX_STREAMS)
         } else {
             self.limit.min(1)
         };
-        if self.usable && !self.checking {
+        if self.usable && self.checking.is_none() {
             streams.saturating_sub(self.in_flight)
         } else {
             0
@@ -353,11 +371,13 @@ impl Pool {
                 let fresh = now.saturating_sub(member.opened_at) < FRESH;
                 match verdict {
                     Verdict::Retire => {
-                        tracing::info!(
-                            apns.environment = %self.spec.environment,
-                            connection.id = id,
-                            "connection {id} is replaced: APNs' answer says so"
-                        );
+                        if member.usable {
+                            tracing::info!(
+                                apns.environment = %self.spec.environment,
+                                connection.id = id,
+                                "connection {id} is replaced: APNs' answer says so"
+                            );
+                        }
                         state.retire(id, now, true);
                     }
                     Verdict::RetireIfOld if !fresh => state.retire(id, now, false),
@@ -374,7 +394,7 @@ impl Pool {
                 // PINGs may be acknowledged by a connection that answers nothing (§3.2: wedged).
                 let wedged = now.saturating_sub(member.answered_at) >= self.spec.request_deadline;
                 member.connection.ping();
-                if wedged {
+                if wedged && member.usable {
                     tracing::warn!(
                         apns.environment = %self.spec.environment,
                         connection.id = id,
@@ -424,13 +444,23 @@ impl Pool {
         if state.connecting || self.stopped.load(Ordering::Acquire) {
             return;
         }
-        let usable = state.members.iter().filter(|m| m.usable).count();
-        let finding_out = state
-            .members
-            .iter()
-            .any(|m| m.usable && (m.checking || !(m.proved || m.raised)));
-        if finding_out
-            || usable >= self.spec.max_connections
+        let now = self.clock.monotonic();
+        let mut counted = 0;
+        for member in state.members.iter().filter(|m| m.usable) {
+            match member.unsure_since() {
+                // Is about to be known: wait for it. After failures, one at a time, however long it takes.
+                Some(since)
+                    if now.saturating_sub(since) < UNSURE
+                        || state.strikes > 0 && member.checking.is_none() =>
+                {
+                    return;
+                }
+                // May well be dead: it does not stand in the way of another.
+                Some(_) if member.checking.is_some() => {}
+                _ => counted += 1,
+            }
+        }
+        if counted >= self.spec.max_connections
             || state.members.len() >= 2 * self.spec.max_connections
         {
             return;
@@ -515,12 +545,13 @@ impl Pool {
         state.members.push(Member {
             connection: Arc::clone(&connection),
             in_flight: 0,
-            limit: 1,
+            limit: 0,
+            greeted: false,
             requests: 0,
             proved: false,
             raised: false,
             usable: true,
-            checking: false,
+            checking: None,
             judged: false,
             opened_at: now,
             active_at: now,
@@ -677,7 +708,7 @@ impl State {
                 && member.requests > 0
                 && now.saturating_sub(member.active_at) > REUSE_PING
             {
-                member.checking = true;
+                member.checking = Some(now);
                 member.connection.ping();
                 continue;
             }
@@ -756,7 +787,8 @@ impl Owner for Arc<Pool> {
                 streams,
                 "connection {id} may have {streams} streams"
             );
-            member.raised |= streams > member.limit && member.requests > 0;
+            member.raised |= member.greeted && streams > member.limit;
+            member.greeted = true;
             member.limit = streams;
         }
         self.settle(&mut state);
@@ -781,7 +813,7 @@ impl Owner for Arc<Pool> {
         let mut state = self.state();
         if let Some(member) = state.member(id) {
             member.active_at = now;
-            member.checking = false;
+            member.checking = None;
         }
         self.settle(&mut state);
     }
@@ -802,9 +834,10 @@ impl Owner for Arc<Pool> {
             Duration::ZERO
         };
         let traffic = now.saturating_sub(member.answered_at);
-        if member.usable && now.saturating_sub(member.opened_at) >= member.max_age {
-            state.retire(id, now, false);
-            self.settle(&mut state);
+        let age = now.saturating_sub(member.opened_at);
+        if member.usable && (age >= member.max_age || !member.greeted && age >= GREETING_PATIENCE) {
+            let peer = !member.greeted;
+            state.retire(id, now, peer);
         } else if member.usable
             && member.in_flight == 0
             && traffic >= SURPLUS_IDLE
@@ -814,6 +847,7 @@ impl Owner for Arc<Pool> {
             state.surplus_closed_at = Some(now);
             state.retire(id, now, false);
         }
+        self.settle(&mut state);
         match state.member(id) {
             Some(member) if !member.usable && member.in_flight == 0 => Care::Close,
             Some(_) if idle >= IDLE_PING => Care::Ping,

@@ -47,24 +47,12 @@ impl Template {
         let mut headers = HeaderMap::with_capacity(7);
         headers.insert(AUTHORIZATION, empty.clone());
         headers.insert(APNS_TOPIC, value(head.push_type.apns_topic(&head.topic))?);
-        headers.insert(
-            APNS_PUSH_TYPE,
-            HeaderValue::from_static(head.push_type.as_str()),
-        );
-        headers.insert(
-            APNS_PRIORITY,
-            HeaderValue::from_static(head.priority.as_str()),
-        );
+        headers.insert(APNS_PUSH_TYPE, HeaderValue::from_static(head.push_type.as_str()));
+        headers.insert(APNS_PRIORITY, HeaderValue::from_static(head.priority.as_str()));
         headers.insert(APNS_ID, empty);
-        headers.insert(
-            APNS_EXPIRATION,
-            sensitive(HeaderValue::from(head.expiration.header_seconds())),
-        );
+        headers.insert(APNS_EXPIRATION, sensitive(HeaderValue::from(head.expiration.header_seconds())));
         if let Some(collapse_id) = &head.collapse_id {
-            headers.insert(
-                APNS_COLLAPSE_ID,
-                sensitive(value(collapse_id.as_str().to_owned())?),
-            );
+            headers.insert(APNS_COLLAPSE_ID, sensitive(value(collapse_id.as_str().to_owned())?));
         }
         Ok(Self { headers })
     }
@@ -86,13 +74,11 @@ impl Template {
         let mut parts = http::uri::Parts::default();
         parts.scheme = Some(Scheme::HTTPS);
         parts.authority = Some(authority.clone());
-        parts.path_and_query =
-            Some(PathAndQuery::from_maybe_shared(path.freeze()).map_err(|_| NotARequest)?);
+        parts.path_and_query = Some(PathAndQuery::from_maybe_shared(path.freeze()).map_err(|_| NotARequest)?);
 
         let mut id = [0; Hyphenated::LENGTH];
         let id: &str = push.apns_id.as_uuid().hyphenated().encode_lower(&mut id);
-        let id = HeaderValue::from_maybe_shared(Bytes::copy_from_slice(id.as_bytes()))
-            .map_err(|_| NotARequest)?;
+        let id = HeaderValue::from_maybe_shared(Bytes::copy_from_slice(id.as_bytes())).map_err(|_| NotARequest)?;
 
         let mut request = Request::new(());
         *request.method_mut() = Method::POST;
@@ -152,11 +138,7 @@ pub(super) mod tests {
         token.set_sensitive(true);
         Template::new(&push.head)
             .unwrap()
-            .request(
-                push,
-                &Authority::from_static("api.push.apple.com:2197"),
-                &token,
-            )
+            .request(push, &Authority::from_static("api.push.apple.com:2197"), &token)
             .unwrap()
     }
 
@@ -165,15 +147,9 @@ pub(super) mod tests {
         let push = push(PushType::Voip, Some("order-1042"));
         let request = request(&push);
         assert_eq!(request.method(), Method::POST);
-        assert_eq!(
-            request.uri(),
-            "https://api.push.apple.com:2197/3/device/a1b2c3d4"
-        );
-        let mut headers: Vec<(&str, &str)> = request
-            .headers()
-            .iter()
-            .map(|(name, value)| (name.as_str(), value.to_str().unwrap()))
-            .collect();
+        assert_eq!(request.uri(), "https://api.push.apple.com:2197/3/device/a1b2c3d4");
+        let mut headers: Vec<(&str, &str)> =
+            request.headers().iter().map(|(name, value)| (name.as_str(), value.to_str().unwrap())).collect();
         headers.sort_unstable();
         let id = push.apns_id.to_string();
         assert_eq!(
@@ -193,31 +169,15 @@ pub(super) mod tests {
 
     #[test]
     fn without_a_collapse_id_there_is_no_such_header() {
-        assert!(
-            !request(&push(PushType::Alert, None))
-                .headers()
-                .contains_key("apns-collapse-id")
-        );
+        assert!(!request(&push(PushType::Alert, None)).headers().contains_key("apns-collapse-id"));
     }
 
     #[test]
     fn values_that_hardly_repeat_never_enter_the_header_table() {
         let request = request(&push(PushType::Alert, Some("order-1042")));
-        let mut sensitive: Vec<&str> = request
-            .headers()
-            .iter()
-            .filter(|(_, value)| value.is_sensitive())
-            .map(|(name, _)| name.as_str())
-            .collect();
+        let mut sensitive: Vec<&str> =
+            request.headers().iter().filter(|(_, value)| value.is_sensitive()).map(|(name, _)| name.as_str()).collect();
         sensitive.sort_unstable();
-        assert_eq!(
-            sensitive,
-            [
-                "apns-collapse-id",
-                "apns-expiration",
-                "apns-id",
-                "authorization"
-            ]
-        );
+        assert_eq!(sensitive, ["apns-collapse-id", "apns-expiration", "apns-id", "authorization"]);
     }
 }

@@ -35,31 +35,16 @@ pub enum Verdict {
 
 /// Reads an answer. `body` is at most [`MAX_BODY_BYTES`] of what came.
 #[must_use]
-pub fn read(
-    status: u16,
-    headers: &HeaderMap,
-    body: &[u8],
-    sent_at: Timestamp,
-    now: Timestamp,
-) -> Reply {
-    let body = if status == 200 {
-        Body::default()
-    } else {
-        Body::parse(body)
-    };
+pub fn read(status: u16, headers: &HeaderMap, body: &[u8], sent_at: Timestamp, now: Timestamp) -> Reply {
+    let body = if status == 200 { Body::default() } else { Body::parse(body) };
     let reason = body.reason.as_deref().map(Reason::from);
-    let outcome = outcome(status, reason.as_ref(), body.timestamp, || {
-        retry_after(headers, now)
-    });
+    let outcome = outcome(status, reason.as_ref(), body.timestamp, || retry_after(headers, now));
     Reply {
         outcome,
         answer: Some(Answer {
             status,
             reason,
-            apns_unique_id: headers
-                .get("apns-unique-id")
-                .and_then(|v| v.to_str().ok())
-                .map(|id| truncated(id).into()),
+            apns_unique_id: headers.get("apns-unique-id").and_then(|v| v.to_str().ok()).map(|id| truncated(id).into()),
         }),
         sent_at: Some(sent_at),
     }
@@ -71,36 +56,23 @@ fn outcome(
     timestamp: Option<Timestamp>,
     retry_after: impl FnOnce() -> Option<Duration>,
 ) -> Outcome {
-    let withheld = || {
-        Outcome::Withheld(Fault {
-            status,
-            reason: reason.cloned().unwrap_or_else(|| Reason::Other("".into())),
-        })
-    };
+    let withheld =
+        || Outcome::Withheld(Fault { status, reason: reason.cloned().unwrap_or_else(|| Reason::Other("".into())) });
     match (status, reason) {
         (200, _) => Outcome::Accepted,
         (400, Some(Reason::BadDeviceToken)) => Outcome::BadToken,
         (400, Some(Reason::DeviceTokenNotForTopic)) => Outcome::WrongTopic,
-        (400, Some(Reason::TopicDisallowed | Reason::MissingTopic | Reason::BadTopic)) => {
-            withheld()
-        }
+        (400, Some(Reason::TopicDisallowed | Reason::MissingTopic | Reason::BadTopic)) => withheld(),
         // They name that connection or that server only: at once, elsewhere.
         (400, Some(Reason::IdleTimeout))
         | (403, Some(Reason::UnrelatedKeyIdInToken))
-        | (503, Some(Reason::Shutdown)) => Outcome::Deferred {
-            whose: Busy::Server,
-            after: Some(retry_after().unwrap_or_default()),
-        },
+        | (503, Some(Reason::Shutdown)) => {
+            Outcome::Deferred { whose: Busy::Server, after: Some(retry_after().unwrap_or_default()) }
+        }
         (400 | 404 | 405 | 413, _) => Outcome::Rejected,
         (410, _) => Outcome::Gone { since: timestamp },
-        (429, Some(Reason::TooManyRequests)) => Outcome::Deferred {
-            whose: Busy::Device,
-            after: retry_after(),
-        },
-        (408 | 421 | 425 | 429 | 500..=599, _) => Outcome::Deferred {
-            whose: Busy::Server,
-            after: retry_after(),
-        },
+        (429, Some(Reason::TooManyRequests)) => Outcome::Deferred { whose: Busy::Device, after: retry_after() },
+        (408 | 421 | 425 | 429 | 500..=599, _) => Outcome::Deferred { whose: Busy::Server, after: retry_after() },
         // 403, and what APNs never says: whoever answers so is not what we think we talk to.
         (401..=499, _) => withheld(),
         // Not 200 and no refusal: nobody can know what was done with the push.
@@ -150,9 +122,7 @@ impl Body {
 }
 
 fn truncated(text: &str) -> &str {
-    let end = (0..=MAX_REASON_BYTES.min(text.len()))
-        .rev()
-        .find(|at| text.is_char_boundary(*at));
+    let end = (0..=MAX_REASON_BYTES.min(text.len())).rev().find(|at| text.is_char_boundary(*at));
     end.and_then(|end| text.get(..end)).unwrap_or("")
 }
 
@@ -192,24 +162,12 @@ mod tests {
     }
 
     fn fault(status: u16, reason: &str) -> Outcome {
-        Outcome::Withheld(Fault {
-            status,
-            reason: Reason::from(reason),
-        })
+        Outcome::Withheld(Fault { status, reason: Reason::from(reason) })
     }
 
-    const SERVER: Outcome = Outcome::Deferred {
-        whose: Busy::Server,
-        after: None,
-    };
-    const ELSEWHERE: Outcome = Outcome::Deferred {
-        whose: Busy::Server,
-        after: Some(Duration::ZERO),
-    };
-    const DEVICE: Outcome = Outcome::Deferred {
-        whose: Busy::Device,
-        after: None,
-    };
+    const SERVER: Outcome = Outcome::Deferred { whose: Busy::Server, after: None };
+    const ELSEWHERE: Outcome = Outcome::Deferred { whose: Busy::Server, after: Some(Duration::ZERO) };
+    const DEVICE: Outcome = Outcome::Deferred { whose: Busy::Device, after: None };
     const GONE: Outcome = Outcome::Gone { since: None };
 
     #[test]
@@ -230,51 +188,16 @@ mod tests {
             (400, "MissingDeviceToken", Rejected, Keep),
             (400, "MissingTopic", fault(400, "MissingTopic"), Keep),
             (400, "PayloadEmpty", Rejected, Keep),
-            (
-                400,
-                "TopicDisallowed",
-                fault(400, "TopicDisallowed"),
-                RetireIfOld,
-            ),
+            (400, "TopicDisallowed", fault(400, "TopicDisallowed"), RetireIfOld),
             (403, "BadCertificate", fault(403, "BadCertificate"), Retire),
-            (
-                403,
-                "BadCertificateEnvironment",
-                fault(403, "BadCertificateEnvironment"),
-                Retire,
-            ),
-            (
-                403,
-                "ExpiredProviderToken",
-                fault(403, "ExpiredProviderToken"),
-                Retire,
-            ),
+            (403, "BadCertificateEnvironment", fault(403, "BadCertificateEnvironment"), Retire),
+            (403, "ExpiredProviderToken", fault(403, "ExpiredProviderToken"), Retire),
             (403, "Forbidden", fault(403, "Forbidden"), Retire),
-            (
-                403,
-                "InvalidProviderToken",
-                fault(403, "InvalidProviderToken"),
-                Retire,
-            ),
-            (
-                403,
-                "MissingProviderToken",
-                fault(403, "MissingProviderToken"),
-                Retire,
-            ),
+            (403, "InvalidProviderToken", fault(403, "InvalidProviderToken"), Retire),
+            (403, "MissingProviderToken", fault(403, "MissingProviderToken"), Retire),
             (403, "UnrelatedKeyIdInToken", ELSEWHERE, Retire),
-            (
-                403,
-                "BadEnvironmentKeyIdInToken",
-                fault(403, "BadEnvironmentKeyIdInToken"),
-                Retire,
-            ),
-            (
-                403,
-                "BadEnvironmentKeyInToken",
-                fault(403, "BadEnvironmentKeyInToken"),
-                Retire,
-            ),
+            (403, "BadEnvironmentKeyIdInToken", fault(403, "BadEnvironmentKeyIdInToken"), Retire),
+            (403, "BadEnvironmentKeyInToken", fault(403, "BadEnvironmentKeyInToken"), Retire),
             (404, "BadPath", Rejected, Keep),
             (405, "MethodNotAllowed", Rejected, Keep),
             (410, "ExpiredToken", GONE, Keep),
@@ -319,24 +242,13 @@ mod tests {
         for (status, expected) in rows {
             let reply = answered(status, "{\"reason\":\"BrandNew\",\"more\":[1]}");
             assert_eq!(reply.outcome, expected, "{status}");
-            assert_eq!(
-                reply.answer.unwrap().reason,
-                Some(Reason::Other("BrandNew".into()))
-            );
+            assert_eq!(reply.answer.unwrap().reason, Some(Reason::Other("BrandNew".into())));
         }
     }
 
     #[test]
     fn a_body_that_cannot_be_read_has_no_reason_and_still_a_meaning() {
-        for body in [
-            "",
-            "<html>",
-            "{\"reason\":",
-            "{}",
-            "[]",
-            "{\"reason\":7}",
-            "{\"reason\":\"\"}",
-        ] {
+        for body in ["", "<html>", "{\"reason\":", "{}", "[]", "{\"reason\":7}", "{\"reason\":\"\"}"] {
             assert_eq!(answered(400, body).outcome, Outcome::Rejected, "{body}");
             assert_eq!(answered(403, body).outcome, fault(403, ""), "{body}");
             assert_eq!(answered(410, body).outcome, GONE, "{body}");
@@ -376,10 +288,7 @@ mod tests {
             Outcome::Gone { since: Some(at) }
         );
         assert_eq!(gone("{\"reason\":\"Unregistered\",\"timestamp\":-4}"), GONE);
-        assert_eq!(
-            gone("{\"reason\":\"Unregistered\",\"timestamp\":\"now\"}"),
-            GONE
-        );
+        assert_eq!(gone("{\"reason\":\"Unregistered\",\"timestamp\":\"now\"}"), GONE);
     }
 
     #[test]
@@ -396,11 +305,7 @@ mod tests {
         assert_eq!(after(503, "ServiceUnavailable", "77"), Some(77));
         assert_eq!(after(429, "TooManyRequests", "3"), Some(3));
         assert_eq!(after(503, "Shutdown", "5"), Some(5));
-        assert_eq!(
-            after(503, "", "Wed, 18 Nov 2026 11:06:50 GMT"),
-            Some(10),
-            "1795000000 is 11:06:40 that day"
-        );
+        assert_eq!(after(503, "", "Wed, 18 Nov 2026 11:06:50 GMT"), Some(10), "1795000000 is 11:06:40 that day");
         assert_eq!(after(503, "", "Sun, 06 Nov 1994 08:49:37 GMT"), Some(0));
         assert_eq!(after(503, "", "soon"), None);
         assert_eq!(after(503, "", "99999999999"), Some(24 * 3600));

@@ -41,21 +41,18 @@ pub fn client_config(extra_roots_pem: Option<&[u8]>) -> Result<Arc<ClientConfig>
     if let Some(pem) = extra_roots_pem {
         let mut found = false;
         for certificate in CertificateDer::pem_slice_iter(pem) {
-            roots
-                .add(certificate.map_err(TlsError::NotPem)?)
-                .map_err(TlsError::NotARoot)?;
+            roots.add(certificate.map_err(TlsError::NotPem)?).map_err(TlsError::NotARoot)?;
             found = true;
         }
         if !found {
             return Err(TlsError::NoCertificate);
         }
     }
-    let mut config =
-        ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
-            .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])
-            .map_err(TlsError::Setup)?
-            .with_root_certificates(roots)
-            .with_no_client_auth();
+    let mut config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+        .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])
+        .map_err(TlsError::Setup)?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
     config.alpn_protocols = vec![ALPN_H2.to_vec()];
     Ok(Arc::new(config))
 }
@@ -72,14 +69,9 @@ mod tests {
 
     #[test]
     fn extra_roots_that_are_none_are_refused() {
+        assert!(matches!(client_config(Some(b"")), Err(TlsError::NoCertificate)));
         assert!(matches!(
-            client_config(Some(b"")),
-            Err(TlsError::NoCertificate)
-        ));
-        assert!(matches!(
-            client_config(Some(
-                b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
-            )),
+            client_config(Some(b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")),
             Err(TlsError::NotARoot(_))
         ));
     }

@@ -89,27 +89,15 @@ pub fn mint(credential: &Credential, slot: Slot) -> ProviderToken {
     // By hand and not by a serializer: the order of the bytes is part of the promise. Key id and team are letters and
     // digits, so nothing needs escaping.
     let header = format!(r#"{{"alg":"ES256","kid":"{}"}}"#, credential.key_id());
-    let claims = format!(
-        r#"{{"iss":"{}","iat":{}}}"#,
-        credential.team(),
-        slot.start().as_seconds()
-    );
-    let mut token = format!(
-        "bearer {}.{}",
-        URL_SAFE_NO_PAD.encode(header),
-        URL_SAFE_NO_PAD.encode(claims)
-    );
+    let claims = format!(r#"{{"iss":"{}","iat":{}}}"#, credential.team(), slot.start().as_seconds());
+    let mut token = format!("bearer {}.{}", URL_SAFE_NO_PAD.encode(header), URL_SAFE_NO_PAD.encode(claims));
     let signed = token.strip_prefix("bearer ").unwrap_or(&token);
     let signature: Signature = credential.key().expose().sign(signed.as_bytes());
     token.push('.');
     URL_SAFE_NO_PAD.encode_string(signature.to_bytes(), &mut token);
-    let mut authorization =
-        HeaderValue::try_from(token).unwrap_or_else(|_| HeaderValue::from_static("bearer"));
+    let mut authorization = HeaderValue::try_from(token).unwrap_or_else(|_| HeaderValue::from_static("bearer"));
     authorization.set_sensitive(true);
-    ProviderToken {
-        slot,
-        authorization,
-    }
+    ProviderToken { slot, authorization }
 }
 
 /// Mints each slot's token once and shares it among all connections of a credential.
@@ -124,10 +112,7 @@ impl Minter {
     /// For one credential.
     #[must_use]
     pub const fn new(credential: Arc<Credential>) -> Self {
-        Self {
-            credential,
-            minted: Mutex::new(Vec::new()),
-        }
+        Self { credential, minted: Mutex::new(Vec::new()) }
     }
 
     /// The token of `slot`, minted now if it has not been.
@@ -280,10 +265,7 @@ mod tests {
                     }
                 };
                 let age = slot.age(now).expect("iat in the future");
-                assert!(
-                    age >= SETTLING && age < MAX_AGE,
-                    "connection {connection} sent a token of {age:?}"
-                );
+                assert!(age >= SETTLING && age < MAX_AGE, "connection {connection} sent a token of {age:?}");
                 second += rhythm;
             }
             assert!(changes <= 1 + SIX_HOURS / (21 * 60));
@@ -297,14 +279,8 @@ mod tests {
         let old = Slot::at(opened);
         assert_eq!(token.advance(opened, Duration::ZERO), Choice::Take(old));
         let minutes = |n: u64| Duration::from_secs(60 * n);
-        assert_eq!(
-            token.advance(opened.plus(minutes(20)), minutes(20)),
-            Choice::Keep(old)
-        );
-        assert_eq!(
-            token.advance(opened.plus(minutes(21)), minutes(21)),
-            Choice::Take(Slot(old.0 + 1))
-        );
+        assert_eq!(token.advance(opened.plus(minutes(20)), minutes(20)), Choice::Keep(old));
+        assert_eq!(token.advance(opened.plus(minutes(21)), minutes(21)), Choice::Take(Slot(old.0 + 1)));
     }
 
     #[test]

@@ -138,9 +138,8 @@ fn advise(error: sim::Error) -> anyhow::Error {
         }
         _ => None,
     };
-    let error = anyhow::Error::new(error);
-    match hint {
-        Some(hint) => error.context(hint),
-        None => error,
+    match (hint, std::error::Error::source(&error)) {
+        (Some(hint), Some(source)) => anyhow::anyhow!("{error}: {source}\nhint: {hint}"),
+        _ => anyhow::Error::new(error),
     }
 }

@@ -71,6 +71,9 @@ const IN_FLIGHT: usize = 1_000;
 /// Progress of a large chunk is settled at least this often while it is sent.
 const SETTLE_EVERY: Duration = Duration::from_millis(25);
 
+/// A device's `last_accepted_at` is right to within this time.
+const ACCEPTED_WITHIN: Duration = Duration::from_secs(24 * 3600);
+
 /// How often a push that the connection gave back is tried again at once.
 const UNSENT_RETRIES: u32 = 3;
 
@@ -476,7 +479,10 @@ impl Sender {
             "one attempt: {}",
             state.status
         );
-        attempted.effect = effect.zip(device.address.as_ref()).map(|(e, a)| (a.seq, device.token.clone(), e));
+        attempted.effect = effect
+            .zip(device.address.as_ref())
+            .filter(|(effect, address)| is_news(effect, address, now))
+            .map(|(effect, address)| (address.seq, device.token.clone(), effect));
         attempted.fault = fault.map(|fault| (environment, fault));
         attempted.unique_id = reply.answer.and_then(|a| a.apns_unique_id);
         attempted.state = state;
@@ -551,6 +557,17 @@ fn environment(
         None => environments.iter().copied().find(|e| !state.refused_in(*e)),
     }
     .filter(|e| environments.contains(e))
+}
+
+/// Whether the device's row does not say it yet: a second broadcast on a day writes no device.
+fn is_news(effect: &DeviceEffect, address: &Address, now: Timestamp) -> bool {
+    match effect {
+        DeviceEffect::Accepted(environment) => {
+            address.environment != Some(*environment)
+                || address.last_accepted_at.is_none_or(|at| now.since(at) >= ACCEPTED_WITHIN)
+        }
+        DeviceEffect::Dead { .. } | DeviceEffect::Bad | DeviceEffect::Suspend => true,
+    }
 }
 
 fn head(notification: &Notification) -> Head {

@@ -32,7 +32,7 @@ const REST: Duration = Duration::from_millis(100);
 
 /// A bound listener.
 pub struct Listener {
-    listener: TcpListener,
+    socket: TcpListener,
     tls: Option<TlsAcceptor>,
     room: Arc<Semaphore>,
 }
@@ -43,8 +43,8 @@ impl Listener {
     /// # Errors
     /// If it is taken or not ours.
     pub async fn bind(address: &str, max_connections: usize, tls: Option<TlsAcceptor>) -> io::Result<Self> {
-        let listener = TcpListener::bind(address).await?;
-        Ok(Self { listener, tls, room: Arc::new(Semaphore::new(max_connections)) })
+        let socket = TcpListener::bind(address).await?;
+        Ok(Self { socket, tls, room: Arc::new(Semaphore::new(max_connections)) })
     }
 
     /// Where it listens; the port that the system chose for port 0.
@@ -52,7 +52,7 @@ impl Listener {
     /// # Errors
     /// If the system does not say.
     pub fn address(&self) -> io::Result<SocketAddr> {
-        self.listener.local_addr()
+        self.socket.local_addr()
     }
 
     /// Serves until the service stops, then until what is in flight has been answered.
@@ -67,7 +67,7 @@ impl Listener {
             };
             let Ok(permit) = permit else { break };
             let accepted = tokio::select! {
-                accepted = self.listener.accept() => accepted,
+                accepted = self.socket.accept() => accepted,
                 () = stop.cancelled() => break,
             };
             match accepted {
@@ -86,7 +86,7 @@ impl Listener {
                 }
             }
         }
-        drop(self.listener);
+        drop(self.socket);
         graceful.shutdown().await;
     }
 }

@@ -12,7 +12,7 @@
 //! | [`auth`], [`identity`] | who calls; who holds the phone |
 //! | [`body`], [`request`] | bounded bodies; request ids, the log line, metrics, deadlines |
 //! | [`catalogue`] | the configured apps |
-//! | [`listener`] | sockets |
+//! | [`listener`], [`tls`] | sockets |
 
 pub mod auth;
 pub mod body;
@@ -23,6 +23,7 @@ pub mod listener;
 pub mod ops;
 pub mod problem;
 pub mod request;
+pub mod tls;
 mod v1;
 
 use std::{sync::Arc, time::Duration};
@@ -32,9 +33,10 @@ use axum::{
     routing::{delete, get, post},
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::sync::CancellationToken;
 use tower_http::catch_panic::CatchPanicLayer;
 
-pub use catalogue::{App, BadIdentityKey, Catalogue, Identity, IdentityKey};
+pub use catalogue::Catalogue;
 pub use ops::{Check, HealthReport, HealthSource, HealthStatus};
 
 use crate::{
@@ -77,10 +79,10 @@ pub struct Services {
     pub clock: Arc<dyn Clock>,
     /// The configured apps.
     pub catalogue: Arc<Catalogue>,
-    /// How the service is.
+    /// How the service is, and its metrics.
     pub health: Arc<dyn HealthSource>,
-    /// The metrics as Prometheus reads them.
-    pub metrics: Arc<dyn Fn() -> String + Send + Sync>,
+    /// Cancelled once the service is to stop: then it is not ready.
+    pub stopping: CancellationToken,
     /// Bounds.
     pub settings: Settings,
 }

@@ -18,7 +18,10 @@ use super::{
     auth::{Caller, Staleness},
     problem::{Kind, Problem},
 };
-use crate::domain::{api_key::Scope, clock::Timestamp};
+use crate::{
+    domain::{api_key::Scope, clock::Timestamp},
+    ops,
+};
 
 /// The media type of a health document.
 pub const HEALTH_JSON: &str = "application/health+json";
@@ -40,9 +43,12 @@ pub enum HealthStatus {
 pub struct Check {
     /// How well it is.
     pub status: HealthStatus,
-    /// A number, if there is one.
+    /// Which of several, such as an app and environment.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub observed_value: Option<f64>,
+    pub component_id: Option<String>,
+    /// What was seen.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub observed_value: Option<String>,
     /// What it means.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub output: Option<String>,
@@ -70,6 +76,7 @@ impl HealthReport {
     #[must_use]
     pub fn without_details(mut self) -> Self {
         for check in self.checks.values_mut().flatten() {
+            check.component_id = None;
             check.observed_value = None;
             check.output = None;
             check.advice = None;
@@ -82,8 +89,43 @@ impl HealthReport {
 /// Who knows how the service is. It must answer soon, also while the database does not.
 #[async_trait]
 pub trait HealthSource: Send + Sync {
-    /// How the service is now; without details, what costs may be left out.
-    async fn report(&self, details: bool) -> HealthReport;
+    /// How the service is now.
+    async fn report(&self) -> HealthReport;
+    /// The metrics as Prometheus reads them.
+    async fn metrics(&self) -> String;
+}
+
+#[async_trait]
+impl HealthSource for ops::Health {
+    async fn report(&self) -> HealthReport {
+        let report = Self::report(self).await;
+        let mut checks: BTreeMap<String, Vec<Check>> = BTreeMap::new();
+        for check in report.checks {
+            checks.entry(check.name).or_default().push(Check {
+                status: check.status.into(),
+                component_id: check.component,
+                observed_value: check.observed,
+                output: Some(check.output),
+                advice: Some(check.advice).filter(|advice| !advice.is_empty()),
+                time: Some(check.time),
+            });
+        }
+        HealthReport { status: report.status.into(), version: report.version.to_owned(), checks }
+    }
+
+    async fn metrics(&self) -> String {
+        Self::metrics(self).await
+    }
+}
+
+impl From<ops::Status> for HealthStatus {
+    fn from(status: ops::Status) -> Self {
+        match status {
+            ops::Status::Pass => Self::Pass,
+            ops::Status::Warn => Self::Warn,
+            ops::Status::Fail => Self::Fail,
+        }
+    }
 }
 
 fn answer(report: &HealthReport) -> Response {
@@ -110,7 +152,7 @@ pub(super) async fn health(State(api): State<Shared>, request: Request) -> Resul
                 Err(problem) if problem.kind() == Kind::Unavailable => false,
                 Err(problem) => return Err(problem),
             });
-    let report = api.services.health.report(details).await;
+    let report = api.services.health.report().await;
     Ok(answer(&if details { report } else { report.without_details() }))
 }
 
@@ -121,8 +163,12 @@ pub(super) async fn live() -> Response {
 
 /// `GET /health/ready`
 pub(super) async fn ready(State(api): State<Shared>) -> Response {
-    let report = api.services.health.report(false).await;
-    answer(&HealthReport { checks: BTreeMap::new(), ..report })
+    let mut report = api.services.health.report().await;
+    report.checks.clear();
+    if api.services.stopping.is_cancelled() {
+        report.status = HealthStatus::Fail;
+    }
+    answer(&report)
 }
 
 /// `GET /metrics`
@@ -133,6 +179,6 @@ pub(super) async fn metrics(State(api): State<Shared>, request: Request) -> Resu
         caller.sign(&parts);
         caller.require(&[Scope::Metrics])?;
     }
-    let text = (api.services.metrics)();
+    let text = api.services.health.metrics().await;
     Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response())
 }

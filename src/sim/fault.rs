@@ -431,6 +431,18 @@ mod tests {
     }
 
     #[test]
+    fn the_documentation_lists_every_prefix() {
+        let page = include_str!("../../docs/simulator.md");
+        for (code, behaviour) in PREFIXES {
+            let row = match behaviour {
+                Behaviour::Reason(reason) => format!("| `{PREFIX}{code}` | {} `{}`", reason.status(), reason.name()),
+                _ => format!("| `{PREFIX}{code}` | "),
+            };
+            assert!(page.contains(&row), "{row}");
+        }
+    }
+
+    #[test]
     fn scripts_of_a_token_are_used_up_in_order() {
         let scripts = Scripts::default();
         let status = |status| Action::Answer { status, reason: None, timestamp_ms: None };

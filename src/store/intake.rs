@@ -400,8 +400,15 @@ impl Committer {
         Ok(views)
     }
 
-    fn answer(&self, accepted: Accepted, waiting: OnTheWay) {
+    fn answer(&self, accepted: Result<Accepted, StoreError>, waiting: OnTheWay) {
         let OnTheWay { answer, mut permit, entry } = waiting;
+        let accepted = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                _ = answer.send(Err(IntakeError::Store(Arc::new(error))));
+                return;
+            }
+        };
         let noted = match accepted {
             Accepted::New { view, leases } => {
                 if leases.is_empty() && view.counts.pending > 0 || !view.audience_complete {

@@ -10,9 +10,26 @@ use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 
+mod api_keys;
+mod audience;
+mod breakers;
+mod cursor;
+mod database;
+mod devices;
+mod migrate;
+mod mysql;
+mod notifications;
+mod queue;
+mod reasons;
+mod replicas;
+mod rows;
+mod sql;
+mod sqlite;
+mod statement;
+
 use crate::domain::{
     api_key::{ApiKey, ApiKeyId},
-    clock::Timestamp,
+    clock::{Clock, Timestamp},
     delivery::{Chunk, ChunkKey, DeliveryStatus, DeviceEffect, State},
     device::{Address, Device, DeviceId, DeviceSeq, DeviceStatus, DeviceToken, Registration, Tag, UserId},
     notification::{Audience, Lane, Notification, NotificationId, NotificationStatus, NotificationView, Reference},
@@ -78,6 +95,33 @@ pub struct Settings {
     pub max_connections: u32,
     /// How long a statement may wait for a connection before [`StoreError::Unavailable`].
     pub acquire_timeout: Duration,
+}
+
+/// Who opens the store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// `serve`: an SQLite file is locked, so that there is one.
+    Serve,
+    /// Any other command: may write beside a `serve`.
+    CommandLine,
+}
+
+/// Opens the store that the URL names. Nothing is migrated: see [`Database::schema`] and [`Database::migrate`].
+///
+/// # Errors
+/// [`StoreError::Settings`] for a URL that cannot be used, [`StoreError::Locked`] if another `serve` has the file,
+/// [`StoreError::Unavailable`] if no host answers.
+pub async fn open(settings: &Settings, role: Role, clock: Arc<dyn Clock>) -> Result<Arc<dyn Store>, StoreError> {
+    if settings.url.expose().starts_with("sqlite:") {
+        Ok(Arc::new(sqlite::SqliteStore::open(settings, role, clock).await?))
+    } else {
+        Ok(Arc::new(mysql::MysqlStore::open(settings, clock).await?))
+    }
+}
+
+/// sqlx writes no line a statement: the verbs have spans of their own.
+fn quiet<O: sqlx::ConnectOptions>(options: O) -> O {
+    options.disable_statement_logging()
 }
 
 /// One running `serve`, by the number of its row.
@@ -323,6 +367,44 @@ pub struct SchemaState {
     pub min_reader: i64,
 }
 
+impl SchemaState {
+    /// Whether this version may serve on this schema.
+    ///
+    /// # Errors
+    /// [`StoreError::Schema`], which says what to do, if a migration is missing or the schema is too new.
+    pub fn check(&self) -> Result<(), StoreError> {
+        if self.min_reader > self.known {
+            return Err(StoreError::Schema(format!(
+                "the database's schema {} may be used by versions that know schema {} or a later one, and this one knows {}: \
+                 run a newer sonnette",
+                self.version, self.min_reader, self.known
+            )));
+        }
+        if self.version < self.known {
+            return Err(StoreError::Schema(format!(
+                "the database's schema is {} and this version needs {}: run `sonnette migrate`",
+                self.version, self.known
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// One step of the schema.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Migration {
+    /// Its number.
+    pub version: i64,
+    /// What it makes.
+    pub name: String,
+}
+
+impl std::fmt::Display for Migration {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:04}_{}", self.version, self.name)
+    }
+}
+
 /// Devices and who holds them.
 #[async_trait]
 pub trait Devices: Send + Sync {
@@ -365,15 +447,18 @@ pub trait Notifications: Send + Sync {
 #[async_trait]
 pub trait Queue: Send + Sync {
     /// Commits a group: each has its own idempotency key and gets its own answer; a bad one never fails the others.
+    /// The outer error is everybody's: nothing can be said of any of them.
     /// On [`StoreError::CommitUnknown`] the caller asks [`Queue::committed`] before it says anything.
+    /// Work is taken in this replica's name only while its row is there, looked at with a lock: once it is buried,
+    /// what it accepts is nobody's.
     async fn accept(
         &self,
         group: &[Submission],
         replica: ReplicaId,
         now: Timestamp,
-    ) -> Result<Vec<Accepted>, StoreError>;
-    /// What was accepted under this idempotency key before: [`Accepted::Seen`], [`Accepted::Conflict`] for another body,
-    /// `None` if the key is new. For a request that is refused by the clock now and was right when it came first.
+    ) -> Result<Vec<Result<Accepted, StoreError>>, StoreError>;
+    /// What was accepted under this idempotency key before: [`Accepted::Seen`], or [`Accepted::Conflict`] for another
+    /// body; `None` if the key is new. For a request that the clock refuses now and that was right when it came first.
     async fn seen(&self, idempotency: &Idempotency) -> Result<Option<Accepted>, StoreError>;
     /// Which of these notifications are committed. Waits for a commit that is still under way.
     async fn committed(&self, ids: &[NotificationId]) -> Result<BTreeSet<NotificationId>, StoreError>;
@@ -486,8 +571,12 @@ pub trait Database: Send + Sync {
     fn kind(&self) -> Kind;
     /// Whether a commit can be made now: commits a small row of its own.
     async fn probe(&self, now: Timestamp) -> Result<(), StoreError>;
-    /// The schema.
+    /// The schema. An empty database has version 0.
     async fn schema(&self) -> Result<SchemaState, StoreError>;
+    /// What this version knows and this database lacks, in order.
+    async fn pending(&self) -> Result<Vec<Migration>, StoreError>;
+    /// Applies what is pending, one process at a time; what this call has applied comes back.
+    async fn migrate(&self) -> Result<Vec<Migration>, StoreError>;
     /// A secret that all replicas share: kept as `fresh` if there is none yet; the one that is kept comes back.
     async fn shared_secret(&self, name: &str, fresh: &[u8]) -> Result<Vec<u8>, StoreError>;
     /// The server's name and version, for `/health`.

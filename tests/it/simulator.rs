@@ -529,8 +529,14 @@ impl RawFrames {
         }
     }
 
-    /// A complete request: HEADERS with literal, never Huffman-coded fields, and DATA.
+    /// A complete request.
     async fn post(&mut self, stream: u32, jwt: &str) {
+        self.begin(stream, jwt).await;
+        self.frame(0, 1, stream, b"{}").await;
+    }
+
+    /// The HEADERS of a request, with literal, never Huffman-coded fields.
+    async fn begin(&mut self, stream: u32, jwt: &str) {
         let mut block = vec![0x83, 0x87]; // :method POST, :scheme https
         let path = format!("/3/device/{TOKEN}");
         let authorization = format!("bearer {jwt}");
@@ -560,7 +566,6 @@ impl RawFrames {
             block.extend_from_slice(value.as_bytes());
         }
         self.frame(1, 4, stream, &block).await;
-        self.frame(0, 1, stream, b"{}").await;
     }
 
     async fn frame(&mut self, kind: u8, flags: u8, stream: u32, payload: &[u8]) {
@@ -769,6 +774,34 @@ async fn a_goaway_tells_what_was_not_processed() {
         assert_eq!(finish(response).await.unwrap().status, 200);
     }
     assert_eq!(world.simulator.ledger().counters().accepted, 3);
+    world.end().await;
+}
+
+#[tokio::test]
+async fn a_push_whose_body_ends_behind_a_goaway_that_excludes_it_is_not_processed() {
+    let world = World::start().await;
+    let jwt = world.jwt("KEY0000001", 0);
+    let mut raw = RawFrames::open(&world).await;
+    raw.frame(4, 1, 0, b"").await;
+    raw.post(1, &jwt).await;
+    raw.next_of(1).await;
+    raw.begin(3, &jwt).await;
+    raw.begin(5, &jwt).await;
+    raw.frame(6, 0, 0, b"are they").await; // PING: its answer says that the headers were read
+    raw.next_of(6).await;
+    world.simulator.gates().go_away(
+        Environment::Sandbox,
+        &GoAwayOrder { last_stream: Some(3), debug: Some("enough".to_owned()), ..GoAwayOrder::default() },
+    );
+    let (_, _, goaway) = raw.next_of(7).await;
+    assert_eq!(goaway, [&[0, 0, 0, 3, 0, 0, 0, 0], b"enough".as_slice()].concat());
+    raw.frame(0, 1, 5, b"{}").await;
+    raw.post(7, &jwt).await;
+    raw.frame(0, 1, 3, b"{}").await;
+    let (flags, stream, _) = raw.next_of(1).await;
+    assert_eq!((flags & 1, stream), (1, 3));
+    let counters = world.simulator.ledger().counters();
+    assert_eq!((counters.requests, counters.accepted), (2, 2));
     world.end().await;
 }
 

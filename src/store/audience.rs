@@ -1,0 +1,387 @@
+//! From an audience to devices: read once when it is due, generations captured.
+//!
+//! Promises: whoever is resolved is in exactly one place of exactly one chunk; whoever is not a target is counted as
+//! unmatched; a device that may not be sent to any more is a target that has ended, with the word for why.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    str::FromStr,
+    time::Duration,
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::{
+    BoxError, StoreError,
+    sql::Failure,
+    statement::{Conn, Row, Statement, Value, corrupt, id_value},
+};
+use crate::domain::{
+    clock::{Clock, Timestamp},
+    delivery::{CHUNK_TARGETS, Chunk, DeliveryStatus, State, Target},
+    device::{Address, DeviceId, DeviceSeq, DeviceStatus, DeviceToken, Generation, Tag, UserId},
+    notification::{Audience, Notification},
+    outcome::{Cause, own},
+    topic::{Environment, Topic},
+};
+
+/// How many values go into one `IN (…)`.
+pub(super) const LIST: usize = 500;
+
+/// The words with which a target may end while it is resolved.
+pub(super) const WORDS: [Cause; 5] =
+    [own::WRONG_PUSH_TYPE, own::OWNER_CHANGED, own::LOGGED_OUT, own::DEVICE_INACTIVE, own::DEVICE_SUSPENDED];
+
+/// An audience whose time has not come, as it is kept.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Kept {
+    Users(Vec<UserId>),
+    Devices { ids: Vec<DeviceId>, user_id: Option<UserId> },
+    Tokens(Vec<String>),
+    Tags { all: Vec<Tag>, any: Vec<Tag>, none: Vec<Tag> },
+    Everyone,
+}
+
+/// An audience as bytes.
+pub(super) fn encode(audience: &Audience) -> Result<Vec<u8>, StoreError> {
+    let kept = match audience.clone() {
+        Audience::Users(users) => Kept::Users(users),
+        Audience::Devices { ids, user_id } => Kept::Devices { ids, user_id },
+        Audience::Tokens(tokens) => Kept::Tokens(tokens.iter().map(|token| token.as_hex().to_owned()).collect()),
+        Audience::Tags { all, any, none } => Kept::Tags { all, any, none },
+        Audience::Everyone => Kept::Everyone,
+    };
+    serde_json::to_vec(&kept).map_err(|error| StoreError::Statement(error.into()))
+}
+
+/// Reads [`encode`] back.
+pub(super) fn decode(bytes: &[u8]) -> Result<Audience, BoxError> {
+    Ok(match serde_json::from_slice(bytes)? {
+        Kept::Users(users) => Audience::Users(users),
+        Kept::Devices { ids, user_id } => Audience::Devices { ids, user_id },
+        Kept::Tokens(tokens) => Audience::Tokens(tokens.iter().map(|token| token.parse()).collect::<Result<_, _>>()?),
+        Kept::Tags { all, any, none } => Audience::Tags { all, any, none },
+        Kept::Everyone => Audience::Everyone,
+    })
+}
+
+/// Whether this version can resolve it.
+pub(super) fn check(audience: &Audience) -> Result<(), StoreError> {
+    match audience {
+        Audience::Users(_) | Audience::Devices { .. } | Audience::Tokens(_) => Ok(()),
+        Audience::Tags { .. } | Audience::Everyone => {
+            Err(StoreError::Statement("this version does not resolve tags and everyone: refuse them before".into()))
+        }
+    }
+}
+
+/// What is to be resolved.
+#[derive(Clone, Copy)]
+pub(super) struct Wanted<'w> {
+    pub(super) notification: &'w Notification,
+    pub(super) audience: &'w Audience,
+}
+
+/// One audience, resolved.
+pub(super) struct Resolved {
+    /// At most [`CHUNK_TARGETS`] targets each.
+    pub(super) chunks: Vec<Chunk>,
+    /// How many were named and are nobody.
+    pub(super) unmatched: u64,
+}
+
+/// Some audiences, resolved in one read.
+pub(super) struct Resolution {
+    /// In the order in which they were wanted.
+    pub(super) resolved: Vec<Resolved>,
+    /// The addresses that were read on the way.
+    pub(super) addresses: HashMap<DeviceSeq, Address>,
+    /// When the read began, on the clock's monotonic scale.
+    pub(super) read_at: Duration,
+}
+
+/// A device as it was found.
+struct Found {
+    address: Address,
+    topic: Box<[u8]>,
+    push_type: Box<[u8]>,
+}
+
+const COLUMNS: &str = "seq, id, token, user_id, generation, environment, status, last_accepted_at";
+
+/// Resolves audiences: one read a kind for all of them, in pieces where they are long.
+pub(super) async fn resolve(
+    conn: &mut Conn<'_>,
+    clock: &dyn Clock,
+    wanted: &[Wanted<'_>],
+    now: Timestamp,
+) -> Result<Resolution, Failure> {
+    let read_at = clock.monotonic();
+    let mut users = BTreeSet::new();
+    let mut user_topics = BTreeSet::new();
+    let mut ids = BTreeSet::new();
+    let mut tokens: BTreeMap<&Topic, BTreeSet<&DeviceToken>> = BTreeMap::new();
+    for Wanted { notification, audience } in wanted {
+        match audience {
+            Audience::Users(named) => {
+                users.extend(named.iter());
+                user_topics.insert(&notification.topic);
+            }
+            Audience::Devices { ids: named, .. } => ids.extend(named.iter()),
+            Audience::Tokens(named) => tokens.entry(&notification.topic).or_default().extend(named.iter()),
+            Audience::Tags { .. } | Audience::Everyone => check(audience)?,
+        }
+    }
+    let by_user = find_by_user(conn, &users, &user_topics).await?;
+    let by_id = find_by_id(conn, &ids).await?;
+    let by_token = find_by_token(conn, &tokens).await?;
+    let resolved = wanted
+        .iter()
+        .map(|Wanted { notification, audience }| {
+            let (targets, unmatched) = match audience {
+                Audience::Users(named) => pick_users(notification, named, &by_user),
+                Audience::Devices { ids, user_id } => pick_devices(notification, ids, user_id.as_ref(), &by_id, now),
+                Audience::Tokens(named) => pick_tokens(notification, named, &by_token, now),
+                Audience::Tags { .. } | Audience::Everyone => (Vec::new(), 0),
+            };
+            Resolved { chunks: into_chunks(targets), unmatched }
+        })
+        .collect();
+    let addresses = by_user
+        .into_values()
+        .flatten()
+        .chain(by_id.into_values())
+        .chain(by_token.into_values().flat_map(HashMap::into_values))
+        .map(|found| (found.address.seq, found.address))
+        .collect();
+    Ok(Resolution { resolved, addresses, read_at })
+}
+
+async fn find_by_user(
+    conn: &mut Conn<'_>,
+    users: &BTreeSet<&UserId>,
+    topics: &BTreeSet<&Topic>,
+) -> Result<HashMap<UserId, Vec<Found>>, Failure> {
+    let mut found: HashMap<UserId, Vec<Found>> = HashMap::new();
+    let users: Vec<_> = users.iter().copied().collect();
+    for piece in users.chunks(LIST) {
+        let mut statement = Statement::new("-- queue.resolve_users\nSELECT ");
+        statement.push(COLUMNS).push(", topic, push_type FROM devices WHERE user_id IN ");
+        statement.list(piece.iter().map(|user| user.as_str().as_bytes()));
+        statement.push(" AND topic IN ").list(topics.iter().map(|topic| topic.as_str()));
+        statement.push(" AND status = 'active' ORDER BY seq");
+        for row in &conn.fetch(statement).await? {
+            let one = found_from(row)?;
+            if let Some(user) = &one.address.user_id {
+                found.entry(user.clone()).or_default().push(one);
+            }
+        }
+    }
+    Ok(found)
+}
+
+async fn find_by_id(conn: &mut Conn<'_>, ids: &BTreeSet<&DeviceId>) -> Result<HashMap<DeviceId, Found>, Failure> {
+    let mut found = HashMap::with_capacity(ids.len());
+    let ids: Vec<_> = ids.iter().copied().collect();
+    for piece in ids.chunks(LIST) {
+        let mut statement = Statement::new("-- queue.resolve_devices\nSELECT ");
+        statement.push(COLUMNS).push(", topic, push_type FROM devices WHERE id IN ");
+        statement.list(piece.iter().map(|id| id_value(id.as_uuid())));
+        for row in &conn.fetch(statement).await? {
+            let one = found_from(row)?;
+            found.insert(one.address.id, one);
+        }
+    }
+    Ok(found)
+}
+
+async fn find_by_token(
+    conn: &mut Conn<'_>,
+    tokens: &BTreeMap<&Topic, BTreeSet<&DeviceToken>>,
+) -> Result<HashMap<Topic, HashMap<DeviceToken, Found>>, Failure> {
+    let mut found: HashMap<Topic, HashMap<DeviceToken, Found>> = HashMap::new();
+    for (topic, tokens) in tokens {
+        let tokens: Vec<_> = tokens.iter().copied().collect();
+        let of_topic = found.entry((*topic).clone()).or_default();
+        for piece in tokens.chunks(LIST) {
+            let mut statement = Statement::new("-- queue.resolve_tokens\nSELECT ");
+            statement.push(COLUMNS).push(", topic, push_type FROM devices WHERE topic = ").bind(topic.as_str());
+            statement.push(" AND token IN ").list(piece.iter().map(|token| token.to_bytes()));
+            for row in &conn.fetch(statement).await? {
+                let one = found_from(row)?;
+                of_topic.insert(one.address.token.clone(), one);
+            }
+        }
+    }
+    Ok(found)
+}
+
+fn fits(notification: &Notification, found: &Found) -> bool {
+    notification.push_type.token_type().as_str().as_bytes() == &*found.push_type
+}
+
+fn of_topic(notification: &Notification, found: &Found) -> bool {
+    notification.topic.as_str().as_bytes() == &*found.topic
+}
+
+fn pick_users(
+    notification: &Notification,
+    named: &[UserId],
+    found: &HashMap<UserId, Vec<Found>>,
+) -> (Vec<(Target, State)>, u64) {
+    let mut targets = Vec::new();
+    let mut unmatched = 0;
+    let mut seen = HashSet::with_capacity(named.len());
+    for user in named {
+        if !seen.insert(user) {
+            continue;
+        }
+        let before = targets.len();
+        let devices = found.get(user).map_or(&[][..], Vec::as_slice);
+        targets.extend(devices.iter().filter(|one| of_topic(notification, one) && fits(notification, one)).map(
+            |one| {
+                let target = Target::Device { seq: one.address.seq, generation: Some(one.address.generation) };
+                (target, State::PENDING)
+            },
+        ));
+        if targets.len() == before {
+            unmatched += 1;
+        }
+    }
+    (targets, unmatched)
+}
+
+fn pick_devices(
+    notification: &Notification,
+    named: &[DeviceId],
+    fence: Option<&UserId>,
+    found: &HashMap<DeviceId, Found>,
+    now: Timestamp,
+) -> (Vec<(Target, State)>, u64) {
+    let mut targets = Vec::new();
+    let mut unmatched = 0;
+    let mut seen = HashSet::with_capacity(named.len());
+    for id in named {
+        if !seen.insert(id) {
+            continue;
+        }
+        match found.get(id).filter(|one| of_topic(notification, one)) {
+            Some(one) => targets.push(target(notification, one, fence, now)),
+            None => unmatched += 1,
+        }
+    }
+    (targets, unmatched)
+}
+
+fn pick_tokens(
+    notification: &Notification,
+    named: &[DeviceToken],
+    found: &HashMap<Topic, HashMap<DeviceToken, Found>>,
+    now: Timestamp,
+) -> (Vec<(Target, State)>, u64) {
+    let mut targets = Vec::new();
+    let mut seen = HashSet::with_capacity(named.len());
+    let registered = found.get(&notification.topic);
+    for (index, token) in named.iter().enumerate() {
+        if !seen.insert(token) {
+            continue;
+        }
+        targets.push(match registered.and_then(|of_topic| of_topic.get(token)) {
+            Some(one) => target(notification, one, None, now),
+            None => {
+                let index = u32::try_from(index).unwrap_or(u32::MAX);
+                (Target::Token { index, token: token.clone() }, State::PENDING)
+            }
+        });
+    }
+    (targets, 0)
+}
+
+/// A device that was named: what it is for and who holds it decide first, then whether it is sent to.
+fn target(notification: &Notification, one: &Found, fence: Option<&UserId>, now: Timestamp) -> (Target, State) {
+    let Address { seq, generation, user_id, status, .. } = &one.address;
+    let target = Target::Device { seq: *seq, generation: fence.is_some().then_some(*generation) };
+    let end = |status, word| State::ended(status, word, now);
+    let state = match (fence, user_id, status) {
+        _ if !fits(notification, one) => end(DeliveryStatus::Failed, own::WRONG_PUSH_TYPE),
+        (Some(_), None, _) => end(DeliveryStatus::Suppressed, own::LOGGED_OUT),
+        (Some(fence), Some(holder), _) if fence != holder => end(DeliveryStatus::Suppressed, own::OWNER_CHANGED),
+        (_, _, DeviceStatus::Inactive) => end(DeliveryStatus::Unregistered, own::DEVICE_INACTIVE),
+        (_, _, DeviceStatus::Suspended) => end(DeliveryStatus::Failed, own::DEVICE_SUSPENDED),
+        (_, _, DeviceStatus::Active) => State::PENDING,
+    };
+    (target, state)
+}
+
+fn into_chunks(targets: Vec<(Target, State)>) -> Vec<Chunk> {
+    let mut chunks = Vec::with_capacity(targets.len().div_ceil(CHUNK_TARGETS));
+    let mut rest = targets.into_iter().peekable();
+    while rest.peek().is_some() {
+        let (targets, states) = rest.by_ref().take(CHUNK_TARGETS).unzip();
+        chunks.push(Chunk { targets, states });
+    }
+    chunks
+}
+
+/// Addresses by number: the ownership read. Those that are forgotten are missing.
+pub(super) async fn read_addresses(conn: &mut Conn<'_>, devices: &[DeviceSeq]) -> Result<Vec<Address>, Failure> {
+    let mut addresses = Vec::with_capacity(devices.len());
+    for piece in devices.chunks(LIST) {
+        let mut statement = Statement::new("-- queue.addresses\nSELECT ");
+        statement.push(COLUMNS).push(" FROM devices WHERE seq IN ").list(piece.iter().map(|seq| seq.0));
+        for row in &conn.fetch(statement).await? {
+            addresses.push(address_from(row)?);
+        }
+    }
+    Ok(addresses)
+}
+
+fn found_from(row: &Row) -> Result<Found, StoreError> {
+    Ok(Found { address: address_from(row)?, topic: row.bytes(8)?.into(), push_type: row.bytes(9)?.into() })
+}
+
+fn address_from(row: &Row) -> Result<Address, StoreError> {
+    let seq = row.int(0)?;
+    let bad = |column| move |error: BoxError| corrupt("devices", column, seq, error);
+    let last_accepted_at = row.int(7)?;
+    Ok(Address {
+        seq: DeviceSeq(seq),
+        id: DeviceId::from_uuid(uuid::Uuid::from_slice(&row.bytes(1)?).map_err(|error| bad("id")(error.into()))?),
+        token: DeviceToken::from_bytes(&row.bytes(2)?).map_err(|error| bad("token")(error.into()))?,
+        user_id: parsed_or_null(row.bytes_or_null(3)?).map_err(bad("user_id"))?,
+        generation: Generation(row.int(4)?),
+        environment: parsed_or_null::<Environment>(row.bytes_or_null(5)?).map_err(bad("environment"))?,
+        status: parsed(row.bytes(6)?).map_err(bad("status"))?,
+        last_accepted_at: (last_accepted_at != 0).then(|| Timestamp::from_millis(last_accepted_at)),
+    })
+}
+
+/// A value from the text that was kept of it.
+pub(super) fn parsed<T>(bytes: Vec<u8>) -> Result<T, BoxError>
+where
+    T: FromStr,
+    T::Err: std::fmt::Debug,
+{
+    let text = String::from_utf8(bytes)?;
+    text.parse().map_err(|error| format!("{error:?}").into())
+}
+
+/// A value from the text that was kept of it, or `NULL`.
+pub(super) fn parsed_or_null<T>(bytes: Option<Vec<u8>>) -> Result<Option<T>, BoxError>
+where
+    T: FromStr,
+    T::Err: std::fmt::Debug,
+{
+    bytes.map(parsed).transpose()
+}
+
+/// Who is addressed by name: the link rows of a notification.
+pub(super) fn links(notification: &Notification, audience: &Audience) -> Vec<Vec<Value>> {
+    let users: BTreeSet<&UserId> = match audience {
+        Audience::Users(users) => users.iter().collect(),
+        Audience::Devices { user_id, .. } => user_id.iter().collect(),
+        Audience::Tokens(_) | Audience::Tags { .. } | Audience::Everyone => BTreeSet::new(),
+    };
+    users.into_iter().map(|user| vec![user.as_str().as_bytes().into(), id_value(notification.id.as_uuid())]).collect()
+}

@@ -1,0 +1,369 @@
+//! Accepting a group: resolved, committed and handed over in one transaction.
+
+use std::collections::{BTreeMap, HashMap};
+
+use serde::{Deserialize, Serialize};
+
+use super::{
+    Context,
+    chunk::{self, NewChunk, Notes},
+};
+use crate::domain::{
+    clock::Timestamp,
+    delivery::{Chunk, ChunkKey, Target},
+    device::{Address, DeviceSeq},
+    notification::{
+        Audience, Counts, Notification, NotificationId, NotificationStatus, NotificationView, Reference, WaitingFor,
+        Warning,
+    },
+    topic::Topic,
+};
+use crate::store::{
+    Accepted, Idempotency, Kind, Lease, ReplicaId, StoreError, Submission,
+    audience::{self, LIST, Wanted},
+    sql::Failure,
+    statement::{Conn, Statement, Value, corrupt, id_value},
+};
+
+/// The view that was answered, as it is kept beside an idempotency key.
+#[derive(Serialize, Deserialize)]
+struct Answer {
+    id: NotificationId,
+    status: NotificationStatus,
+    topic: Topic,
+    reference: Option<Reference>,
+    counts: Counts,
+    unmatched: u64,
+    audience_complete: bool,
+    waiting_for: Option<WaitingFor>,
+    warnings: Vec<Warning>,
+    created_at: Timestamp,
+    done_at: Option<Timestamp>,
+}
+
+impl From<NotificationView> for Answer {
+    fn from(view: NotificationView) -> Self {
+        Self {
+            id: view.id,
+            status: view.status,
+            topic: view.topic,
+            reference: view.reference,
+            counts: view.counts,
+            unmatched: view.unmatched,
+            audience_complete: view.audience_complete,
+            waiting_for: view.waiting_for,
+            warnings: view.warnings,
+            created_at: view.created_at,
+            done_at: view.done_at,
+        }
+    }
+}
+
+impl From<Answer> for NotificationView {
+    fn from(answer: Answer) -> Self {
+        Self {
+            id: answer.id,
+            status: answer.status,
+            topic: answer.topic,
+            reference: answer.reference,
+            counts: answer.counts,
+            unmatched: answer.unmatched,
+            audience_complete: answer.audience_complete,
+            waiting_for: answer.waiting_for,
+            warnings: answer.warnings,
+            created_at: answer.created_at,
+            done_at: answer.done_at,
+        }
+    }
+}
+
+/// One submission on its way.
+struct Entry<'s> {
+    submission: &'s Submission,
+    /// `None`: not due yet.
+    chunks: Option<Vec<Chunk>>,
+    view: NotificationView,
+}
+
+/// Accepts a group; the answers come in its order.
+pub(in crate::store) async fn accept(
+    conn: &mut Conn<'_>,
+    context: &Context,
+    group: &[&Submission],
+    replica: ReplicaId,
+    now: Timestamp,
+) -> Result<Vec<Accepted>, Failure> {
+    let due: Vec<Wanted<'_>> = group
+        .iter()
+        .filter(|submission| is_due(submission, now))
+        .map(|submission| Wanted { notification: &submission.notification, audience: &submission.audience })
+        .collect();
+    let resolution = audience::resolve(conn, &*context.clock, &due, now).await?;
+    let mut resolved = resolution.resolved.into_iter();
+    let entries: Vec<Entry<'_>> = group
+        .iter()
+        .map(|submission| {
+            let resolved = if is_due(submission, now) { resolved.next() } else { None };
+            entry(submission, resolved, now)
+        })
+        .collect();
+    let mut answers = known(conn, &entries, now).await?;
+    let new: Vec<&Entry<'_>> =
+        entries.iter().enumerate().filter(|(at, _)| !answers.contains_key(at)).map(|(_, entry)| entry).collect();
+    let own = new.iter().any(|entry| entry.submission.own) && super::lives(conn, replica).await?;
+    insert(conn, context, &new, own.then_some(replica), now).await?;
+    let mut accepted = Vec::with_capacity(group.len());
+    for (at, entry) in entries.into_iter().enumerate() {
+        accepted.push(match answers.remove(&at) {
+            Some(answer) => answer,
+            None => {
+                let leases = if own { leases(&entry, &resolution.addresses, resolution.read_at) } else { Vec::new() };
+                Accepted::New { view: entry.view, leases }
+            }
+        });
+    }
+    Ok(accepted)
+}
+
+fn is_due(submission: &Submission, now: Timestamp) -> bool {
+    submission.notification.due_at <= now
+}
+
+fn entry<'s>(submission: &'s Submission, resolved: Option<audience::Resolved>, now: Timestamp) -> Entry<'s> {
+    let notification = &submission.notification;
+    let mut counts = Counts::default();
+    let mut tried = false;
+    for chunk in resolved.iter().flat_map(|resolved| &resolved.chunks) {
+        counts.add(&chunk.counts());
+        tried |= counts.pending < counts.targeted;
+    }
+    let status = match &resolved {
+        None => NotificationStatus::Scheduled,
+        Some(_) if counts.pending == 0 => NotificationStatus::Done,
+        Some(_) if tried => NotificationStatus::Sending,
+        Some(_) => NotificationStatus::Queued,
+    };
+    let done_at = (status == NotificationStatus::Done).then_some(match counts.targeted {
+        0 => notification.created_at,
+        _ => now,
+    });
+    let view = NotificationView {
+        id: notification.id,
+        status,
+        topic: notification.topic.clone(),
+        reference: notification.reference.clone(),
+        counts,
+        unmatched: resolved.as_ref().map_or(0, |resolved| resolved.unmatched),
+        audience_complete: resolved.is_some(),
+        waiting_for: None,
+        warnings: notification.warnings.clone(),
+        created_at: notification.created_at,
+        done_at,
+    };
+    Entry { submission, chunks: resolved.map(|resolved| resolved.chunks), view }
+}
+
+/// Claims the idempotency keys; the answers for those that were seen before, by place in the group.
+///
+/// The rows are inserted in the order of their keys: whoever comes second waits for the first to commit, and then
+/// reads the first's row. A group resolves before it claims, so that a key's row is written once, with its answer.
+async fn known(
+    conn: &mut Conn<'_>,
+    entries: &[Entry<'_>],
+    now: Timestamp,
+) -> Result<BTreeMap<usize, Accepted>, Failure> {
+    let mut claims: Vec<([u8; 32], usize)> = entries
+        .iter()
+        .enumerate()
+        .filter_map(|(at, entry)| entry.submission.idempotency.map(|idempotency| (idempotency.key, at)))
+        .collect();
+    claims.sort_unstable();
+    let mut rows = Vec::with_capacity(claims.len());
+    let mut last = None;
+    for (key, at) in &claims {
+        let Some(entry) = entries.get(*at) else { continue };
+        let Some(idempotency) = entry.submission.idempotency else { continue };
+        // The same key twice in one group: the first has it.
+        if last.replace(*key) == Some(*key) {
+            continue;
+        }
+        let answer = serde_json::to_vec(&Answer::from(entry.view.clone()))
+            .map_err(|error| StoreError::Statement(error.into()))?;
+        rows.push(vec![
+            key.as_slice().into(),
+            idempotency.body.as_slice().into(),
+            id_value(entry.view.id.as_uuid()),
+            answer.into(),
+            now.into(),
+        ]);
+    }
+    // Differs: how a row that is there is left alone. IGNORE would also ignore faults.
+    let tail = match conn.kind() {
+        Kind::Sqlite => " ON CONFLICT (request_key) DO NOTHING",
+        Kind::Mysql => " ON DUPLICATE KEY UPDATE request_key = request_key",
+    };
+    let head = "-- queue.insert_idempotency_keys\n\
+                INSERT INTO idempotency_keys (request_key, body_hash, notification_id, answer, created_at)";
+    conn.insert(head, &rows, tail).await?;
+    let mut there: HashMap<Vec<u8>, (Vec<u8>, Vec<u8>, Vec<u8>)> = HashMap::with_capacity(rows.len());
+    for piece in rows.chunks(LIST) {
+        let mut statement = Statement::new(
+            "-- queue.idempotency_keys\nSELECT request_key, body_hash, notification_id, answer FROM idempotency_keys \
+             WHERE request_key IN ",
+        );
+        statement.list(piece.iter().filter_map(|row| row.first().cloned()));
+        for row in &conn.fetch(statement).await? {
+            there.insert(row.bytes(0)?, (row.bytes(1)?, row.bytes(2)?, row.bytes(3)?));
+        }
+    }
+    let mut answers = BTreeMap::new();
+    for (key, at) in claims {
+        let Some(entry) = entries.get(at) else { continue };
+        let Some(idempotency) = entry.submission.idempotency else { continue };
+        let Some((body, notification, answer)) = there.get(key.as_slice()) else {
+            return Err(StoreError::Statement("an idempotency key that was just inserted is missing".into()).into());
+        };
+        if notification.as_slice() == entry.view.id.as_uuid().as_bytes() {
+            continue;
+        }
+        answers.insert(at, before(key, body, answer, &idempotency)?);
+    }
+    Ok(answers)
+}
+
+/// What a request with this key is, whose row is there.
+fn before(key: [u8; 32], body: &[u8], answer: &[u8], idempotency: &Idempotency) -> Result<Accepted, StoreError> {
+    if body != idempotency.body {
+        return Ok(Accepted::Conflict);
+    }
+    let answer: Answer = serde_json::from_slice(answer)
+        .map_err(|error| corrupt("idempotency_keys", "answer", hex::encode(key), error))?;
+    Ok(Accepted::Seen(answer.into()))
+}
+
+/// What was accepted under this key before.
+pub(super) async fn seen(conn: &mut Conn<'_>, idempotency: &Idempotency) -> Result<Option<Accepted>, Failure> {
+    let mut statement =
+        Statement::new("-- queue.seen\nSELECT body_hash, answer FROM idempotency_keys WHERE request_key = ");
+    statement.bind(idempotency.key.as_slice());
+    let rows = conn.fetch(statement).await?;
+    let Some(row) = rows.first() else { return Ok(None) };
+    Ok(Some(before(idempotency.key, &row.bytes(0)?, &row.bytes(1)?, idempotency)?))
+}
+
+const INSERT: &str = "-- queue.insert_notifications\nINSERT INTO notifications (id, topic, owner, reference, lane, \
+    push_type, priority, expires_at, collapse_id, derives_collapse_id, on_unknown, environment, payload, audience, \
+    audience_complete, unmatched, due_at, created_at, warnings)";
+
+async fn insert(
+    conn: &mut Conn<'_>,
+    context: &Context,
+    new: &[&Entry<'_>],
+    replica: Option<ReplicaId>,
+    now: Timestamp,
+) -> Result<(), Failure> {
+    let mut notifications = Vec::with_capacity(new.len());
+    let mut links = Vec::new();
+    let mut chunks = Vec::with_capacity(new.len());
+    let mut notes = Vec::new();
+    for entry in new {
+        let Submission { notification, audience, own, .. } = entry.submission;
+        notifications.push(notification_row(notification, audience, &entry.view)?);
+        links.extend(audience::links(notification, audience));
+        let (lane, due_at) = (notification.lane, notification.due_at);
+        let owner = replica.filter(|_| *own);
+        match &entry.chunks {
+            None => {
+                let key = ChunkKey { notification: notification.id, number: 0 };
+                chunks.push(NewChunk { key, lane, due_at, owner: None, chunk: None });
+            }
+            Some(resolved) => {
+                for (number, chunk) in (0..).zip(resolved) {
+                    let key = ChunkKey { notification: notification.id, number };
+                    chunks.push(NewChunk { key, lane, due_at, owner, chunk: Some(chunk) });
+                    notes.push(Notes::at_first(key, chunk));
+                }
+            }
+        }
+    }
+    conn.insert(INSERT, &notifications, "").await?;
+    chunk::insert(conn, &context.reasons, &chunks, now).await?;
+    links.sort_unstable_by(|one, other| key_of(one).cmp(&key_of(other)));
+    conn.insert("-- queue.insert_links\nINSERT INTO notification_users (user_id, notification_id)", &links, "").await?;
+    chunk::note(conn, &notes).await
+}
+
+fn key_of(row: &[Value]) -> Option<&[u8]> {
+    match row.first() {
+        Some(Value::Bytes(bytes)) => Some(bytes),
+        _ => None,
+    }
+}
+
+fn notification_row(
+    notification: &Notification,
+    audience: &Audience,
+    view: &NotificationView,
+) -> Result<Vec<Value>, StoreError> {
+    use crate::domain::push::Expiration;
+    let expires_at = match notification.expiration {
+        Expiration::Immediate => 0,
+        Expiration::At(at) => at.as_millis(),
+    };
+    let warnings = match notification.warnings.as_slice() {
+        [] => None,
+        some => Some(serde_json::to_vec(some).map_err(|error| StoreError::Statement(error.into()))?),
+    };
+    let kept = if view.audience_complete { None } else { Some(audience::encode(audience)?) };
+    Ok(vec![
+        id_value(notification.id.as_uuid()),
+        notification.topic.as_str().into(),
+        notification.owner.as_str().into(),
+        notification.reference.as_ref().map(|reference| reference.as_str().as_bytes()).into(),
+        notification.lane.as_number().into(),
+        notification.push_type.as_str().into(),
+        i64::from(notification.priority.as_number()).into(),
+        expires_at.into(),
+        notification.collapse_id.as_ref().map(|id| id.as_str().as_bytes()).into(),
+        notification.derives_collapse_id.into(),
+        notification.on_unknown.as_str().into(),
+        notification.environment.map(|environment| environment.as_str()).into(),
+        notification.payload.bytes().as_ref().into(),
+        kept.into(),
+        view.audience_complete.into(),
+        view.unmatched.into(),
+        notification.due_at.into(),
+        notification.created_at.into(),
+        warnings.into(),
+    ])
+}
+
+fn leases(entry: &Entry<'_>, addresses: &HashMap<DeviceSeq, Address>, read_at: std::time::Duration) -> Vec<Lease> {
+    let Some(chunks) = entry.chunks.as_ref().filter(|_| entry.submission.own) else { return Vec::new() };
+    let notification = std::sync::Arc::new(entry.submission.notification.clone());
+    (0..)
+        .zip(chunks)
+        .filter(|(_, chunk)| !chunk.is_done())
+        .map(|(number, chunk)| Lease {
+            key: ChunkKey { notification: notification.id, number },
+            epoch: chunk::FIRST_EPOCH,
+            notification: std::sync::Arc::clone(&notification),
+            chunk: chunk.clone(),
+            addresses: addresses_of(chunk, addresses),
+            read_at,
+        })
+        .collect()
+}
+
+/// The addresses of a chunk's open devices, of those that were read.
+pub(super) fn addresses_of(chunk: &Chunk, addresses: &HashMap<DeviceSeq, Address>) -> Vec<Address> {
+    open_devices(chunk).filter_map(|seq| addresses.get(&seq).cloned()).collect()
+}
+
+/// The devices of a chunk that have no outcome yet.
+pub(super) fn open_devices(chunk: &Chunk) -> impl Iterator<Item = DeviceSeq> {
+    chunk.targets.iter().zip(&chunk.states).filter_map(|(target, state)| match target {
+        Target::Device { seq, .. } if state.is_open() => Some(*seq),
+        _ => None,
+    })
+}

@@ -1,0 +1,243 @@
+//! Chunks as rows: read and written.
+
+use super::notification_id;
+use crate::domain::{
+    clock::Timestamp,
+    delivery::{Chunk, ChunkKey, NotAChunk, State, decode_states, decode_targets, encode_states, encode_targets},
+    notification::{Counts, Lane},
+    outcome::Cause,
+};
+use crate::store::{
+    Kind, ReplicaId, StoreError,
+    reasons::{self, Reasons},
+    sql::Failure,
+    statement::{Conn, Row, Statement, Value, corrupt, id_value},
+};
+
+/// The key of a chunk, from two columns.
+pub(in crate::store) fn key_from(row: &Row, column: usize) -> Result<ChunkKey, StoreError> {
+    let number = row.int(column + 1)?;
+    Ok(ChunkKey {
+        notification: notification_id(&row.bytes(column)?)?,
+        number: u32::try_from(number).map_err(|error| corrupt("chunks", "number", number, error))?,
+    })
+}
+
+/// A chunk from its compact forms. A reason that is not known here is looked up once.
+pub(in crate::store) async fn read(
+    conn: &mut Conn<'_>,
+    reasons: &Reasons,
+    key: ChunkKey,
+    targets: &[u8],
+    states: Option<&[u8]>,
+) -> Result<Chunk, Failure> {
+    let row = || format!("{}/{}", key.notification, key.number);
+    let targets = decode_targets(targets).map_err(|error| corrupt("chunks", "targets", row(), error))?;
+    let Some(bytes) = states else { return Ok(Chunk::new(targets)) };
+    let mut states = decode_states(bytes, targets.len(), |code| reasons.cause(code));
+    if matches!(states, Err(NotAChunk::Reason(_))) {
+        // What is in a chunk that can be read was committed, and its dictionary before it.
+        reasons.learn(reasons::all(conn).await?);
+        states = decode_states(bytes, targets.len(), |code| reasons.cause(code));
+    }
+    let states = states.map_err(|error| corrupt("chunks", "states", row(), error))?;
+    Ok(Chunk { targets, states })
+}
+
+/// The compact form of states; `None` while nothing has been tried.
+pub(super) fn states(chunk: &Chunk, reasons: &Reasons) -> Result<Option<Vec<u8>>, StoreError> {
+    if chunk.states.iter().all(|state| *state == State::PENDING) {
+        return Ok(None);
+    }
+    let mut without = None;
+    let bytes = encode_states(&chunk.states, |cause| {
+        reasons.code(cause).unwrap_or_else(|| {
+            without = Some(cause.clone());
+            0
+        })
+    });
+    match without {
+        None => Ok(Some(bytes)),
+        Some(Cause { reason, .. }) => Err(StoreError::Statement(format!("{reason:?} has no number").into())),
+    }
+}
+
+/// The count columns behind `targeted`, in the order of the table.
+pub(super) fn counted(counts: &Counts) -> [Value; 7] {
+    [
+        counts.accepted.into(),
+        counts.failed.into(),
+        counts.unregistered.into(),
+        counts.expired.into(),
+        counts.cancelled.into(),
+        counts.suppressed.into(),
+        counts.unknown.into(),
+    ]
+}
+
+/// The same columns, to be set.
+pub(super) const COUNTED: [&str; 7] = [
+    ", accepted = ",
+    ", failed = ",
+    ", unregistered = ",
+    ", expired = ",
+    ", cancelled = ",
+    ", suppressed = ",
+    ", unanswered = ",
+];
+
+/// A chunk about to be inserted.
+pub(super) struct NewChunk<'c> {
+    pub(super) key: ChunkKey,
+    pub(super) lane: Lane,
+    pub(super) due_at: Timestamp,
+    /// Who is to send what is open; `None`: whoever is free.
+    pub(super) owner: Option<ReplicaId>,
+    /// `None`: the audience is still to be resolved.
+    pub(super) chunk: Option<&'c Chunk>,
+}
+
+/// The epoch of a chunk that is inserted with an owner.
+pub(super) const FIRST_EPOCH: i64 = 1;
+
+const INSERT: &str = "-- queue.insert_chunks\nINSERT INTO chunks (notification_id, number, lane, holder, epoch, due_at, \
+    targets, states, targeted, accepted, failed, unregistered, expired, cancelled, suppressed, unanswered, \
+    waiting_since, ended_at)";
+
+/// Inserts chunks; those all of whose targets have ended are ended.
+pub(super) async fn insert(
+    conn: &mut Conn<'_>,
+    reasons: &Reasons,
+    chunks: &[NewChunk<'_>],
+    now: Timestamp,
+) -> Result<(), Failure> {
+    let mut rows = Vec::with_capacity(chunks.len());
+    for NewChunk { key, lane, due_at, owner, chunk } in chunks {
+        let ended = chunk.is_some_and(Chunk::is_done);
+        let counts = chunk.map(Chunk::counts).unwrap_or_default();
+        let (holder, epoch) = match owner {
+            Some(replica) => (replica.0, FIRST_EPOCH),
+            None => (super::FREE, 0),
+        };
+        let mut row = vec![
+            id_value(key.notification.as_uuid()),
+            key.number.into(),
+            lane.as_number().into(),
+            (!ended).then_some(holder).into(),
+            epoch.into(),
+            (*due_at).into(),
+            chunk.map(|chunk| encode_targets(&chunk.targets)).into(),
+            chunk.map(|chunk| states(chunk, reasons)).transpose()?.flatten().into(),
+            counts.targeted.into(),
+        ];
+        row.extend(counted(&counts));
+        row.extend([Value::Null, ended.then_some(now).into()]);
+        rows.push(row);
+    }
+    Ok(conn.insert(INSERT, &rows, "").await?)
+}
+
+/// The most rows of outcomes other than accepted that a notification gets.
+const MAX_NOTES: usize = 10_000;
+
+/// What is to be noted of one chunk: positions, and Apple's ids where there are any.
+pub(super) struct Notes<'c> {
+    pub(super) key: ChunkKey,
+    pub(super) chunk: &'c Chunk,
+    /// Positions that have just ended otherwise than accepted.
+    pub(super) ended: Vec<usize>,
+    /// Apple's ids by position.
+    pub(super) unique_ids: &'c [(u32, Box<str>)],
+}
+
+impl<'c> Notes<'c> {
+    /// What a chunk tells that was just resolved.
+    pub(super) fn at_first(key: ChunkKey, chunk: &'c Chunk) -> Self {
+        let ended = (0..).zip(&chunk.states).filter(|(_, state)| !state.is_open()).map(|(at, _)| at).collect();
+        Self { key, chunk, ended, unique_ids: &[] }
+    }
+}
+
+/// Writes rows for exceptions.
+pub(super) async fn note(conn: &mut Conn<'_>, notes: &[Notes<'_>]) -> Result<(), Failure> {
+    let mut rows = Vec::new();
+    for Notes { key, chunk, ended, unique_ids } in notes {
+        // One chunk alone cannot be too many; for the others the rows that are there are counted.
+        let room = match key.number {
+            0 => MAX_NOTES,
+            _ if ended.is_empty() => 0,
+            _ => MAX_NOTES.saturating_sub(noted(conn, key).await?),
+        };
+        let mut at_position = std::collections::BTreeMap::new();
+        for at in ended.iter().take(room) {
+            at_position.insert(*at, None);
+        }
+        // The first chunk of a notification is all of it up to 1,000 targets.
+        if key.number == 0 {
+            for (at, id) in *unique_ids {
+                at_position.insert(usize::try_from(*at).unwrap_or(usize::MAX), Some(&**id));
+            }
+        }
+        for (at, unique_id) in at_position {
+            let (Some(target), Some(state)) = (chunk.targets.get(at), chunk.states.get(at)) else { continue };
+            rows.push(note_row(*key, at, target, state, unique_id));
+        }
+    }
+    // Differs: how a row that is there is brought up to date. (MariaDB lacks MySQL's newer spelling.)
+    let tail = match conn.kind() {
+        Kind::Sqlite => {
+            " ON CONFLICT (notification_id, number, position) DO UPDATE SET status = excluded.status, \
+             apns_status = excluded.apns_status, reason = excluded.reason, \
+             apns_unique_id = COALESCE(excluded.apns_unique_id, apns_unique_id), attempts = excluded.attempts, \
+             at = excluded.at"
+        }
+        Kind::Mysql => {
+            " ON DUPLICATE KEY UPDATE status = VALUES(status), apns_status = VALUES(apns_status), \
+             reason = VALUES(reason), apns_unique_id = COALESCE(VALUES(apns_unique_id), apns_unique_id), \
+             attempts = VALUES(attempts), at = VALUES(at)"
+        }
+    };
+    let head = "-- queue.note\nINSERT INTO delivery_notes (notification_id, number, position, device_seq, status, \
+                apns_status, reason, apns_unique_id, attempts, at)";
+    Ok(conn.insert(head, &rows, tail).await?)
+}
+
+fn note_row(
+    key: ChunkKey,
+    at: usize,
+    target: &crate::domain::delivery::Target,
+    state: &State,
+    unique_id: Option<&str>,
+) -> Vec<Value> {
+    use crate::domain::delivery::Target;
+    let seq = match target {
+        Target::Device { seq, .. } => Some(seq.0),
+        Target::Token { .. } => None,
+    };
+    let cause = state.cause.as_ref().map(reasons::kept);
+    vec![
+        id_value(key.notification.as_uuid()),
+        key.number.into(),
+        (at as u64).into(),
+        seq.into(),
+        state.status.as_str().into(),
+        cause.as_ref().and_then(|cause| cause.apns_status).into(),
+        cause.map(|cause| cause.reason.into_owned()).into(),
+        unique_id.map(short).into(),
+        state.attempts.into(),
+        state.at.map_or(0, Timestamp::as_millis).into(),
+    ]
+}
+
+/// Apple's ids are UUIDs; whatever else comes is cut to what the column holds.
+fn short(id: &str) -> String {
+    id.chars().take(64).collect()
+}
+
+async fn noted(conn: &mut Conn<'_>, key: &ChunkKey) -> Result<usize, Failure> {
+    let mut statement = Statement::new("-- queue.noted\nSELECT COUNT(*) FROM delivery_notes WHERE notification_id = ");
+    statement.bind(id_value(key.notification.as_uuid()));
+    let rows = conn.fetch(statement).await?;
+    let count = rows.first().map(|row| row.int(0)).transpose()?.unwrap_or(0);
+    Ok(usize::try_from(count).unwrap_or(usize::MAX))
+}

@@ -1,0 +1,304 @@
+//! Recording progress: leases first, then outcomes, then what was learned of devices.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    time::Duration,
+};
+
+use super::{
+    Context, FREE,
+    chunk::{self, Notes},
+};
+use crate::domain::{
+    clock::Timestamp,
+    delivery::{ChunkKey, DeliveryStatus, DeviceEffect, Target},
+    device::{DeviceSeq, DeviceToken},
+    outcome::Cause,
+    topic::Environment,
+};
+use crate::store::{
+    Disposition, ReplicaId, Settled, StoreError,
+    audience::LIST,
+    breakers::parked_holder,
+    reasons,
+    sql::Failure,
+    statement::{Conn, Statement, Value},
+};
+
+/// By how much APNs' clock and ours may differ: a token that registered within this time before APNs saw it leave has
+/// registered after, for all we know, and is kept. NTP keeps clocks much closer; a wrong guess costs one more push.
+pub(in crate::store) const CLOCK_SKEW: Duration = Duration::from_secs(60);
+
+/// `last_accepted_at` is right to within this time, so that a broadcast a day writes each device once.
+pub(in crate::store) const ACCEPTED_WITHIN: Duration = Duration::from_secs(24 * 3600);
+
+/// All causes of a settle: the dictionary must hold them before it begins.
+pub(in crate::store) fn causes<'s>(done: &'s [Settled<'_>]) -> impl Iterator<Item = &'s Cause> {
+    done.iter().flat_map(|settled| settled.chunk.states.iter().filter_map(|state| state.cause.as_ref()))
+}
+
+/// What a chunk becomes. Chunks that become the same are written together.
+#[derive(PartialEq, Eq, Hash)]
+struct Content {
+    epoch: i64,
+    holder: Option<i64>,
+    due_at: Option<Timestamp>,
+    waiting_since: Option<Timestamp>,
+    ended_at: Option<Timestamp>,
+    states: Option<Vec<u8>>,
+    counted: [Value; 7],
+}
+
+/// Records progress; those whose lease was lost come back.
+pub(in crate::store) async fn settle(
+    conn: &mut Conn<'_>,
+    context: &Context,
+    done: &[Settled<'_>],
+    replica: ReplicaId,
+    now: Timestamp,
+) -> Result<Vec<ChunkKey>, Failure> {
+    let before = lock(conn, done, replica).await?;
+    let mut lost = Vec::new();
+    let mut held = Vec::with_capacity(done.len());
+    for settled in done {
+        match before.get(&settled.key) {
+            Some(before) if before.epoch == settled.epoch => held.push((settled, before)),
+            _ => lost.push(settled.key),
+        }
+    }
+    let open = open_breakers(conn, &held).await?;
+    write(conn, context, &held, &open, replica, now).await?;
+    notes(conn, context, &held).await?;
+    let settled: Vec<&Settled<'_>> = held.iter().map(|(settled, _)| *settled).collect();
+    effects(conn, &settled, now).await?;
+    Ok(lost)
+}
+
+/// The breakers for which chunks are parked, of those that are still open, locked until the transaction ends: whoever
+/// closes one deletes its row before it frees its chunks.
+async fn open_breakers(conn: &mut Conn<'_>, held: &[(&Settled<'_>, &Before)]) -> Result<BTreeSet<i64>, Failure> {
+    let wanted: BTreeSet<i64> = held
+        .iter()
+        .filter_map(|(settled, _)| match settled.disposition {
+            Disposition::Park { breaker, .. } => Some(breaker.0),
+            Disposition::Keep | Disposition::Free { .. } => None,
+        })
+        .collect();
+    if wanted.is_empty() {
+        return Ok(wanted);
+    }
+    let mut statement = Statement::new("-- queue.settle_breakers\nSELECT id FROM breakers WHERE id IN ");
+    statement.list(wanted).push(super::for_share(conn.kind()));
+    Ok(conn.fetch(statement).await?.iter().map(|row| row.int(0)).collect::<Result<_, _>>()?)
+}
+
+/// A chunk as it stood.
+struct Before {
+    epoch: i64,
+    targets: Option<Vec<u8>>,
+    states: Option<Vec<u8>>,
+    ended_otherwise: i64,
+}
+
+/// Locks the chunks that this replica still holds.
+async fn lock(
+    conn: &mut Conn<'_>,
+    done: &[Settled<'_>],
+    replica: ReplicaId,
+) -> Result<HashMap<ChunkKey, Before>, Failure> {
+    let mut keys: Vec<ChunkKey> = done.iter().map(|settled| settled.key).collect();
+    keys.sort_unstable();
+    let mut before = HashMap::with_capacity(keys.len());
+    for piece in keys.chunks(LIST) {
+        let mut statement = Statement::new(
+            "-- queue.settle_lock\nSELECT notification_id, number, epoch, targets, states, \
+             failed + unregistered + expired + cancelled + suppressed + unanswered FROM chunks WHERE ",
+        );
+        statement.keys(conn.kind(), piece).push(" AND holder = ").bind(replica.0);
+        // Differs: SQLite's one writer has locked everything already.
+        if conn.kind() == crate::store::Kind::Mysql {
+            statement.push(" FOR UPDATE");
+        }
+        for row in &conn.fetch(statement).await? {
+            let found = Before {
+                epoch: row.int(2)?,
+                targets: row.bytes_or_null(3)?,
+                states: row.bytes_or_null(4)?,
+                ended_otherwise: row.int(5)?,
+            };
+            before.insert(chunk::key_from(row, 0)?, found);
+        }
+    }
+    Ok(before)
+}
+
+async fn write(
+    conn: &mut Conn<'_>,
+    context: &Context,
+    held: &[(&Settled<'_>, &Before)],
+    open_breakers: &BTreeSet<i64>,
+    replica: ReplicaId,
+    now: Timestamp,
+) -> Result<(), Failure> {
+    let mut alike: HashMap<Content, Vec<ChunkKey>> = HashMap::with_capacity(held.len());
+    for (settled, before) in held {
+        if before.targets.as_deref() != Some(&crate::domain::delivery::encode_targets(&settled.chunk.targets))
+            || settled.chunk.targets.len() != settled.chunk.states.len()
+        {
+            let key = settled.key;
+            let what = format!("a settle of {}/{} does not name its targets", key.notification, key.number);
+            return Err(StoreError::Statement(what.into()).into());
+        }
+        alike.entry(content(settled, context, open_breakers, replica, now)?).or_default().push(settled.key);
+    }
+    let mut alike: Vec<(Content, Vec<ChunkKey>)> = alike.into_iter().collect();
+    alike.sort_unstable_by_key(|(_, keys)| keys.first().copied());
+    for (content, keys) in &alike {
+        for piece in keys.chunks(LIST) {
+            let mut statement = Statement::new("-- queue.settle\nUPDATE chunks SET holder = ");
+            statement.bind(content.holder).push(", waiting_since = ").bind(content.waiting_since);
+            statement.push(", ended_at = ").bind(content.ended_at).push(", states = ").bind(content.states.clone());
+            if let Some(due_at) = content.due_at {
+                statement.push(", due_at = ").bind(due_at);
+            }
+            for (column, count) in chunk::COUNTED.into_iter().zip(&content.counted) {
+                statement.push(column).bind(count.clone());
+            }
+            statement.push(" WHERE ").keys(conn.kind(), piece);
+            statement.push(" AND holder = ").bind(replica.0).push(" AND epoch = ").bind(content.epoch);
+            if conn.execute(statement).await? != piece.len() as u64 {
+                return Err(StoreError::Statement("a chunk that was locked went away".into()).into());
+            }
+        }
+    }
+    Ok(())
+}
+
+fn content(
+    settled: &Settled<'_>,
+    context: &Context,
+    open_breakers: &BTreeSet<i64>,
+    replica: ReplicaId,
+    now: Timestamp,
+) -> Result<Content, StoreError> {
+    let ended = settled.chunk.is_done();
+    let (holder, due_at, waiting_since) = match settled.disposition {
+        _ if ended => (None, None, None),
+        Disposition::Keep => (Some(replica.0), None, None),
+        Disposition::Free { due_at } => (Some(FREE), Some(due_at), Some(now)),
+        // Closed meanwhile: nobody would free it.
+        Disposition::Park { breaker, .. } if !open_breakers.contains(&breaker.0) => (Some(FREE), Some(now), None),
+        // Claimed all the same once its time is over, by this column.
+        Disposition::Park { breaker, until } => (Some(parked_holder(breaker)), Some(until), Some(now)),
+    };
+    Ok(Content {
+        epoch: settled.epoch,
+        holder,
+        due_at,
+        waiting_since,
+        ended_at: ended.then_some(now),
+        states: chunk::states(settled.chunk, &context.reasons)?,
+        counted: chunk::counted(&settled.chunk.counts()),
+    })
+}
+
+/// Rows for exceptions: outcomes other than accepted that are new, and Apple's ids.
+async fn notes(conn: &mut Conn<'_>, context: &Context, held: &[(&Settled<'_>, &Before)]) -> Result<(), Failure> {
+    let mut notes = Vec::new();
+    for (settled, before) in held {
+        let otherwise = |status| !matches!(status, DeliveryStatus::Pending | DeliveryStatus::Accepted);
+        let states = &settled.chunk.states;
+        let now_otherwise = states.iter().filter(|state| otherwise(state.status)).count();
+        let mut ended = Vec::new();
+        if i64::try_from(now_otherwise).ok() != Some(before.ended_otherwise) {
+            let targets = before.targets.as_deref().unwrap_or_default();
+            let old = chunk::read(conn, &context.reasons, settled.key, targets, before.states.as_deref()).await?;
+            ended = (0..)
+                .zip(states.iter().zip(&old.states))
+                .filter(|(_, (state, old))| otherwise(state.status) && old.status != state.status)
+                .map(|(at, _)| at)
+                .collect();
+        }
+        if !ended.is_empty() || !settled.unique_ids.is_empty() {
+            notes.push(Notes { key: settled.key, chunk: settled.chunk, ended, unique_ids: settled.unique_ids });
+        }
+    }
+    chunk::note(conn, &notes).await
+}
+
+/// Applies what was learned of devices, in the order of their numbers.
+async fn effects(conn: &mut Conn<'_>, settled: &[&Settled<'_>], now: Timestamp) -> Result<(), Failure> {
+    let mut accepted: BTreeMap<Environment, Vec<(DeviceSeq, &DeviceToken)>> = BTreeMap::new();
+    let mut others: Vec<(DeviceSeq, &DeviceToken, &DeviceEffect, Timestamp)> = Vec::new();
+    for one in settled {
+        for (seq, token, effect) in one.effects {
+            match effect {
+                DeviceEffect::Accepted(environment) => accepted.entry(*environment).or_default().push((*seq, token)),
+                DeviceEffect::Dead { .. } | DeviceEffect::Bad | DeviceEffect::Suspend => {
+                    others.push((*seq, token, effect, tried_at(one, *seq).unwrap_or(now)));
+                }
+            }
+        }
+    }
+    for (environment, mut devices) in accepted {
+        devices.sort_unstable();
+        devices.dedup();
+        for piece in devices.chunks(LIST) {
+            // A token stands in one row of a topic: where both lists meet, the row still bears the token that was tried.
+            let mut statement = Statement::new("-- queue.settle_accepted\nUPDATE devices SET last_accepted_at = ");
+            statement.bind(now).push(", environment = ").bind(environment.as_str()).push(" WHERE seq IN ");
+            statement.list(piece.iter().map(|(seq, _)| seq.0)).push(" AND token IN ");
+            statement.list(piece.iter().map(|(_, token)| token.to_bytes())).push(" AND (last_accepted_at < ");
+            statement.bind(now.minus(ACCEPTED_WITHIN)).push(" OR environment IS NULL OR environment <> ");
+            statement.bind(environment.as_str()).push(")");
+            conn.execute(statement).await?;
+        }
+    }
+    others.sort_by_key(|(seq, ..)| *seq);
+    let mut seen = HashSet::new();
+    for (seq, token, effect, tried_at) in others {
+        if !seen.insert((seq, effect_name(effect))) {
+            continue;
+        }
+        if let Some(statement) = effect_on_one(seq, token, effect, tried_at) {
+            conn.execute(statement).await?;
+        }
+    }
+    Ok(())
+}
+
+fn effect_name(effect: &DeviceEffect) -> (&'static str, Option<Timestamp>) {
+    match effect {
+        DeviceEffect::Accepted(_) => ("accepted", None),
+        DeviceEffect::Dead { since, .. } => ("dead", Some(*since)),
+        DeviceEffect::Bad => ("bad", None),
+        DeviceEffect::Suspend => ("suspend", None),
+    }
+}
+
+fn effect_on_one(seq: DeviceSeq, token: &DeviceToken, effect: &DeviceEffect, tried_at: Timestamp) -> Option<Statement> {
+    let mut statement = Statement::new("-- queue.settle_device\nUPDATE devices SET status = ");
+    let (status, reason, registered_until, never_accepted) = match effect {
+        DeviceEffect::Accepted(_) => return None,
+        DeviceEffect::Dead { reason, since } => {
+            let reason = reasons::kept(&Cause { apns_status: None, reason: reason.clone() }).reason.into_owned();
+            ("inactive", reason, since.minus(CLOCK_SKEW), false)
+        }
+        DeviceEffect::Bad => ("inactive", "BadDeviceToken".to_owned(), tried_at, true),
+        DeviceEffect::Suspend => ("suspended", "BadDeviceToken".to_owned(), tried_at, false),
+    };
+    statement.bind(status).push(", status_reason = ").bind(reason);
+    statement.push(" WHERE seq = ").bind(seq.0).push(" AND token = ").bind(token.to_bytes());
+    statement.push(" AND status = 'active' AND last_registered_at <= ").bind(registered_until);
+    if never_accepted {
+        statement.push(" AND last_accepted_at = 0");
+    }
+    Some(statement)
+}
+
+/// When the attempt at this device was answered.
+fn tried_at(settled: &Settled<'_>, device: DeviceSeq) -> Option<Timestamp> {
+    let chunk = settled.chunk;
+    let of_device = |target: &Target| matches!(target, Target::Device { seq, .. } if *seq == device);
+    chunk.targets.iter().zip(&chunk.states).find(|(target, _)| of_device(target)).and_then(|(_, state)| state.at)
+}

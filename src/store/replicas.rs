@@ -1,0 +1,80 @@
+//! Who is alive: counters that move, and what happens to the work of one whose counter does not.
+
+use async_trait::async_trait;
+
+use super::{
+    Replica, ReplicaId, Replicas, StoreError,
+    rows::ReplicaRow,
+    sql::{Failure, Repeat, committed, on_both, read},
+};
+use crate::domain::clock::Timestamp;
+
+on_both! {
+    #[async_trait]
+    impl Replicas for Base {
+        async fn join(&self, name: &str, version: &str, now: Timestamp) -> Result<ReplicaId, StoreError> {
+            committed(Repeat::Deadlocks, || async {
+                let mut tx = self.begin().await?;
+                let done = sqlx::query("-- replicas.join\nINSERT INTO replicas (name, version, beat, started_at) VALUES (?, ?, 0, ?)")
+                    .bind(name)
+                    .bind(version)
+                    .bind(now.as_millis())
+                    .execute(&mut *tx)
+                    .await?;
+                Ok((tx, ReplicaId(new_id(&done))))
+            })
+            .await
+        }
+
+        async fn beat(&self, replica: ReplicaId) -> Result<bool, StoreError> {
+            committed(Repeat::Deadlocks, || async {
+                let mut tx = self.begin().await?;
+                let done = sqlx::query("-- replicas.beat\nUPDATE replicas SET beat = beat + 1 WHERE id = ?")
+                    .bind(replica.0)
+                    .execute(&mut *tx)
+                    .await?;
+                Ok((tx, done.rows_affected() == 1))
+            })
+            .await
+        }
+
+        async fn replicas(&self) -> Result<Vec<Replica>, StoreError> {
+            let rows: Vec<ReplicaRow> = read(|| async {
+                Ok(sqlx::query_as("-- replicas.replicas\nSELECT id, name, version, beat, started_at FROM replicas ORDER BY id")
+                    .fetch_all(self.reader())
+                    .await?)
+            })
+            .await?;
+            Ok(rows.into_iter().map(Replica::from).collect())
+        }
+
+        async fn bury(&self, replica: ReplicaId, beat: i64) -> Result<bool, StoreError> {
+            committed(Repeat::Deadlocks, || self.end_replica(replica, Some(beat))).await
+        }
+
+        async fn leave(&self, replica: ReplicaId) -> Result<(), StoreError> {
+            committed(Repeat::Deadlocks, || self.end_replica(replica, None)).await.map(drop)
+        }
+    }
+
+    impl Base {
+        /// Deletes the row, if its counter still shows `beat`, and gives the work back with a higher epoch. The row
+        /// goes first: whoever takes work on in a replica's name looks at that row in the same transaction.
+        async fn end_replica(&self, replica: ReplicaId, beat: Option<i64>) -> Result<(Tx, bool), Failure> {
+            let mut tx = self.begin().await?;
+            let gone = sqlx::query("-- replicas.end\nDELETE FROM replicas WHERE id = ? AND beat = COALESCE(?, beat)")
+                .bind(replica.0)
+                .bind(beat)
+                .execute(&mut *tx)
+                .await?;
+            if gone.rows_affected() == 0 {
+                return Ok((tx, false));
+            }
+            sqlx::query("-- replicas.give_back\nUPDATE chunks SET holder = 0, epoch = epoch + 1 WHERE holder = ?")
+                .bind(replica.0)
+                .execute(&mut *tx)
+                .await?;
+            Ok((tx, true))
+        }
+    }
+}

@@ -1,0 +1,175 @@
+//! The SQLite file: one writer, a few readers, and one `serve` at a time.
+//!
+//! Promises: WAL with `synchronous=FULL`, so a commit survives a power cut; the file, made if it is absent, is for its
+//! owner's eyes only; a second `serve` on the same file is refused, however the file is named.
+
+use std::{
+    fs::{File, OpenOptions, TryLockError},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use sqlx::{
+    Pool, Sqlite, SqlitePool, Transaction,
+    sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous},
+};
+
+use super::{Role, Settings, StoreError};
+use crate::domain::clock::Clock;
+
+/// How long a statement waits for another process that is writing.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Connections that only read.
+const READERS: u32 = 4;
+
+/// What the names in a text stamped by `on_both` mean here.
+pub(super) mod names {
+    /// sqlx's database.
+    pub(in crate::store) type Db = sqlx::Sqlite;
+    /// The store.
+    pub(in crate::store) type Base = super::SqliteStore;
+    /// An open transaction.
+    pub(in crate::store) type Tx = sqlx::Transaction<'static, sqlx::Sqlite>;
+    /// Which of the two this is.
+    pub(in crate::store) const DIALECT: crate::store::Kind = crate::store::Kind::Sqlite;
+    /// Differs: `BEGIN IMMEDIATE` has locked everything already.
+    pub(in crate::store) const FOR_UPDATE: &str = "";
+    /// Differs: as above; nobody else is in a transaction that writes.
+    pub(in crate::store) const SKIP_LOCKED: &str = "";
+    /// Differs: the words for "do nothing if the key is taken".
+    pub(in crate::store) const INSERT_IF_ABSENT: &str = "INSERT OR IGNORE INTO ";
+    /// Differs: what sqlx calls the number of the row just inserted.
+    pub(in crate::store) fn new_id(done: &sqlx::sqlite::SqliteQueryResult) -> i64 {
+        done.last_insert_rowid()
+    }
+}
+
+/// A store in one file.
+#[derive(Debug)]
+pub(super) struct SqliteStore {
+    writer: SqlitePool,
+    readers: SqlitePool,
+    pub(super) clock: Arc<dyn Clock>,
+    pub(super) reasons: Arc<super::reasons::Reasons>,
+    /// Held as long as the store: the lock goes with the file handle.
+    _lock: Option<File>,
+}
+
+impl SqliteStore {
+    /// Opens the file, and locks it for `serve`.
+    pub(super) async fn open(settings: &Settings, role: Role, clock: Arc<dyn Clock>) -> Result<Self, StoreError> {
+        let path = path(settings.url.expose())?;
+        let cannot = |error: std::io::Error| {
+            StoreError::Settings(format!("{} cannot be opened or made: {error}", path.display()))
+        };
+        for_owner_only().write(true).open(&path).map_err(cannot)?;
+        // One file may have several names; its lock has one.
+        let path = path.canonicalize().map_err(cannot)?;
+        let lock = match role {
+            Role::Serve => Some(lock(&path)?),
+            Role::CommandLine => None,
+        };
+        let options = SqliteConnectOptions::new()
+            .filename(&path)
+            .journal_mode(SqliteJournalMode::Wal)
+            .synchronous(SqliteSynchronous::Full)
+            .foreign_keys(true)
+            .busy_timeout(BUSY_TIMEOUT);
+        let options = super::quiet(options);
+        let pool = |most| {
+            SqlitePoolOptions::new()
+                .max_connections(most)
+                .idle_timeout(None)
+                .max_lifetime(None)
+                .test_before_acquire(false)
+                .acquire_timeout(settings.acquire_timeout)
+        };
+        // The writer first: it turns WAL on.
+        let writer = pool(1).connect_with(options.clone()).await?;
+        let readers = pool(READERS).connect_with(options.pragma("query_only", "ON")).await?;
+        Ok(Self { writer, readers, clock, reasons: Arc::default(), _lock: lock })
+    }
+
+    /// Begins a transaction that writes.
+    pub(super) async fn begin(&self) -> Result<Transaction<'static, Sqlite>, sqlx::Error> {
+        // IMMEDIATE: a transaction that read first and writes later could not wait for another writer.
+        self.writer.begin_with("BEGIN IMMEDIATE").await
+    }
+
+    /// Begins a transaction of several reads that see one moment.
+    pub(super) async fn snapshot(&self) -> Result<Transaction<'static, Sqlite>, sqlx::Error> {
+        // Differs: in WAL mode a deferred transaction sees the moment of its first read.
+        self.readers.begin_with("BEGIN DEFERRED").await
+    }
+
+    /// For a single read.
+    pub(super) fn reader(&self) -> &Pool<Sqlite> {
+        &self.readers
+    }
+
+    /// The library's name and version.
+    pub(super) async fn version(pool: &Pool<Sqlite>) -> Result<String, sqlx::Error> {
+        let version: String = sqlx::query_scalar("-- database.server\nSELECT sqlite_version()").fetch_one(pool).await?;
+        Ok(format!("SQLite {version}"))
+    }
+
+    /// Closes all connections.
+    pub(super) async fn close_all(&self) {
+        self.readers.close().await;
+        // The last one to close moves the log into the file.
+        self.writer.close().await;
+    }
+}
+
+/// Opens, or makes with mode 0600.
+fn for_owner_only() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options.create(true).truncate(false);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    options
+}
+
+fn lock(path: &Path) -> Result<File, StoreError> {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".lock");
+    let name = PathBuf::from(name);
+    let cannot = |error| StoreError::Settings(format!("{} cannot be locked: {error}", name.display()));
+    let file = for_owner_only().write(true).open(&name).map_err(cannot)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(StoreError::Locked(path.display().to_string())),
+        Err(TryLockError::Error(error)) => Err(cannot(error)),
+    }
+}
+
+/// The file in `sqlite://path`.
+fn path(url: &str) -> Result<PathBuf, StoreError> {
+    let bad = |why: &str| StoreError::Settings(format!("{why}: write sqlite://path/to/sonnette.db"));
+    let rest = url.strip_prefix("sqlite:").ok_or_else(|| bad("not an SQLite URL"))?;
+    let rest = rest.strip_prefix("//").unwrap_or(rest);
+    if rest.contains(['?', '#']) {
+        return Err(bad("an SQLite URL takes no options"));
+    }
+    let path = percent_encoding::percent_decode_str(rest).decode_utf8().map_err(|_| bad("the path is not UTF-8"))?;
+    if path.is_empty() || path == ":memory:" {
+        return Err(bad("the store needs a file"));
+    }
+    Ok(PathBuf::from(path.as_ref()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_path_is_what_follows_the_scheme_and_options_are_refused() {
+        assert_eq!(path("sqlite://sonnette.db").unwrap(), Path::new("sonnette.db"));
+        assert_eq!(path("sqlite:///var/lib/a%20b.db").unwrap(), Path::new("/var/lib/a b.db"));
+        for bad in ["sqlite://", "sqlite::memory:", "sqlite://a.db?mode=memory", "postgres://a"] {
+            assert!(path(bad).is_err(), "{bad} is refused");
+        }
+    }
+}

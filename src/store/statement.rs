@@ -1,0 +1,333 @@
+//! Statements that are put together from parts, for both dialects: text, values, rows.
+//!
+//! Promises: only text that this crate wrote reaches the text of a statement; whatever came from outside is bound.
+//! Both dialects take `?`. What a dialect spells differently is said by [`Conn::kind`] and marked `Differs:`.
+
+use sqlx::{
+    AssertSqlSafe, Row as _,
+    mysql::{MySqlConnection, MySqlRow},
+    sqlite::{SqliteConnection, SqliteRow},
+};
+
+use super::{BoxError, Kind, StoreError};
+use crate::domain::{clock::Timestamp, delivery::ChunkKey};
+
+/// The most rows of one statement.
+pub(super) const ROWS_A_STATEMENT: usize = 250;
+
+/// The most bytes of one statement: well below the `max_allowed_packet` of any server.
+const BYTES_A_STATEMENT: usize = 2 << 20;
+
+/// An INSERT of more values than this is not kept prepared: they come in every length, and would push out the others.
+const KEPT_VALUES: usize = 64;
+
+/// One bound value.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) enum Value {
+    /// `NULL`.
+    Null,
+    /// An integer.
+    Int(i64),
+    /// Characters.
+    Text(String),
+    /// Bytes.
+    Bytes(Vec<u8>),
+}
+
+impl Value {
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Null => 1,
+            Self::Int(_) => 9,
+            Self::Text(text) => text.len() + 9,
+            Self::Bytes(bytes) => bytes.len() + 9,
+        }
+    }
+}
+
+impl From<i64> for Value {
+    fn from(value: i64) -> Self {
+        Self::Int(value)
+    }
+}
+
+impl From<u32> for Value {
+    fn from(value: u32) -> Self {
+        Self::Int(i64::from(value))
+    }
+}
+
+impl From<u16> for Value {
+    fn from(value: u16) -> Self {
+        Self::Int(i64::from(value))
+    }
+}
+
+impl From<u64> for Value {
+    fn from(value: u64) -> Self {
+        Self::Int(i64::try_from(value).unwrap_or(i64::MAX))
+    }
+}
+
+impl From<bool> for Value {
+    fn from(value: bool) -> Self {
+        Self::Int(i64::from(value))
+    }
+}
+
+impl From<Timestamp> for Value {
+    fn from(value: Timestamp) -> Self {
+        Self::Int(value.as_millis())
+    }
+}
+
+impl From<&str> for Value {
+    fn from(value: &str) -> Self {
+        Self::Text(value.to_owned())
+    }
+}
+
+impl From<String> for Value {
+    fn from(value: String) -> Self {
+        Self::Text(value)
+    }
+}
+
+impl From<&[u8]> for Value {
+    fn from(value: &[u8]) -> Self {
+        Self::Bytes(value.to_vec())
+    }
+}
+
+impl From<Vec<u8>> for Value {
+    fn from(value: Vec<u8>) -> Self {
+        Self::Bytes(value)
+    }
+}
+
+impl<T: Into<Self>> From<Option<T>> for Value {
+    fn from(value: Option<T>) -> Self {
+        value.map_or(Self::Null, Into::into)
+    }
+}
+
+/// A statement in the making.
+#[derive(Debug, Clone)]
+pub(super) struct Statement {
+    text: String,
+    values: Vec<Value>,
+    once: bool,
+}
+
+impl Statement {
+    /// Opens a statement with its name and its first words.
+    pub(super) fn new(text: &'static str) -> Self {
+        Self { text: text.to_owned(), values: Vec::new(), once: false }
+    }
+
+    /// More text.
+    pub(super) fn push(&mut self, text: &'static str) -> &mut Self {
+        self.text.push_str(text);
+        self
+    }
+
+    /// A value, as `?`.
+    pub(super) fn bind(&mut self, value: impl Into<Value>) -> &mut Self {
+        self.text.push('?');
+        self.values.push(value.into());
+        self
+    }
+
+    /// `(?,?,…)` with these values, filled up to a power of two with the last one: so that lists of all lengths make
+    /// a few statements, which stay prepared. An empty list becomes `(NULL)`, which nothing is in.
+    pub(super) fn list<V: Into<Value>>(&mut self, values: impl IntoIterator<Item = V>) -> &mut Self {
+        let mut values: Vec<Value> = values.into_iter().map(Into::into).collect();
+        match values.last().cloned() {
+            Some(last) => {
+                values.resize(values.len().next_power_of_two(), last);
+                self.row(values)
+            }
+            None => self.push("(NULL)"),
+        }
+    }
+
+    fn row(&mut self, values: Vec<Value>) -> &mut Self {
+        self.text.push('(');
+        for (at, value) in values.into_iter().enumerate() {
+            if at > 0 {
+                self.text.push(',');
+            }
+            self.bind(value);
+        }
+        self.text.push(')');
+        self
+    }
+
+    fn rows(&mut self, rows: impl IntoIterator<Item = Vec<Value>>) -> &mut Self {
+        for (at, row) in rows.into_iter().enumerate() {
+            if at > 0 {
+                self.text.push(',');
+            }
+            self.row(row);
+        }
+        self
+    }
+
+    /// `(notification_id, number) IN (…)`, for at least one key.
+    pub(super) fn keys<'k>(&mut self, kind: Kind, keys: impl IntoIterator<Item = &'k ChunkKey>) -> &mut Self {
+        let mut rows: Vec<Vec<Value>> =
+            keys.into_iter().map(|key| vec![id_value(key.notification.as_uuid()), key.number.into()]).collect();
+        if let Some(last) = rows.last().cloned() {
+            rows.resize(rows.len().next_power_of_two(), last);
+        }
+        self.push("(notification_id, number) IN (");
+        // Differs: SQLite wants VALUES before a list of rows.
+        if kind == Kind::Sqlite {
+            self.push("VALUES ");
+        }
+        self.rows(rows).push(")")
+    }
+}
+
+/// Binds the values of a statement to a query of either database.
+macro_rules! bound {
+    ($statement:expr) => {{
+        let query = sqlx::query(AssertSqlSafe($statement.text)).persistent(!$statement.once);
+        $statement.values.into_iter().fold(query, |query, value| match value {
+            Value::Null => query.bind(None::<i64>),
+            Value::Int(value) => query.bind(value),
+            Value::Text(value) => query.bind(value),
+            Value::Bytes(value) => query.bind(value),
+        })
+    }};
+}
+
+/// An id as its 16 bytes.
+pub(super) fn id_value(id: &uuid::Uuid) -> Value {
+    Value::Bytes(id.as_bytes().to_vec())
+}
+
+/// A row of either database. Columns are asked for by place, in the order of the statement.
+pub(super) enum Row {
+    Sqlite(SqliteRow),
+    Mysql(MySqlRow),
+}
+
+impl Row {
+    /// An integer, or `NULL`.
+    pub(super) fn int_or_null(&self, column: usize) -> Result<Option<i64>, StoreError> {
+        match self {
+            Self::Sqlite(row) => row.try_get_unchecked(column),
+            Self::Mysql(row) => row.try_get_unchecked(column),
+        }
+        .map_err(|error| StoreError::Statement(error.into()))
+    }
+
+    /// An integer.
+    pub(super) fn int(&self, column: usize) -> Result<i64, StoreError> {
+        self.int_or_null(column)?.ok_or_else(missing)
+    }
+
+    /// Bytes or characters as bytes, or `NULL`.
+    pub(super) fn bytes_or_null(&self, column: usize) -> Result<Option<Vec<u8>>, StoreError> {
+        match self {
+            Self::Sqlite(row) => row.try_get_unchecked(column),
+            Self::Mysql(row) => row.try_get_unchecked(column),
+        }
+        .map_err(|error| StoreError::Statement(error.into()))
+    }
+
+    /// Bytes or characters as bytes.
+    pub(super) fn bytes(&self, column: usize) -> Result<Vec<u8>, StoreError> {
+        self.bytes_or_null(column)?.ok_or_else(missing)
+    }
+}
+
+fn missing() -> StoreError {
+    StoreError::Statement("a column that is never NULL is NULL".into())
+}
+
+/// A connection of either database, inside a transaction.
+pub(super) enum Conn<'c> {
+    Sqlite(&'c mut SqliteConnection),
+    Mysql(&'c mut MySqlConnection),
+}
+
+impl<'c> From<&'c mut SqliteConnection> for Conn<'c> {
+    fn from(conn: &'c mut SqliteConnection) -> Self {
+        Self::Sqlite(conn)
+    }
+}
+
+impl<'c> From<&'c mut MySqlConnection> for Conn<'c> {
+    fn from(conn: &'c mut MySqlConnection) -> Self {
+        Self::Mysql(conn)
+    }
+}
+
+impl Conn<'_> {
+    /// Which dialect it speaks.
+    pub(super) const fn kind(&self) -> Kind {
+        match self {
+            Self::Sqlite(_) => Kind::Sqlite,
+            Self::Mysql(_) => Kind::Mysql,
+        }
+    }
+
+    /// Runs a statement; how many rows it met.
+    pub(super) async fn execute(&mut self, statement: Statement) -> Result<u64, sqlx::Error> {
+        Ok(match self {
+            Self::Sqlite(conn) => bound!(statement).execute(&mut **conn).await?.rows_affected(),
+            Self::Mysql(conn) => bound!(statement).execute(&mut **conn).await?.rows_affected(),
+        })
+    }
+
+    /// Runs a statement and reads all its rows.
+    pub(super) async fn fetch(&mut self, statement: Statement) -> Result<Vec<Row>, sqlx::Error> {
+        Ok(match self {
+            Self::Sqlite(conn) => {
+                bound!(statement).fetch_all(&mut **conn).await?.into_iter().map(Row::Sqlite).collect()
+            }
+            Self::Mysql(conn) => bound!(statement).fetch_all(&mut **conn).await?.into_iter().map(Row::Mysql).collect(),
+        })
+    }
+
+    /// Inserts rows, as many a statement as is good for both ends. `tail` says what to do about rows that are there.
+    pub(super) async fn insert(
+        &mut self,
+        head: &'static str,
+        rows: &[Vec<Value>],
+        tail: &'static str,
+    ) -> Result<(), sqlx::Error> {
+        let mut rest = rows;
+        while !rest.is_empty() {
+            let mut bytes = 0;
+            let fits = rest
+                .iter()
+                .take(ROWS_A_STATEMENT)
+                .take_while(|row| {
+                    bytes += row.iter().map(Value::bytes).sum::<usize>();
+                    bytes <= BYTES_A_STATEMENT
+                })
+                .count()
+                .max(1);
+            let (these, others) = rest.split_at(fits);
+            rest = others;
+            let mut statement = Statement::new(head);
+            statement.push(" VALUES ").rows(these.iter().cloned()).push(tail);
+            statement.once = statement.values.len() > KEPT_VALUES;
+            self.execute(statement).await?;
+        }
+        Ok(())
+    }
+}
+
+/// A row that this version would never write.
+pub(super) fn corrupt(
+    table: &'static str,
+    column: &'static str,
+    row: impl std::fmt::Display,
+    source: impl Into<BoxError>,
+) -> StoreError {
+    StoreError::Corrupt { table, column, row: row.to_string(), source: source.into() }
+}
