@@ -651,10 +651,7 @@ pub(super) mod tests {
     };
 
     use super::*;
-    use crate::{
-        domain::{api_key::ApiKey, secret::Secret},
-        http::{App, Identity},
-    };
+    use crate::domain::{api_key::ApiKey, secret::Secret};
 
     const NOW: Timestamp = Timestamp::from_seconds(1_795_000_000);
 
@@ -672,16 +669,10 @@ pub(super) mod tests {
     }
 
     pub(in crate::http::v1) fn catalogue() -> Catalogue {
-        let app = |environments: &[Environment], identity| App {
-            environments: environments.iter().copied().collect(),
-            identity,
-            identity_keys: Vec::new(),
-        };
-        Catalogue::new([
-            ("fr.ocpizza.livreur".parse().unwrap(), app(&[Environment::Production], Identity::Required)),
-            ("fr.ocpizza.open".parse().unwrap(), app(&Environment::ALL, Identity::Optional)),
-        ])
-        .unwrap()
+        let mut catalogue = Catalogue::default();
+        catalogue.add(&"fr.ocpizza.livreur".parse().unwrap(), &[Environment::Production], true, &[]).unwrap();
+        catalogue.add(&"fr.ocpizza.open".parse().unwrap(), &Environment::ALL, false, &[]).unwrap();
+        catalogue
     }
 
     pub(in crate::http::v1) fn faults_of(problem: &Problem) -> Vec<(String, &'static str)> {
