@@ -1,3 +1,25 @@
-//! The `sonnette` binary.
+//! The `sonnette` binary: parse, start the runtime, exit code.
 
-fn main() {}
+use std::process::ExitCode;
+
+use clap::Parser;
+use sonnette::cli::Cli;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let outcome = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(anyhow::Error::from)
+        .and_then(|runtime| runtime.block_on(cli.run()));
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            #[expect(clippy::print_stderr, reason = "what went wrong goes to standard error")]
+            {
+                eprintln!("sonnette: {error:#}");
+            }
+            ExitCode::FAILURE
+        }
+    }
+}

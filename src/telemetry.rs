@@ -1,1 +1,98 @@
-//! telemetry
+//! Logs and metric names.
+//!
+//! Promises: metric names live here and nowhere else; labels are bounded (a topic, a reason, a room), never a device, a
+//! user or a token. Logs go to standard error, one line an event.
+
+use std::sync::OnceLock;
+
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use tracing_subscriber::EnvFilter;
+
+/// What is logged, and how.
+#[derive(Debug, Clone)]
+pub struct LogSettings {
+    /// A level or directives.
+    pub level: String,
+    /// One JSON object a line.
+    pub json: bool,
+}
+
+/// Starts logging to standard error. A second call changes nothing.
+///
+/// # Errors
+/// If the level cannot be understood.
+pub fn start_logs(settings: &LogSettings) -> Result<(), String> {
+    let filter = EnvFilter::try_new(&settings.level).map_err(|error| {
+        format!("log.level: {error}; write a level such as `info`, or `info,sonnette::dispatch=debug`")
+    })?;
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    // Already started, as in tests: the first one stays.
+    _ = if settings.json { builder.json().try_init() } else { builder.with_target(false).try_init() };
+    Ok(())
+}
+
+/// Upper bounds of the buckets of durations, in seconds.
+const DURATION_BUCKETS: [f64; 14] =
+    [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
+
+/// The process's metric registry; made at the first call.
+pub fn prometheus() -> PrometheusHandle {
+    static HANDLE: OnceLock<PrometheusHandle> = OnceLock::new();
+    HANDLE
+        .get_or_init(|| {
+            let builder = PrometheusBuilder::new();
+            // The list is not empty, which is all that could be wrong with it.
+            let recorder =
+                match builder.set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &DURATION_BUCKETS) {
+                    Ok(builder) => builder,
+                    Err(_) => PrometheusBuilder::new(),
+                }
+                .build_recorder();
+            let handle = recorder.handle();
+            if metrics::set_global_recorder(recorder).is_err() {
+                tracing::warn!("another metrics recorder is installed: /metrics shows only gauges");
+            }
+            handle
+        })
+        .clone()
+}
+
+/// Metric names, and the few calls that need their labels right.
+pub mod names {
+    /// Requests to the API, by method, route and status.
+    pub const HTTP_REQUESTS: &str = "sonnette_http_requests_total";
+    /// How long they took, by route.
+    pub const HTTP_DURATION: &str = "sonnette_http_request_duration_seconds";
+    /// Deliveries that ended, by topic, environment, outcome and reason.
+    pub const DELIVERIES: &str = "sonnette_deliveries_total";
+    /// Chunks that wait, by topic and lane.
+    pub const QUEUE_DEPTH: &str = "sonnette_queue_depth";
+    /// How long the oldest of them has been due, by topic and lane.
+    pub const QUEUE_OLDEST_AGE: &str = "sonnette_queue_oldest_age_seconds";
+    /// From the write of a push to APNs' answer, by environment and status.
+    pub const APNS_DURATION: &str = "sonnette_apns_request_duration_seconds";
+    /// Connections to APNs, by topic and environment.
+    pub const APNS_CONNECTIONS: &str = "sonnette_apns_connections";
+    /// 1 while a breaker is open, by topic and environment.
+    pub const BREAKER_OPEN: &str = "sonnette_breaker_open";
+    /// The age of the provider token that a new request would carry, by topic and environment.
+    pub const PROVIDER_TOKEN_AGE: &str = "sonnette_provider_token_age_seconds";
+    /// 1, with the version.
+    pub const BUILD_INFO: &str = "sonnette_build_info";
+    /// 1 if a new request could be kept.
+    pub const DATABASE_UP: &str = "sonnette_database_up";
+    /// Replicas that are alive.
+    pub const REPLICAS: &str = "sonnette_replicas";
+
+    /// A delivery has ended.
+    pub fn delivery_ended(topic: &str, environment: &'static str, outcome: &'static str, reason: &str) {
+        metrics::counter!(
+            DELIVERIES,
+            "topic" => topic.to_owned(),
+            "environment" => environment,
+            "outcome" => outcome,
+            "reason" => reason.to_owned()
+        )
+        .increment(1);
+    }
+}

@@ -3,6 +3,24 @@
 //! Promises: one call, one request at most; the answer says honestly whether the request was never processed
 //! ([`Outcome::Unsent`]), answered, or written and left unanswered ([`Outcome::Unknown`]). The fence is asked right
 //! before the first byte, with the stream already in hand, and again if the body had to wait.
+//!
+//! | file | holds |
+//! |---|---|
+//! | [`client`] | the [`Gateway`] over real connections: settings, apps, routes |
+//! | `pool` | the connections of one credential to one environment, and who may use them when |
+//! | `connection` | one HTTP/2 connection: opening it, the task that owns it, one exchange on it |
+//! | [`request`], [`response`] | a push as a request; what an answer means. Pure |
+//! | [`token`], [`credential`] | provider tokens; team, key id and key |
+//! | [`tls`] | TLS to APNs |
+
+pub mod client;
+mod connection;
+pub mod credential;
+mod pool;
+pub mod request;
+pub mod response;
+pub mod tls;
+pub mod token;
 
 use std::{sync::Arc, time::Duration};
 
@@ -106,6 +124,9 @@ pub struct RouteReport {
     pub provider_token_age: Option<Duration>,
     /// When APNs last accepted a push of this app here, since this process started.
     pub last_accepted_at: Option<Timestamp>,
+    /// How many seconds APNs' clock is ahead of ours, by the `date` of a recent answer; negative: behind. `None` if no
+    /// answer named a date.
+    pub clock_skew_seconds: Option<i64>,
 }
 
 /// The way to APNs.

@@ -1,1 +1,300 @@
-//! dispatch
+//! The queue at work: what is owned is sent, what is left over is claimed, what ends is settled.
+//!
+//! Promises: work that this replica has just committed is sent from memory at once; scheduled, overflowing and orphaned
+//! work is claimed, urgent first; a process killed at any point leaves nothing lost or stuck: its chunks are taken over
+//! once its heartbeat has stopped. Memory is bounded by [`Settings::targets`] and by the store's room.
+//!
+//! | file | holds |
+//! |---|---|
+//! | this one | the loop: hand-over, claims, probes, the sweep for what was lost on the way |
+//! | [`send`](self) `send.rs` | one chunk from lease to last outcome |
+//! | `fence.rs` | the last look before a push leaves |
+//! | `settle.rs` | making outcomes durable |
+//! | `pulse.rs` | heartbeats and take-overs |
+//! | [`breakers`] | credentials that APNs refuses |
+
+pub mod breakers;
+mod fence;
+mod pulse;
+mod send;
+mod settle;
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use self::{
+    breakers::Board,
+    fence::{Guard, Reader},
+    pulse::Pulse,
+    send::{Sender, Work},
+    settle::Settler,
+};
+use crate::{
+    apns::Gateway,
+    domain::clock::Clock,
+    lifecycle::Tasks,
+    store::{
+        BreakerId, Lease, ReplicaId, Store, StoreError,
+        intake::{Handed, Handover, Identity, Roster},
+    },
+};
+
+/// Bounds and rhythms of the dispatcher.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The most open targets of claimed chunks in memory.
+    pub targets: usize,
+    /// The most chunks in one claim.
+    pub claim: usize,
+    /// How often left-over work is looked for when nobody says that there is some.
+    pub poll_every: Duration,
+    /// This process among others: host and process number.
+    pub name: String,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { targets: 20_000, claim: 200, poll_every: Duration::from_millis(500), name: "sonnette".into() }
+    }
+}
+
+/// How often breakers are read: replicas agree within two seconds.
+const REFRESH_EVERY: Duration = Duration::from_secs(1);
+
+/// How often what the database says is ours is compared with what we have.
+const SWEEP_EVERY: Duration = Duration::from_secs(5);
+
+/// The dispatcher's handle.
+pub struct Dispatcher {
+    store: Arc<dyn Store>,
+    identity: Identity,
+    /// The heart beats longer than everything else: what is in flight must stay ours until it is settled.
+    heart: Tasks,
+    in_memory: Arc<AtomicUsize>,
+}
+
+impl Dispatcher {
+    /// Joins as a replica and starts sending.
+    ///
+    /// # Errors
+    /// If the database does not answer.
+    pub async fn start(
+        store: Arc<dyn Store>,
+        gateway: Arc<dyn Gateway>,
+        clock: Arc<dyn Clock>,
+        identity: Identity,
+        handover: Handover,
+        settings: Settings,
+        tasks: &Tasks,
+    ) -> Result<Self, StoreError> {
+        let heart = Tasks::new();
+        let name = settings.name.clone();
+        let pulse = Pulse::start(Arc::clone(&store), Arc::clone(&clock), identity.clone(), name, &heart).await?;
+        let board = Arc::new(Board::new(Arc::clone(&store), Arc::clone(&clock), Arc::clone(&gateway)));
+        board.refresh().await?;
+        let in_memory = Arc::new(AtomicUsize::new(0));
+        let sender = Arc::new(Sender {
+            store: Arc::clone(&store),
+            gateway,
+            guard: Guard {
+                clock: Arc::clone(&clock),
+                pulse,
+                board: Arc::clone(&board),
+                reader: Reader::start(Arc::clone(&store), Arc::clone(&clock), tasks),
+            },
+            settler: Settler::start(Arc::clone(&store), Arc::clone(&clock), identity.clone(), tasks),
+            stopping: tasks.stopping().clone(),
+        });
+        let desk = Desk {
+            store: Arc::clone(&store),
+            clock,
+            identity: identity.clone(),
+            claiming: tokio::sync::Mutex::new(()),
+            roster: handover.roster.clone(),
+            settings,
+            sender,
+            board,
+            in_memory: Arc::clone(&in_memory),
+            tasks: tasks.clone(),
+        };
+        tasks.spawn("dispatch", desk.run(handover));
+        Ok(Self { store, identity, heart, in_memory })
+    }
+
+    /// Leaves in good order: what is still owned is given back. Call once every other task has ended, or was given up.
+    ///
+    /// # Errors
+    /// If the database does not answer: then others take over once the heartbeat is missed.
+    pub async fn leave(&self) -> Result<(), StoreError> {
+        self.heart.stop();
+        self.heart.ended().await;
+        self.store.leave(self.identity.get()).await
+    }
+
+    /// Open targets of claimed chunks in memory now.
+    #[must_use]
+    pub fn in_memory(&self) -> usize {
+        self.in_memory.load(Ordering::Relaxed)
+    }
+}
+
+/// Takes one off the count of targets in memory when its chunk has left.
+struct Weight {
+    in_memory: Arc<AtomicUsize>,
+    targets: usize,
+}
+
+impl Drop for Weight {
+    fn drop(&mut self) {
+        self.in_memory.fetch_sub(self.targets, Ordering::Relaxed);
+    }
+}
+
+struct Desk {
+    store: Arc<dyn Store>,
+    /// Held from before a claim's commit until its chunks are on the roster: the sweep must not look in between.
+    claiming: tokio::sync::Mutex<()>,
+    clock: Arc<dyn Clock>,
+    identity: Identity,
+    roster: Roster,
+    settings: Settings,
+    sender: Arc<Sender>,
+    board: Arc<Board>,
+    in_memory: Arc<AtomicUsize>,
+    tasks: Tasks,
+}
+
+impl Desk {
+    /// Sends until the service stops. Cut only where it holds nothing.
+    async fn run(self, handover: Handover) {
+        let Handover { mut handed, wake, .. } = handover;
+        let stop = self.tasks.stopping().clone();
+        let upkeep = self.upkeep();
+        tokio::pin!(upkeep);
+        // Sending what is handed over must never wait for a claim: two loops, side by side.
+        let hand = async {
+            while let Some(Handed { lease, entry, permit }) = handed.recv().await {
+                let replica = self.identity.get();
+                self.launch(Work { lease, replica, _entry: entry, _permit: permit, probe: None }, None);
+            }
+        };
+        tokio::pin!(hand);
+        let claim = async {
+            loop {
+                // Registered before the look, so that what comes in between is not missed.
+                let woken = wake.notified();
+                let full = self.claim().await;
+                if full {
+                    continue;
+                }
+                tokio::select! {
+                    () = woken => {}
+                    () = self.clock.sleep(self.settings.poll_every) => {}
+                }
+            }
+        };
+        tokio::pin!(claim);
+        tokio::select! {
+            // Losing a claim in its middle would leave chunks that are ours and not in memory; they are given back
+            // when this replica leaves.
+            () = stop.cancelled() => {}
+            () = &mut hand => {}
+            () = &mut claim => {}
+            () = &mut upkeep => {}
+        }
+    }
+
+    /// Takes what is due. True if there may be more.
+    async fn claim(&self) -> bool {
+        let room = self.settings.targets.saturating_sub(self.in_memory.load(Ordering::Relaxed));
+        if room == 0 {
+            return false;
+        }
+        let _claiming = self.claiming.lock().await;
+        let replica = self.identity.get();
+        let now = self.clock.now();
+        match self.store.claim(self.settings.claim, &self.board.passable(), &self.board.all(), replica, now).await {
+            Ok(leases) => {
+                let full = leases.len() >= self.settings.claim;
+                for lease in leases {
+                    self.take(lease, replica, None);
+                }
+                full
+            }
+            Err(error) => {
+                tracing::warn!(error = &error as &dyn std::error::Error, "nothing could be claimed");
+                false
+            }
+        }
+    }
+
+    fn take(&self, lease: Lease, replica: ReplicaId, probe: Option<BreakerId>) {
+        let targets = lease.chunk.targets.len();
+        self.in_memory.fetch_add(targets, Ordering::Relaxed);
+        let weight = Weight { in_memory: Arc::clone(&self.in_memory), targets };
+        let entry = self.roster.enter(lease.key.notification);
+        self.launch(Work { lease, replica, _entry: entry, _permit: None, probe }, Some(weight));
+    }
+
+    fn launch(&self, work: Work, weight: Option<Weight>) {
+        let sender = Arc::clone(&self.sender);
+        self.tasks.spawn_brief("dispatch.chunk", async move {
+            sender.run(work).await;
+            drop(weight);
+        });
+    }
+
+    /// Breakers, probes, and the sweep.
+    async fn upkeep(&self) {
+        let mut swept_at = self.clock.monotonic();
+        loop {
+            self.clock.sleep(REFRESH_EVERY).await;
+            match self.board.refresh().await {
+                Ok(probes) => {
+                    for breaker in probes {
+                        self.probe(breaker).await;
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!(error = &error as &dyn std::error::Error, "breakers could not be read");
+                }
+            }
+            let now = self.clock.monotonic();
+            if now.saturating_sub(swept_at) >= SWEEP_EVERY {
+                swept_at = now;
+                if let Err(error) = self.sweep().await {
+                    tracing::warn!(error = &error as &dyn std::error::Error, "the sweep could not be made");
+                }
+            }
+        }
+    }
+
+    async fn probe(&self, breaker: BreakerId) {
+        let _claiming = self.claiming.lock().await;
+        let replica = self.identity.get();
+        match self.store.claim_probe(breaker, replica, self.clock.now()).await {
+            Ok(Some(lease)) => self.take(lease, replica, Some(breaker)),
+            Ok(None) => {}
+            Err(error) => {
+                tracing::warn!(error = &error as &dyn std::error::Error, "no probe could be made");
+            }
+        }
+    }
+
+    /// Gives back what the database says is ours and what is not in memory: an answer was lost on the way.
+    async fn sweep(&self) -> Result<(), StoreError> {
+        let replica = self.identity.get();
+        let lost: Vec<_> =
+            self.store.owned(replica).await?.into_iter().filter(|key| !self.roster.holds(key.notification)).collect();
+        if !lost.is_empty() {
+            tracing::warn!(chunks = lost.len(), "chunks that were lost on the way are given back");
+            self.store.disown(&lost, replica).await?;
+        }
+        Ok(())
+    }
+}

@@ -14,6 +14,7 @@
 //! | [`outcome`] | what APNs can answer, and what follows |
 //! | [`api_key`] | API keys and scopes |
 //! | [`clock`], [`secret`] | time as a value; secrets that do not print |
+//! | [`spelling`] | what a name that does not exist was probably meant to be |
 
 pub mod api_key;
 pub mod clock;
@@ -24,6 +25,7 @@ pub mod outcome;
 pub mod payload;
 pub mod push;
 pub mod secret;
+pub mod spelling;
 pub mod topic;
 
 /// Serialize and Deserialize through `Display`/`FromStr` for a small value with a name.

@@ -297,7 +297,7 @@ pub struct WaitingFor {
 }
 
 /// A notification as it is read back: what `POST` and `GET /v1/notifications` answer.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "the fields of the API's answer, explained in design.md")]
 pub struct NotificationView {
     pub id: NotificationId,

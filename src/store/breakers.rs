@@ -39,7 +39,7 @@ on_both! {
             let reason: String = fault.reason.as_str().chars().take(REASON_CHARACTERS).collect();
             committed(Repeat::DuplicatesToo, || async {
                 let mut tx = self.begin().await?;
-                sqlx::query(
+                let counted = sqlx::query(
                     "-- breakers.probe_failed\nUPDATE breakers SET probes = probes + 1, apns_status = ?, reason = ? \
                      WHERE topic = ? AND environment = ? AND fingerprint = ?",
                 )
@@ -50,15 +50,15 @@ on_both! {
                 .bind(fingerprint)
                 .execute(&mut *tx)
                 .await?;
-                let open: Option<i64> = sqlx::query_scalar(
-                    "-- breakers.find\nSELECT id FROM breakers WHERE topic = ? AND environment = ? AND fingerprint = ?",
-                )
-                .bind(topic.as_str())
-                .bind(environment.as_str())
-                .bind(fingerprint)
-                .fetch_optional(&mut *tx)
-                .await?;
-                if let Some(id) = open {
+                if counted.rows_affected() == 1 {
+                    let id: i64 = sqlx::query_scalar(
+                        "-- breakers.find\nSELECT id FROM breakers WHERE topic = ? AND environment = ? AND fingerprint = ?",
+                    )
+                    .bind(topic.as_str())
+                    .bind(environment.as_str())
+                    .bind(fingerprint)
+                    .fetch_one(&mut *tx)
+                    .await?;
                     return Ok((tx, BreakerId(id)));
                 }
                 let done = sqlx::query(
@@ -115,18 +115,19 @@ on_both! {
             .await
         }
 
-        async fn close_breaker(&self, breaker: BreakerId) -> Result<(), StoreError> {
-            committed(Repeat::Deadlocks, || self.close_breaker_once(breaker)).await
+        async fn close_breaker(&self, breaker: BreakerId, now: Timestamp) -> Result<(), StoreError> {
+            committed(Repeat::Deadlocks, || self.close_breaker_once(breaker, now)).await
         }
     }
 
     impl Base {
-        async fn close_breaker_once(&self, breaker: BreakerId) -> Result<(Tx, ()), Failure> {
+        async fn close_breaker_once(&self, breaker: BreakerId, now: Timestamp) -> Result<(Tx, ()), Failure> {
             let mut tx = self.begin().await?;
             sqlx::query("-- breakers.close\nDELETE FROM breakers WHERE id = ?").bind(breaker.0).execute(&mut *tx).await?;
             sqlx::query(
-                "-- breakers.set_free\nUPDATE chunks SET holder = 0, epoch = epoch + 1, waiting_since = NULL WHERE holder = ?",
+                "-- breakers.set_free\nUPDATE chunks SET holder = 0, epoch = epoch + 1, due_at = ?, waiting_since = NULL WHERE holder = ?",
             )
+            .bind(now.as_millis())
             .bind(parked_holder(breaker))
             .execute(&mut *tx)
             .await?;

@@ -4,6 +4,8 @@
 //! with the durability of the database's own commit. No pool, transaction, row or SQL crosses this border. Two
 //! implementations, one conformance suite (`tests/it/store/`), which is the contract.
 
+pub mod intake;
+
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
@@ -11,7 +13,9 @@ use async_trait::async_trait;
 mod api_keys;
 mod audience;
 mod breakers;
+mod cursor;
 mod database;
+mod devices;
 mod migrate;
 mod mysql;
 mod notifications;
@@ -270,8 +274,13 @@ pub enum Disposition {
         /// When it is due again.
         due_at: Timestamp,
     },
-    /// Waits until the breaker closes. One that has closed meanwhile (its row is gone, looked at with a lock) frees it.
-    Park(BreakerId),
+    /// Waits until the breaker closes; one that has closed meanwhile sets it free at once.
+    Park {
+        /// Which.
+        breaker: BreakerId,
+        /// When it is claimed all the same, to be counted as expired.
+        until: Timestamp,
+    },
 }
 
 /// The progress of one chunk.
@@ -390,6 +399,12 @@ pub struct Migration {
     pub name: String,
 }
 
+impl std::fmt::Display for Migration {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:04}_{}", self.version, self.name)
+    }
+}
+
 /// Devices and who holds them.
 #[async_trait]
 pub trait Devices: Send + Sync {
@@ -442,14 +457,19 @@ pub trait Queue: Send + Sync {
         replica: ReplicaId,
         now: Timestamp,
     ) -> Result<Vec<Result<Accepted, StoreError>>, StoreError>;
+    /// What was accepted under this idempotency key before: [`Accepted::Seen`], [`Accepted::Conflict`] for another body,
+    /// `None` if the key is new. For a request that is refused by the clock now and was right when it came first.
+    async fn seen(&self, idempotency: &Idempotency) -> Result<Option<Accepted>, StoreError>;
     /// Which of these notifications are committed. Waits for a commit that is still under way.
     async fn committed(&self, ids: &[NotificationId]) -> Result<BTreeSet<NotificationId>, StoreError>;
     /// Takes over at most `max` due chunks that nobody owns, urgent first, then oldest; also those parked by one of
-    /// `passable` breakers (open for another credential than this replica's). Audiences that are due are resolved.
+    /// `passable` breakers (open for another credential than this replica's), and those whose time parked by one of
+    /// `overdue` is over. Audiences that are due are resolved.
     async fn claim(
         &self,
         max: usize,
         passable: &[BreakerId],
+        overdue: &[BreakerId],
         replica: ReplicaId,
         now: Timestamp,
     ) -> Result<Vec<Lease>, StoreError>;
@@ -527,8 +547,8 @@ pub trait Breakers: Send + Sync {
         now: Timestamp,
         next_probe_at: Timestamp,
     ) -> Result<bool, StoreError>;
-    /// Closes a breaker and lets its chunks go on.
-    async fn close_breaker(&self, breaker: BreakerId) -> Result<(), StoreError>;
+    /// Closes a breaker and lets its chunks go on: they are due now.
+    async fn close_breaker(&self, breaker: BreakerId, now: Timestamp) -> Result<(), StoreError>;
 }
 
 /// API keys.
@@ -566,7 +586,6 @@ pub trait Database: Send + Sync {
 }
 
 /// Everything that is kept.
-// `Devices` joins this list with its implementation.
-pub trait Store: Notifications + Queue + Replicas + Breakers + ApiKeys + Database {}
+pub trait Store: Devices + Notifications + Queue + Replicas + Breakers + ApiKeys + Database {}
 
-impl<T: Notifications + Queue + Replicas + Breakers + ApiKeys + Database> Store for T {}
+impl<T: Devices + Notifications + Queue + Replicas + Breakers + ApiKeys + Database> Store for T {}

@@ -36,7 +36,6 @@ pub(super) mod names {
     /// Differs: rows are locked one by one.
     pub(in crate::store) const FOR_UPDATE: &str = " FOR UPDATE";
     /// Differs: rows that another replica is taking are left to it.
-    pub(in crate::store) const SKIP_LOCKED: &str = " FOR UPDATE SKIP LOCKED";
     /// Differs: the words for "do nothing if the key is taken". Only for rows whose values are ours: IGNORE also turns
     /// other errors into warnings.
     pub(in crate::store) const INSERT_IF_ABSENT: &str = "INSERT IGNORE INTO ";

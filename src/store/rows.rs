@@ -2,12 +2,19 @@
 //!
 //! Promises: a row whose text no version writes is [`StoreError::Corrupt`] and names itself; nothing is guessed.
 
-use std::str::FromStr;
+use std::{collections::BTreeMap, str::FromStr};
 
 use sqlx::FromRow;
 
 use super::{BoxError, Breaker, BreakerId, Replica, ReplicaId, StoreError};
-use crate::domain::{api_key::ApiKey, clock::Timestamp, outcome::Fault, secret::Secret, topic::Topic};
+use crate::domain::{
+    api_key::ApiKey,
+    clock::Timestamp,
+    device::{Address, Device, DeviceId, DeviceSeq, DeviceToken, Generation, Tag},
+    outcome::Fault,
+    secret::Secret,
+    topic::Topic,
+};
 
 /// Reads the columns of one row of one table.
 #[derive(Debug, Clone, Copy)]
@@ -193,6 +200,128 @@ impl TryFrom<ApiKeyRow> for ApiKey {
             created_at: at(row.created_at),
             expires_at: row.expires_at.map(at),
             revoked_at: row.revoked_at.map(at),
+        })
+    }
+}
+
+/// A row of `devices`, all columns.
+#[derive(FromRow)]
+pub(super) struct DeviceRow {
+    pub(super) seq: i64,
+    pub(super) id: Vec<u8>,
+    pub(super) topic: String,
+    pub(super) token: Vec<u8>,
+    push_type: String,
+    activity_id: Option<Vec<u8>>,
+    user_id: Option<Vec<u8>>,
+    generation: i64,
+    pub(super) installation_id: Option<Vec<u8>>,
+    environment: Option<String>,
+    environment_named: Option<String>,
+    locale: Option<Vec<u8>>,
+    time_zone: Option<Vec<u8>>,
+    app_version: Option<Vec<u8>>,
+    os_version: Option<Vec<u8>>,
+    model: Option<Vec<u8>>,
+    status: String,
+    status_reason: Option<String>,
+    created_at: i64,
+    last_registered_at: i64,
+    last_accepted_at: i64,
+}
+
+impl DeviceRow {
+    /// The device, still without its tags.
+    pub(super) fn into_device(self) -> Result<(i64, Device), StoreError> {
+        let read = Reader { table: "devices", row: &self.seq };
+        let device = Device {
+            id: DeviceId::from_uuid(read.uuid("id", &self.id)?),
+            topic: read.text("topic", &self.topic)?,
+            token: DeviceToken::from_bytes(&self.token).map_err(|error| read.corrupt("token", error))?,
+            push_type: read.text("push_type", &self.push_type)?,
+            activity_id: read.maybe_bytes("activity_id", self.activity_id.as_deref())?,
+            user_id: read.maybe_bytes("user_id", self.user_id.as_deref())?,
+            generation: Generation(self.generation),
+            installation_id: read.maybe_bytes("installation_id", self.installation_id.as_deref())?,
+            environment: read.maybe_text("environment", self.environment.as_deref())?,
+            environment_named: read.maybe_text("environment_named", self.environment_named.as_deref())?,
+            tags: Vec::new(),
+            locale: read.maybe_bytes("locale", self.locale.as_deref())?,
+            time_zone: read.maybe_bytes("time_zone", self.time_zone.as_deref())?,
+            app_version: read.maybe_bytes("app_version", self.app_version.as_deref())?,
+            os_version: read.maybe_bytes("os_version", self.os_version.as_deref())?,
+            model: read.maybe_bytes("model", self.model.as_deref())?,
+            status: read.text("status", &self.status)?,
+            status_reason: self.status_reason,
+            created_at: at(self.created_at),
+            last_registered_at: at(self.last_registered_at),
+            last_accepted_at: at_unless_zero(self.last_accepted_at),
+        };
+        Ok((self.seq, device))
+    }
+}
+
+fn at_unless_zero(millis: i64) -> Option<Timestamp> {
+    (millis != 0).then(|| at(millis))
+}
+
+/// A row of `device_tags`.
+#[derive(FromRow)]
+pub(super) struct TagRow {
+    device_seq: i64,
+    tag: Vec<u8>,
+}
+
+impl TagRow {
+    pub(super) fn into_tag(self) -> Result<(i64, Tag), StoreError> {
+        let read = Reader { table: "device_tags", row: &self.device_seq };
+        Ok((self.device_seq, read.bytes("tag", &self.tag)?))
+    }
+}
+
+/// Devices with their tags, in the order of the rows; tags are sorted already.
+pub(super) fn with_tags(rows: Vec<DeviceRow>, tags: Vec<TagRow>) -> Result<Vec<(i64, Device)>, StoreError> {
+    let mut by_device = BTreeMap::<i64, Vec<Tag>>::new();
+    for tag in tags {
+        let (seq, tag) = tag.into_tag()?;
+        by_device.entry(seq).or_default().push(tag);
+    }
+    rows.into_iter()
+        .map(|row| {
+            let (seq, mut device) = row.into_device()?;
+            device.tags = by_device.remove(&seq).unwrap_or_default();
+            Ok((seq, device))
+        })
+        .collect()
+}
+
+/// What the ownership read takes of `devices`.
+#[derive(FromRow)]
+pub(super) struct AddressRow {
+    seq: i64,
+    id: Vec<u8>,
+    token: Vec<u8>,
+    user_id: Option<Vec<u8>>,
+    generation: i64,
+    environment: Option<String>,
+    status: String,
+    last_accepted_at: i64,
+}
+
+impl TryFrom<AddressRow> for Address {
+    type Error = StoreError;
+
+    fn try_from(row: AddressRow) -> Result<Self, StoreError> {
+        let read = Reader { table: "devices", row: &row.seq };
+        Ok(Self {
+            seq: DeviceSeq(row.seq),
+            id: DeviceId::from_uuid(read.uuid("id", &row.id)?),
+            token: DeviceToken::from_bytes(&row.token).map_err(|error| read.corrupt("token", error))?,
+            user_id: read.maybe_bytes("user_id", row.user_id.as_deref())?,
+            generation: Generation(row.generation),
+            environment: read.maybe_text("environment", row.environment.as_deref())?,
+            status: read.text("status", &row.status)?,
+            last_accepted_at: at_unless_zero(row.last_accepted_at),
         })
     }
 }

@@ -96,7 +96,7 @@ pub(super) enum Repeat {
 const TRIES: u32 = 12;
 
 /// How long a transaction may take up to its COMMIT. The service's own clock does not rule here: the peer is real.
-const WORK_DEADLINE: Duration = Duration::from_secs(20);
+const WORK_DEADLINE: Duration = Duration::from_secs(10);
 
 /// How long a COMMIT may stay unanswered before it counts as unknown.
 const COMMIT_DEADLINE: Duration = Duration::from_secs(10);

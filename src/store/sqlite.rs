@@ -37,7 +37,6 @@ pub(super) mod names {
     /// Differs: `BEGIN IMMEDIATE` has locked everything already.
     pub(in crate::store) const FOR_UPDATE: &str = "";
     /// Differs: as above; nobody else is in a transaction that writes.
-    pub(in crate::store) const SKIP_LOCKED: &str = "";
     /// Differs: the words for "do nothing if the key is taken".
     pub(in crate::store) const INSERT_IF_ABSENT: &str = "INSERT OR IGNORE INTO ";
     /// Differs: what sqlx calls the number of the row just inserted.

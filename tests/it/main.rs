@@ -11,8 +11,10 @@
     reason = "helpers of tests: a failure is to stop the test and say where"
 )]
 
+mod apns;
 mod database;
 mod layers;
+mod simulator;
 mod store;
 mod support;
 mod tree;

@@ -2,8 +2,6 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use serde::{Deserialize, Serialize};
-
 use super::{
     Context,
     chunk::{self, NewChunk, Notes},
@@ -12,70 +10,14 @@ use crate::domain::{
     clock::Timestamp,
     delivery::{Chunk, ChunkKey, Target},
     device::{Address, DeviceSeq},
-    notification::{
-        Audience, Counts, Notification, NotificationId, NotificationStatus, NotificationView, Reference, WaitingFor,
-        Warning,
-    },
-    topic::Topic,
+    notification::{Audience, Counts, Notification, NotificationStatus, NotificationView},
 };
 use crate::store::{
-    Accepted, Kind, Lease, ReplicaId, StoreError, Submission,
+    Accepted, Idempotency, Kind, Lease, ReplicaId, StoreError, Submission,
     audience::{self, LIST, Wanted},
     sql::Failure,
     statement::{Conn, Statement, Value, corrupt, id_value},
 };
-
-/// The view that was answered, as it is kept beside an idempotency key.
-#[derive(Serialize, Deserialize)]
-struct Answer {
-    id: NotificationId,
-    status: NotificationStatus,
-    topic: Topic,
-    reference: Option<Reference>,
-    counts: Counts,
-    unmatched: u64,
-    audience_complete: bool,
-    waiting_for: Option<WaitingFor>,
-    warnings: Vec<Warning>,
-    created_at: Timestamp,
-    done_at: Option<Timestamp>,
-}
-
-impl From<NotificationView> for Answer {
-    fn from(view: NotificationView) -> Self {
-        Self {
-            id: view.id,
-            status: view.status,
-            topic: view.topic,
-            reference: view.reference,
-            counts: view.counts,
-            unmatched: view.unmatched,
-            audience_complete: view.audience_complete,
-            waiting_for: view.waiting_for,
-            warnings: view.warnings,
-            created_at: view.created_at,
-            done_at: view.done_at,
-        }
-    }
-}
-
-impl From<Answer> for NotificationView {
-    fn from(answer: Answer) -> Self {
-        Self {
-            id: answer.id,
-            status: answer.status,
-            topic: answer.topic,
-            reference: answer.reference,
-            counts: answer.counts,
-            unmatched: answer.unmatched,
-            audience_complete: answer.audience_complete,
-            waiting_for: answer.waiting_for,
-            warnings: answer.warnings,
-            created_at: answer.created_at,
-            done_at: answer.done_at,
-        }
-    }
-}
 
 /// One submission on its way.
 struct Entry<'s> {
@@ -187,8 +129,7 @@ async fn known(
         if last.replace(*key) == Some(*key) {
             continue;
         }
-        let answer = serde_json::to_vec(&Answer::from(entry.view.clone()))
-            .map_err(|error| StoreError::Statement(error.into()))?;
+        let answer = serde_json::to_vec(&entry.view).map_err(|error| StoreError::Statement(error.into()))?;
         rows.push(vec![
             key.as_slice().into(),
             idempotency.body.as_slice().into(),
@@ -205,39 +146,64 @@ async fn known(
     let head = "-- queue.insert_idempotency_keys\n\
                 INSERT INTO idempotency_keys (request_key, body_hash, notification_id, answer, created_at)";
     conn.insert(head, &rows, tail).await?;
-    let mut there: HashMap<Vec<u8>, (Vec<u8>, Vec<u8>, Vec<u8>)> = HashMap::with_capacity(rows.len());
-    for piece in rows.chunks(LIST) {
-        let mut statement = Statement::new(
-            "-- queue.idempotency_keys\nSELECT request_key, body_hash, notification_id, answer FROM idempotency_keys \
-             WHERE request_key IN ",
-        );
-        statement.list(piece.iter().filter_map(|row| row.first().cloned()));
-        for row in &conn.fetch(statement).await? {
-            there.insert(row.bytes(0)?, (row.bytes(1)?, row.bytes(2)?, row.bytes(3)?));
-        }
-    }
+    let keys: Vec<Value> = rows.iter().filter_map(|row| row.first().cloned()).collect();
+    let there = requests(conn, &keys).await?;
     let mut answers = BTreeMap::new();
     for (key, at) in claims {
         let Some(entry) = entries.get(at) else { continue };
         let Some(idempotency) = entry.submission.idempotency else { continue };
-        let Some((body, notification, answer)) = there.get(key.as_slice()) else {
+        let Some(request) = there.get(key.as_slice()) else {
             return Err(StoreError::Statement("an idempotency key that was just inserted is missing".into()).into());
         };
-        if notification.as_slice() == entry.view.id.as_uuid().as_bytes() {
-            continue;
+        if request.notification.as_slice() != entry.view.id.as_uuid().as_bytes() {
+            answers.insert(at, request.answer_to(&idempotency)?);
         }
-        answers.insert(
-            at,
-            if body.as_slice() == idempotency.body {
-                let answer: Answer = serde_json::from_slice(answer)
-                    .map_err(|error| corrupt("idempotency_keys", "answer", hex::encode(key), error))?;
-                Accepted::Seen(answer.into())
-            } else {
-                Accepted::Conflict
-            },
-        );
     }
     Ok(answers)
+}
+
+/// What was accepted under this key before.
+pub(in crate::store) async fn seen(
+    conn: &mut Conn<'_>,
+    idempotency: &Idempotency,
+) -> Result<Option<Accepted>, Failure> {
+    let there = requests(conn, &[idempotency.key.as_slice().into()]).await?;
+    Ok(there.get(idempotency.key.as_slice()).map(|request| request.answer_to(idempotency)).transpose()?)
+}
+
+/// A request that was accepted under a key.
+struct Request {
+    body: Vec<u8>,
+    notification: Vec<u8>,
+    answer: Vec<u8>,
+}
+
+impl Request {
+    fn answer_to(&self, idempotency: &Idempotency) -> Result<Accepted, StoreError> {
+        if self.body.as_slice() != idempotency.body {
+            return Ok(Accepted::Conflict);
+        }
+        serde_json::from_slice(&self.answer)
+            .map(Accepted::Seen)
+            .map_err(|error| corrupt("idempotency_keys", "answer", hex::encode(idempotency.key), error))
+    }
+}
+
+/// The requests under these keys, by key.
+async fn requests(conn: &mut Conn<'_>, keys: &[Value]) -> Result<HashMap<Vec<u8>, Request>, Failure> {
+    let mut there = HashMap::with_capacity(keys.len());
+    for piece in keys.chunks(LIST) {
+        let mut statement = Statement::new(
+            "-- queue.idempotency_keys\nSELECT request_key, body_hash, notification_id, answer FROM idempotency_keys \
+             WHERE request_key IN ",
+        );
+        statement.list(piece.iter().cloned());
+        for row in &conn.fetch(statement).await? {
+            let request = Request { body: row.bytes(1)?, notification: row.bytes(2)?, answer: row.bytes(3)? };
+            there.insert(row.bytes(0)?, request);
+        }
+    }
+    Ok(there)
 }
 
 const INSERT: &str = "-- queue.insert_notifications\nINSERT INTO notifications (id, topic, owner, reference, lane, \

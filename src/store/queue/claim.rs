@@ -9,7 +9,7 @@ use super::{
     Context, FREE, HELD,
     accept::{addresses_of, open_devices},
     chunk::{self, NewChunk, Notes},
-    lane_from, parked,
+    lane_from,
 };
 use crate::domain::{
     clock::Timestamp,
@@ -22,6 +22,7 @@ use crate::domain::{
 use crate::store::{
     BoxError, BreakerId, Kind, Lease, ReplicaId, StoreError,
     audience::{self, LIST, Wanted, parsed, parsed_or_null},
+    breakers::parked_holder,
     sql::Failure,
     statement::{Conn, Row, Statement, corrupt, id_value},
 };
@@ -34,12 +35,14 @@ struct Chosen {
     states: Option<Vec<u8>>,
 }
 
-/// Takes over at most `max` chunks: urgent first, and in a lane what is free before what is parked.
+/// Takes over at most `max` chunks: urgent first, and in a lane what is free before what is parked. What is parked bears
+/// the end of its time as `due_at`: behind a passable breaker it is taken whatever that says.
 pub(in crate::store) async fn claim(
     conn: &mut Conn<'_>,
     context: &Context,
     max: usize,
     passable: &[BreakerId],
+    overdue: &[BreakerId],
     replica: ReplicaId,
     now: Timestamp,
 ) -> Result<Vec<Lease>, Failure> {
@@ -48,10 +51,14 @@ pub(in crate::store) async fn claim(
     }
     let mut chosen = Vec::new();
     for lane in Lane::ALL {
-        for holder in std::iter::once(FREE).chain(passable.iter().map(|breaker| parked(breaker.0))) {
+        let passable = passable.iter().map(|breaker| (parked_holder(*breaker), None));
+        let overdue = overdue.iter().map(|breaker| (parked_holder(*breaker), Some(now)));
+        for (holder, due) in std::iter::once((FREE, Some(now))).chain(passable).chain(overdue) {
             let room = max.saturating_sub(chosen.len());
             if room > 0 {
-                chosen.extend(choose(conn, holder, lane, Some(now), room).await?);
+                let more = choose(conn, holder, lane, due, room).await?;
+                let known: BTreeSet<ChunkKey> = chosen.iter().map(|one: &Chosen| one.key).collect();
+                chosen.extend(more.into_iter().filter(|one| !known.contains(&one.key)));
             }
         }
     }
@@ -70,7 +77,7 @@ pub(in crate::store) async fn claim_probe(
         return Ok(None);
     }
     for lane in Lane::ALL {
-        let chosen = choose(conn, parked(breaker.0), lane, None, 1).await?;
+        let chosen = choose(conn, parked_holder(breaker), lane, None, 1).await?;
         if let Some(lease) = take(conn, context, chosen, 1, replica, now).await?.pop() {
             return Ok(Some(lease));
         }

@@ -37,11 +37,6 @@ pub(super) const HELD: i64 = -1;
 /// holder instead: MariaDB did, locked rows of others on the way, and every second settle met a deadlock.
 pub(super) const BY_KEY_HOLDER: &str = " AND holder + 0 = ";
 
-/// The holder that stands for a breaker.
-pub(super) const fn parked(breaker: i64) -> i64 {
-    -(1000 + breaker)
-}
-
 /// The breaker that a holder stands for.
 pub(super) const fn breaker_of(holder: i64) -> Option<i64> {
     if holder < -1000 { Some(-holder - 1000) } else { None }
@@ -207,10 +202,11 @@ pub(super) async fn depth(conn: &mut Conn<'_>, now: Timestamp) -> Result<Vec<Que
     Ok(depth)
 }
 
-/// Holds whatever is open.
+/// Holds whatever is open. What was parked bears the end of its time as `due_at`: released, it is due at once.
 pub(super) async fn hold(conn: &mut Conn<'_>, now: Timestamp) -> Result<u64, Failure> {
-    let mut statement = Statement::new("-- queue.hold\nUPDATE chunks SET holder = -1, waiting_since = ");
-    statement.bind(now).push(" WHERE holder <> -1");
+    let mut statement = Statement::new("-- queue.hold\nUPDATE chunks SET due_at = CASE WHEN holder < -1000 THEN ");
+    statement.bind(now).push(" ELSE due_at END, holder = -1, waiting_since = ").bind(now);
+    statement.push(" WHERE holder <> -1");
     Ok(conn.execute(statement).await?)
 }
 

@@ -8,7 +8,6 @@ use std::{
 use super::{
     BY_KEY_HOLDER, Context, FREE,
     chunk::{self, Notes},
-    parked,
 };
 use crate::domain::{
     clock::Timestamp,
@@ -20,6 +19,7 @@ use crate::domain::{
 use crate::store::{
     Disposition, ReplicaId, Settled, StoreError,
     audience::LIST,
+    breakers::parked_holder,
     reasons,
     sql::Failure,
     statement::{Conn, Statement, Value},
@@ -80,7 +80,7 @@ async fn open_breakers(conn: &mut Conn<'_>, held: &[(&Settled<'_>, &Before)]) ->
     let wanted: BTreeSet<i64> = held
         .iter()
         .filter_map(|(settled, _)| match settled.disposition {
-            Disposition::Park(breaker) => Some(breaker.0),
+            Disposition::Park { breaker, .. } => Some(breaker.0),
             Disposition::Keep | Disposition::Free { .. } => None,
         })
         .collect();
@@ -187,8 +187,9 @@ fn content(
         Disposition::Keep => (Some(replica.0), None, None),
         Disposition::Free { due_at } => (Some(FREE), Some(due_at), Some(now)),
         // Closed meanwhile: nobody would free it.
-        Disposition::Park(breaker) if !open_breakers.contains(&breaker.0) => (Some(FREE), None, None),
-        Disposition::Park(breaker) => (Some(parked(breaker.0)), None, Some(now)),
+        Disposition::Park { breaker, .. } if !open_breakers.contains(&breaker.0) => (Some(FREE), Some(now), None),
+        // Claimed all the same once its time is over, by this column.
+        Disposition::Park { breaker, until } => (Some(parked_holder(breaker)), Some(until), Some(now)),
     };
     Ok(Content {
         epoch: settled.epoch,

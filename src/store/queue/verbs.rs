@@ -10,7 +10,7 @@ use crate::domain::{
     push::CollapseId, topic::Topic,
 };
 use crate::store::{
-    Accepted, BreakerId, Lease, Queue, QueueDepth, ReplicaId, Settled, StoreError, Submission,
+    Accepted, BreakerId, Idempotency, Lease, Queue, QueueDepth, ReplicaId, Settled, StoreError, Submission,
     audience::{self, WORDS},
     reasons,
     sql::{Repeat, committed, on_both, read},
@@ -55,6 +55,14 @@ on_both! {
                 .collect())
         }
 
+        async fn seen(&self, idempotency: &Idempotency) -> Result<Option<Accepted>, StoreError> {
+            read(|| async {
+                let mut tx = self.snapshot().await?;
+                accept::seen(&mut Conn::from(&mut *tx), idempotency).await
+            })
+            .await
+        }
+
         async fn committed(&self, ids: &[NotificationId]) -> Result<BTreeSet<NotificationId>, StoreError> {
             committed(Repeat::Deadlocks, || async {
                 let mut tx = self.begin().await?;
@@ -68,6 +76,7 @@ on_both! {
             &self,
             max: usize,
             passable: &[BreakerId],
+            overdue: &[BreakerId],
             replica: ReplicaId,
             now: Timestamp,
         ) -> Result<Vec<Lease>, StoreError> {
@@ -75,7 +84,7 @@ on_both! {
             let context = self.context();
             committed(Repeat::Deadlocks, || async {
                 let mut tx = self.begin().await?;
-                let leases = claim::claim(&mut Conn::from(&mut *tx), &context, max, passable, replica, now).await?;
+                let leases = claim::claim(&mut Conn::from(&mut *tx), &context, max, passable, overdue, replica, now).await?;
                 Ok((tx, leases))
             })
             .await

@@ -1,0 +1,148 @@
+//! The heartbeat: who is alive, and whether we ourselves still are.
+//!
+//! Promises: no two machines' clocks are compared. A replica whose counter was not seen to move for [`DEAD_AFTER`] of
+//! our own monotonic time, while our own commits succeed, is dead: its work is given back. A replica that could not
+//! bump its own counter for [`TRUSTED_FOR`] (it hung, it was stopped, its database is gone) writes nothing more to
+//! APNs until it has: by then others may have taken over. One that finds itself declared dead joins anew, and what it
+//! held is no longer its own.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use crate::{
+    domain::clock::Clock,
+    lifecycle::Tasks,
+    store::{Kind, ReplicaId, Store, StoreError, intake::Identity},
+};
+
+/// How often the counter moves.
+const EVERY: Duration = Duration::from_secs(1);
+
+/// How long a counter may stand still.
+const DEAD_AFTER: Duration = Duration::from_secs(5);
+
+/// How long after the start of our last successful beat we may act as owner; less than [`DEAD_AFTER`], with room for a
+/// push that is being written.
+const TRUSTED_FOR: Duration = Duration::from_secs(4);
+
+/// Whether this replica may act as the owner of what it owns.
+#[derive(Debug, Clone)]
+pub(super) struct Pulse {
+    clock: Arc<dyn Clock>,
+    identity: Identity,
+    /// Start of the last successful beat, in ms of the monotonic clock.
+    beaten_at: Arc<AtomicU64>,
+}
+
+impl Pulse {
+    /// Whether work leased to `replica` may still be acted on at this instant.
+    pub(super) fn holds(&self, replica: ReplicaId) -> bool {
+        let beaten_at = Duration::from_millis(self.beaten_at.load(Ordering::Acquire));
+        self.identity.get() == replica && self.clock.monotonic().saturating_sub(beaten_at) < TRUSTED_FOR
+    }
+
+    fn beaten(&self, at: Duration) {
+        self.beaten_at.store(u64::try_from(at.as_millis()).unwrap_or(u64::MAX), Ordering::Release);
+    }
+
+    /// Joins, and keeps beating until the service stops. On SQLite every other replica is dead already: the file is
+    /// locked by us.
+    pub(super) async fn start(
+        store: Arc<dyn Store>,
+        clock: Arc<dyn Clock>,
+        identity: Identity,
+        name: String,
+        tasks: &Tasks,
+    ) -> Result<Self, StoreError> {
+        let pulse = Self { clock: Arc::clone(&clock), identity, beaten_at: Arc::default() };
+        let at = clock.monotonic();
+        pulse.identity.set(store.join(&name, env!("CARGO_PKG_VERSION"), clock.now()).await?);
+        pulse.beaten(at);
+        if store.kind() == Kind::Sqlite {
+            for replica in store.replicas().await? {
+                if replica.id != pulse.identity.get() {
+                    store.bury(replica.id, replica.beat).await?;
+                }
+            }
+        }
+        let heart = Heart { store, pulse: pulse.clone(), name, others: HashMap::new() };
+        let stop = tasks.stopping().clone();
+        tasks.spawn("dispatch.pulse", async move {
+            // Losing a beat loses nothing.
+            tokio::select! {
+                () = heart.beat() => {}
+                () = stop.cancelled() => {}
+            }
+        });
+        Ok(pulse)
+    }
+}
+
+struct Heart {
+    store: Arc<dyn Store>,
+    pulse: Pulse,
+    name: String,
+    /// What each counter showed, and since when on our own clock.
+    others: HashMap<ReplicaId, (i64, Duration)>,
+}
+
+impl Heart {
+    async fn beat(mut self) {
+        let clock = Arc::clone(&self.pulse.clock);
+        loop {
+            clock.sleep(EVERY).await;
+            if let Err(error) = self.once().await {
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "no heartbeat: nothing more is sent until the database is back"
+                );
+            }
+        }
+    }
+
+    async fn once(&mut self) -> Result<(), StoreError> {
+        let started = self.pulse.clock.monotonic();
+        let me = self.pulse.identity.get();
+        if self.store.beat(me).await? {
+            // Unless it took so long that others may have stopped waiting.
+            self.pulse.beaten(started);
+        } else {
+            let joined = self.store.join(&self.name, env!("CARGO_PKG_VERSION"), self.pulse.clock.now()).await?;
+            tracing::warn!(
+                replica = joined.0,
+                "this replica was declared dead and joins anew: what it held belongs to others now"
+            );
+            self.pulse.identity.set(joined);
+            self.pulse.beaten(started);
+        }
+        self.observe().await
+    }
+
+    async fn observe(&mut self) -> Result<(), StoreError> {
+        let me = self.pulse.identity.get();
+        let replicas = self.store.replicas().await?;
+        let now = self.pulse.clock.monotonic();
+        self.others.retain(|id, _| replicas.iter().any(|r| r.id == *id));
+        for replica in replicas.iter().filter(|r| r.id != me) {
+            let seen = self.others.entry(replica.id).or_insert((replica.beat, now));
+            if seen.0 != replica.beat {
+                *seen = (replica.beat, now);
+            } else if now.saturating_sub(seen.1) >= DEAD_AFTER && self.store.bury(replica.id, replica.beat).await? {
+                tracing::warn!(
+                    replica = replica.id.0,
+                    name = replica.name,
+                    "the replica `{}` is dead: its work is taken over",
+                    replica.name
+                );
+                self.others.remove(&replica.id);
+            }
+        }
+        Ok(())
+    }
+}

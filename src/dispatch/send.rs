@@ -1,0 +1,603 @@
+//! One chunk on its way: from the lease to its last settled outcome.
+//!
+//! Promises: one path for one device and for a thousand. Nothing is tried whose time has passed; a retry of a push with
+//! the caller's collapse id is not made when a newer one has gone to the device; with `on_unknown: stop` a durable
+//! mark is made before the write, and what bears a mark after a crash counts as written. A chunk leaves memory only
+//! settled, given back, or lost to another owner.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, atomic::AtomicU64},
+    time::Duration,
+};
+
+use futures_util::{StreamExt, stream::FuturesUnordered};
+use tokio::sync::OwnedSemaphorePermit;
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    fence::{AttemptFence, Guard, OWNERSHIP_MAX_AGE, Owned, Verdict, judge, millis},
+    settle::{Progress, Settlement, Settler},
+};
+use crate::{
+    apns::{Gateway, Head, Push},
+    domain::{
+        clock::Timestamp,
+        delivery::{Chunk, Circumstances, Conclusion, DeliveryStatus, DeviceEffect, State, Target, conclude},
+        device::{Address, DeviceSeq, DeviceToken},
+        notification::Notification,
+        outcome::{Fault, Outcome, Reply, own},
+        push::{ApnsId, OnUnknown, Recipient},
+        topic::Environment,
+    },
+    store::{BreakerId, Disposition, Lease, ReplicaId, Store, StoreError, intake::Entry},
+    telemetry::names,
+};
+
+/// What all chunks share.
+pub(super) struct Sender {
+    pub(super) store: Arc<dyn Store>,
+    pub(super) gateway: Arc<dyn Gateway>,
+    pub(super) guard: Guard,
+    pub(super) settler: Settler,
+    pub(super) stopping: CancellationToken,
+}
+
+/// A chunk in memory.
+pub(super) struct Work {
+    pub(super) lease: Lease,
+    /// Under which number it was leased.
+    pub(super) replica: ReplicaId,
+    /// Its place on the roster, until it has left memory.
+    pub(super) _entry: Entry,
+    /// Its share of the room.
+    pub(super) _permit: Option<OwnedSemaphorePermit>,
+    /// Sent through an open breaker to see whether it may close: one push only.
+    pub(super) probe: Option<BreakerId>,
+}
+
+/// A retry sooner than this is waited for in memory; a later one goes back to the database.
+const WAIT_IN_MEMORY: Duration = Duration::from_secs(5);
+
+/// How long a chunk is put back when no connection could be had or ownership could not be read.
+const PUT_BACK_FOR: Duration = Duration::from_secs(5);
+
+/// How long a chunk is put back when this replica has no credential for its app: another may have one.
+const NO_CREDENTIAL_FOR: Duration = Duration::from_secs(30);
+
+/// The most pushes of one chunk in flight.
+const IN_FLIGHT: usize = 1_000;
+
+/// Progress of a large chunk is settled at least this often while it is sent.
+const SETTLE_EVERY: Duration = Duration::from_millis(25);
+
+/// A device's `last_accepted_at` is right to within this time.
+const ACCEPTED_WITHIN: Duration = Duration::from_secs(24 * 3600);
+
+/// How often a push that the connection gave back is tried again at once.
+const UNSENT_RETRIES: u32 = 3;
+
+/// Why a target was left open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Left {
+    /// It has a time of its own for the next try, or can be tried at once.
+    Open,
+    /// Nothing can be sent right now.
+    Later(Duration),
+    /// Its breaker is open in this environment.
+    Blocked(Environment),
+    /// The chunk is no longer ours.
+    Lost,
+}
+
+/// One attempt's end.
+struct Attempted {
+    position: usize,
+    state: State,
+    left: Left,
+    effect: Option<(DeviceSeq, DeviceToken, DeviceEffect)>,
+    fault: Option<(Environment, Fault)>,
+    unique_id: Option<Box<str>>,
+    environment: Option<Environment>,
+    readdressed: Option<Box<Address>>,
+    answered: bool,
+}
+
+impl Sender {
+    /// Sends a chunk to its end. Never cancelled; ends early, giving the chunk back, when the service stops.
+    pub(super) async fn run(&self, mut work: Work) {
+        let head = Arc::new(head(&work.lease.notification));
+        let mut addresses: HashMap<DeviceSeq, Address> =
+            std::mem::take(&mut work.lease.addresses).into_iter().map(|a| (a.seq, a)).collect();
+        let mut read_at = work.lease.read_at;
+        let mut unsent = 0_u32;
+        self.end_marked(&mut work.lease.chunk);
+        loop {
+            let now = self.guard.clock.now();
+            let due = due(&work.lease.chunk, now);
+            let mut left = Left::Open;
+            if !due.is_empty() {
+                let old = self.guard.clock.monotonic().saturating_sub(read_at) >= OWNERSHIP_MAX_AGE;
+                if old || addresses.is_empty() {
+                    let began = self.guard.clock.monotonic();
+                    match self.store.addresses(&devices(&work.lease.chunk, &due)).await {
+                        Ok(read) => {
+                            addresses = read.into_iter().map(|a| (a.seq, a)).collect();
+                            read_at = began;
+                        }
+                        Err(error) => {
+                            tracing::warn!(
+                                error = &error as &dyn std::error::Error,
+                                "ownership could not be read: the chunk waits"
+                            );
+                            left = Left::Later(PUT_BACK_FOR);
+                        }
+                    }
+                }
+            }
+            if left == Left::Open && !due.is_empty() {
+                match self.mark(&mut work, &due).await {
+                    Settlement::Done => {}
+                    Settlement::Lost | Settlement::GivenUp => return,
+                }
+                let round = self.round(&mut work, &head, &due, &mut addresses, read_at).await;
+                left = round.left;
+                unsent = if round.answered { 0 } else { unsent + 1 };
+                if round.over {
+                    return;
+                }
+                if let Left::Open = left
+                    && unsent > UNSENT_RETRIES
+                {
+                    left = Left::Later(PUT_BACK_FOR);
+                }
+                work.probe = None;
+            }
+            let Some(next) = work.lease.chunk.next_try_at(now) else {
+                self.settle(&mut work, Disposition::Keep, Vec::new(), Vec::new()).await;
+                return;
+            };
+            let now = self.guard.clock.now();
+            let stopping = self.stopping.is_cancelled();
+            let disposition = match left {
+                Left::Lost => return,
+                _ if stopping => Disposition::Free { due_at: next },
+                Left::Blocked(environment) => self.park(&work.lease.notification, environment, now),
+                Left::Later(pause) => Disposition::Free { due_at: next.max(now.plus(pause)) },
+                Left::Open if next.since(now) > WAIT_IN_MEMORY => Disposition::Free { due_at: next },
+                Left::Open => Disposition::Keep,
+            };
+            let settlement = self.settle(&mut work, disposition, Vec::new(), Vec::new()).await;
+            if settlement != Settlement::Done || disposition != Disposition::Keep {
+                return;
+            }
+            tokio::select! {
+                () = self.guard.clock.sleep(next.since(self.guard.clock.now())) => {}
+                () = self.stopping.cancelled() => {}
+            }
+        }
+    }
+
+    /// What bears a durable mark was written, or may have been, before somebody died: never again.
+    fn end_marked(&self, chunk: &mut Chunk) {
+        for state in chunk.states.iter_mut().filter(|s| s.is_open() && s.marked) {
+            state.ambiguous = true;
+            state.end(DeliveryStatus::Unknown, Some(own::NO_ANSWER), self.guard.clock.now());
+        }
+    }
+
+    /// The durable mark before the write, for `on_unknown: stop`.
+    async fn mark(&self, work: &mut Work, due: &[usize]) -> Settlement {
+        if work.lease.notification.on_unknown != OnUnknown::Stop {
+            return Settlement::Done;
+        }
+        for position in due {
+            if let Some(state) = work.lease.chunk.states.get_mut(*position) {
+                state.marked = true;
+            }
+        }
+        self.settle(work, Disposition::Keep, Vec::new(), Vec::new()).await
+    }
+
+    fn park(&self, notification: &Notification, environment: Environment, now: Timestamp) -> Disposition {
+        match self.guard.board.id(&notification.topic, environment) {
+            Some(breaker) => Disposition::Park { breaker, until: notification.deadline() },
+            // Closed again, or the database could not be told of it yet.
+            None => Disposition::Free { due_at: now.plus(Duration::from_secs(1)) },
+        }
+    }
+
+    async fn settle(
+        &self,
+        work: &mut Work,
+        disposition: Disposition,
+        effects: Vec<(DeviceSeq, DeviceToken, DeviceEffect)>,
+        unique_ids: Vec<(u32, Box<str>)>,
+    ) -> Settlement {
+        let chunk = std::mem::take(&mut work.lease.chunk);
+        let progress =
+            Progress { key: work.lease.key, epoch: work.lease.epoch, chunk, disposition, effects, unique_ids };
+        let (progress, settlement) = self.settler.settle(progress).await;
+        if let Some(progress) = progress {
+            work.lease.chunk = progress.chunk;
+        }
+        if settlement == Settlement::Lost {
+            tracing::warn!(
+                notification.id = %work.lease.key.notification,
+                chunk = work.lease.key.number,
+                "another replica has taken over {}: what this one had not settled may be repeated",
+                work.lease.key.notification
+            );
+        }
+        settlement
+    }
+
+    /// Tries every due target once.
+    async fn round(
+        &self,
+        work: &mut Work,
+        head: &Arc<Head>,
+        due: &[usize],
+        addresses: &mut HashMap<DeviceSeq, Address>,
+        read_at: Duration,
+    ) -> Round {
+        let mut round = Round { left: Left::Open, answered: false, over: false };
+        let notification = Arc::clone(&work.lease.notification);
+        let mut rest = due.iter().copied();
+        let mut running = FuturesUnordered::new();
+        let mut effects = Vec::new();
+        let mut unique_ids = Vec::new();
+        let mut settled_at = self.guard.clock.monotonic();
+        let (replica, probe) = (work.replica, work.probe);
+        let mut blocked = false;
+        loop {
+            while running.len() < IN_FLIGHT && !blocked && !self.stopping.is_cancelled() {
+                let Some(position) = rest.next() else { break };
+                let (Some(target), Some(state)) =
+                    (work.lease.chunk.targets.get(position), work.lease.chunk.states.get(position))
+                else {
+                    continue;
+                };
+                let address = match target {
+                    Target::Device { seq, .. } => addresses.get(seq).cloned(),
+                    Target::Token { .. } => None,
+                };
+                let attempt = Attempt {
+                    position,
+                    target: target.clone(),
+                    state: state.clone(),
+                    address,
+                    read_at,
+                    replica,
+                    probe: probe.is_some(),
+                };
+                running.push(self.attempt(Arc::clone(&notification), Arc::clone(head), attempt));
+                // A probe is one push; the others wait for what it says.
+                blocked = probe.is_some();
+            }
+            let Some(attempted) = running.next().await else { break };
+            round.answered |= attempted.answered;
+            if attempted.left == Left::Lost {
+                round.over = true;
+            }
+            round.left = round.left.max(attempted.left);
+            if let Some((environment, fault)) = &attempted.fault {
+                self.guard.board.trip(&notification.topic, *environment, fault, probe.is_some()).await;
+                round.left = round.left.max(Left::Blocked(*environment));
+            } else if let (Some(breaker), Some(environment), true) = (probe, attempted.environment, attempted.answered)
+            {
+                self.guard.board.close(&notification.topic, environment, breaker).await;
+                blocked = false;
+            }
+            if probe.is_some() && blocked && attempted.fault.is_none() {
+                // The probe found no answer at all: the breaker stays, and so does everything behind it.
+                if let Some(environment) = attempted.environment {
+                    round.left = round.left.max(Left::Blocked(environment));
+                }
+            }
+            if !attempted.state.is_open() {
+                let reason = attempted.state.cause.as_ref().map_or("", |c| &c.reason).to_owned();
+                names::delivery_ended(
+                    notification.topic.as_str(),
+                    attempted.environment.map_or("", Environment::as_str),
+                    attempted.state.status.as_str(),
+                    &reason,
+                );
+            }
+            if let Some(state) = work.lease.chunk.states.get_mut(attempted.position) {
+                *state = attempted.state;
+            }
+            if let Some(address) = attempted.readdressed {
+                addresses.insert(address.seq, *address);
+            }
+            effects.extend(attempted.effect);
+            if let Some(unique_id) = attempted.unique_id
+                && let Ok(position) = u32::try_from(attempted.position)
+            {
+                unique_ids.push((position, unique_id));
+            }
+            let now = self.guard.clock.monotonic();
+            if !running.is_empty() && now.saturating_sub(settled_at) >= SETTLE_EVERY {
+                settled_at = now;
+                let effects = std::mem::take(&mut effects);
+                let unique_ids = std::mem::take(&mut unique_ids);
+                if self.settle(work, Disposition::Keep, effects, unique_ids).await != Settlement::Done {
+                    // What is in flight is still read to its end: a written push is never dropped.
+                    while running.next().await.is_some() {}
+                    round.over = true;
+                    return round;
+                }
+            }
+        }
+        drop(running);
+        for state in work.lease.chunk.states.iter_mut().filter(|s| s.is_open()) {
+            // Nothing is in flight: what was marked and not tried was not written.
+            state.marked = false;
+        }
+        if round.over {
+            return round;
+        }
+        if work.lease.chunk.is_done() {
+            // The end and what was learned of devices in one commit.
+            self.settle(work, Disposition::Keep, effects, unique_ids).await;
+            round.over = true;
+        } else if !(effects.is_empty() && unique_ids.is_empty()) {
+            round.over = self.settle(work, Disposition::Keep, effects, unique_ids).await != Settlement::Done;
+        }
+        round
+    }
+
+    async fn attempt(&self, notification: Arc<Notification>, head: Arc<Head>, attempt: Attempt) -> Attempted {
+        let Attempt { position, target, state, address, read_at, replica, probe } = attempt;
+        // The mark stands in the database until this attempt is settled.
+        let mut attempted = Attempted {
+            position,
+            state: State { marked: false, ..state },
+            left: Left::Open,
+            effect: None,
+            fault: None,
+            unique_id: None,
+            environment: None,
+            readdressed: None,
+            answered: false,
+        };
+        let now = self.guard.clock.now();
+        if now >= notification.deadline() {
+            attempted.state.end(DeliveryStatus::Expired, Some(own::EXPIRED), now);
+            return attempted;
+        }
+        let device = match &target {
+            Target::Token { token, .. } => Recipe::raw(token.clone()),
+            Target::Device { generation, .. } => match judge(address.as_ref(), *generation) {
+                Ok(address) => Recipe::device(address.clone(), *generation),
+                Err((status, cause)) => {
+                    attempted.state.end(status, Some(cause), now);
+                    return attempted;
+                }
+            },
+        };
+        let environments = self.gateway.environments(&notification.topic);
+        if environments.is_empty() {
+            attempted.left = Left::Later(NO_CREDENTIAL_FOR);
+            return attempted;
+        }
+        let Some(environment) = environment(&notification, &device, &attempted.state, environments) else {
+            attempted.state.end(DeliveryStatus::Failed, Some(own::NO_KEY), now);
+            return attempted;
+        };
+        attempted.environment = Some(environment);
+        if !probe && self.guard.board.is_open(&notification.topic, environment) {
+            attempted.left = Left::Blocked(environment);
+            return attempted;
+        }
+        match self.is_superseded(&notification, &device, &attempted.state).await {
+            Ok(false) => {}
+            Ok(true) => {
+                attempted.state.end(DeliveryStatus::Suppressed, Some(own::SUPERSEDED), now);
+                return attempted;
+            }
+            Err(_) => {
+                attempted.left = Left::Later(PUT_BACK_FOR);
+                return attempted;
+            }
+        }
+        let push = Push {
+            head,
+            environment,
+            token: device.token.clone(),
+            apns_id: ApnsId::derive(notification.id, device.recipient()),
+        };
+        let fence = AttemptFence {
+            guard: &self.guard,
+            replica,
+            topic: &notification.topic,
+            environment,
+            token: &device.token,
+            deadline: notification.deadline(),
+            probe,
+            owned: device.address.as_ref().map(|address| Owned {
+                seq: address.seq,
+                generation: device.generation,
+                read_at: AtomicU64::new(millis(read_at)),
+            }),
+            verdict: Mutex::new(None),
+        };
+        let reply = self.gateway.send(&push, &fence).await;
+        let verdict = fence.verdict.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+        self.conclude(&notification, &device, environment, environments, reply, verdict, &mut attempted);
+        attempted
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "the facts of one attempt, used here only")]
+    fn conclude(
+        &self,
+        notification: &Notification,
+        device: &Recipe,
+        environment: Environment,
+        environments: &[Environment],
+        reply: Reply,
+        verdict: Option<Verdict>,
+        attempted: &mut Attempted,
+    ) {
+        let now = self.guard.clock.now();
+        attempted.answered = reply.answer.is_some() || reply.outcome == Outcome::Unknown;
+        if reply.outcome == Outcome::Fenced {
+            match verdict {
+                Some(Verdict::End(status, cause)) => attempted.state.end(status, Some(cause), now),
+                Some(Verdict::Readdressed(address)) => {
+                    attempted.readdressed = Some(address);
+                    attempted.answered = true;
+                }
+                Some(Verdict::Breaker) => attempted.left = Left::Blocked(environment),
+                Some(Verdict::NotOurs) => attempted.left = Left::Lost,
+                Some(Verdict::Unread) | None => attempted.left = Left::Later(PUT_BACK_FOR),
+            }
+            return;
+        }
+        let Conclusion { state, effect, fault } = conclude(
+            &attempted.state,
+            &reply,
+            Circumstances {
+                now,
+                deadline: notification.deadline(),
+                on_unknown: notification.on_unknown,
+                named_environment: notification.environment,
+                environments,
+                environment,
+                ever_accepted: device.address.as_ref().is_some_and(|a| a.last_accepted_at.is_some()),
+                jitter: rand::random(),
+            },
+        );
+        tracing::debug!(
+            notification.id = %notification.id,
+            token = device.token.fingerprint(),
+            environment = environment.as_str(),
+            apns.status = reply.answer.as_ref().map(|a| a.status),
+            apns.reason = reply.answer.as_ref().and_then(|a| a.reason.as_ref()).map(tracing::field::display),
+            attempts = state.attempts,
+            outcome = state.status.as_str(),
+            "one attempt: {}",
+            state.status
+        );
+        attempted.effect = effect
+            .zip(device.address.as_ref())
+            .filter(|(effect, address)| is_news(effect, address, now))
+            .map(|(effect, address)| (address.seq, device.token.clone(), effect));
+        attempted.fault = fault.map(|fault| (environment, fault));
+        attempted.unique_id = reply.answer.and_then(|a| a.apns_unique_id);
+        attempted.state = state;
+    }
+
+    /// Only a repeat can come too late: the first tries of two notifications leave in their order.
+    async fn is_superseded(
+        &self,
+        notification: &Notification,
+        device: &Recipe,
+        state: &State,
+    ) -> Result<bool, StoreError> {
+        match (&notification.collapse_id, &device.address) {
+            (Some(collapse_id), Some(address)) if state.attempts > 0 => {
+                self.store.superseded(address.seq, &notification.topic, collapse_id, notification.id).await
+            }
+            _ => Ok(false),
+        }
+    }
+}
+
+struct Round {
+    left: Left,
+    answered: bool,
+    /// The chunk has ended or is no longer ours: nothing more to do.
+    over: bool,
+}
+
+struct Attempt {
+    position: usize,
+    target: Target,
+    state: State,
+    address: Option<Address>,
+    read_at: Duration,
+    replica: ReplicaId,
+    probe: bool,
+}
+
+/// Where one push goes.
+struct Recipe {
+    token: DeviceToken,
+    address: Option<Address>,
+    generation: Option<crate::domain::device::Generation>,
+}
+
+impl Recipe {
+    fn raw(token: DeviceToken) -> Self {
+        Self { token, address: None, generation: None }
+    }
+
+    fn device(address: Address, generation: Option<crate::domain::device::Generation>) -> Self {
+        Self { token: address.token.clone(), address: Some(address), generation }
+    }
+
+    fn recipient(&self) -> Recipient<'_> {
+        self.address.as_ref().map_or(Recipient::Token(&self.token), |a| Recipient::Device(a.id))
+    }
+}
+
+/// Where to send: as the caller named it, as is known of the device, else production first; where this delivery was
+/// refused as a bad token, the other one. `None`: the app has no key for it.
+fn environment(
+    notification: &Notification,
+    device: &Recipe,
+    state: &State,
+    environments: &[Environment],
+) -> Option<Environment> {
+    let wanted = notification.environment.or_else(|| device.address.as_ref().and_then(|a| a.environment));
+    match wanted {
+        Some(wanted) if state.refused_in(wanted) => Some(wanted.other()),
+        Some(wanted) => Some(wanted),
+        None => environments.iter().copied().find(|e| !state.refused_in(*e)),
+    }
+    .filter(|e| environments.contains(e))
+}
+
+/// Whether the device's row does not say it yet: a second broadcast on a day writes no device.
+fn is_news(effect: &DeviceEffect, address: &Address, now: Timestamp) -> bool {
+    match effect {
+        DeviceEffect::Accepted(environment) => {
+            address.environment != Some(*environment)
+                || address.last_accepted_at.is_none_or(|at| now.since(at) >= ACCEPTED_WITHIN)
+        }
+        DeviceEffect::Dead { .. } | DeviceEffect::Bad | DeviceEffect::Suspend => true,
+    }
+}
+
+fn head(notification: &Notification) -> Head {
+    Head {
+        topic: notification.topic.clone(),
+        push_type: notification.push_type,
+        priority: notification.priority,
+        expiration: notification.expiration,
+        collapse_id: notification.apns_collapse_id(),
+        payload: notification.payload.bytes().clone(),
+        lane: notification.lane,
+        deadline: notification.deadline(),
+    }
+}
+
+fn due(chunk: &Chunk, now: Timestamp) -> Vec<usize> {
+    chunk
+        .states
+        .iter()
+        .enumerate()
+        .filter(|(_, s)| s.is_open() && s.retry_at.is_none_or(|at| at <= now))
+        .map(|(position, _)| position)
+        .collect()
+}
+
+fn devices(chunk: &Chunk, due: &[usize]) -> Vec<DeviceSeq> {
+    due.iter()
+        .filter_map(|position| match chunk.targets.get(*position)? {
+            Target::Device { seq, .. } => Some(*seq),
+            Target::Token { .. } => None,
+        })
+        .collect()
+}

@@ -1,0 +1,711 @@
+//! One HTTP/2 connection: requests in, checks, answers out, all in the connection's own task.
+//!
+//! Promises: a push that nothing delays is answered in the same turn in which its body was complete, without a task, a
+//! lock or a timer. The stream limit is counted here, from the moment a stream's headers are read until its answer is
+//! handed to `h2`; streams beyond it get what APNs gives them. A push is in the ledger as accepted exactly when its 200
+//! was handed over, or when a script said so.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, atomic::Ordering},
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::{Bytes, BytesMut};
+use futures_util::future::poll_fn;
+use h2::{
+    RecvStream,
+    server::{self, SendResponse},
+};
+use http::{HeaderName, HeaderValue, Method, Response, StatusCode, header, request::Parts};
+use tokio::{net::TcpStream, sync::mpsc};
+use tokio_rustls::server::TlsStream;
+use uuid::Uuid;
+
+use super::{
+    State, check,
+    environment::Environment,
+    fault::{Answer, Fault, FaultAction, LastStream},
+    frames::{Completing, GoAway, Orders},
+    gate::Command,
+    identifiers::{self, Identifiers},
+    ledger::{ConnectionRecord, Entry, Tally, TokenRecord, count},
+    provider_token::{ConnectionTokens, Judge},
+    reason::Reason,
+};
+use crate::domain::clock::{Timer, Timestamp};
+
+const HEADER_TABLE_BYTES: u32 = 4096;
+const WINDOW_BYTES: u32 = 65_535;
+const FRAME_BYTES: u32 = 16_384;
+const HEADER_LIST_BYTES: u32 = 8000;
+/// A body longer than this is answered before it ends.
+const MAX_READ_BYTES: usize = 64 * 1024;
+/// The debug data of the GOAWAY for too many streams (pushy 356).
+const TOO_MANY_STREAMS: &str = "Maximum active streams violated for this endpoint.";
+
+static UNIQUE_ID: HeaderName = HeaderName::from_static("apns-unique-id");
+
+/// A request whose body is not complete.
+struct Arriving {
+    head: Parts,
+    body: RecvStream,
+    respond: SendResponse<Bytes>,
+    received: Received,
+    stream: u32,
+}
+
+/// What has come of a body.
+enum Received {
+    Nothing,
+    One(Bytes),
+    Many(BytesMut),
+}
+
+impl Received {
+    fn add(&mut self, more: Bytes) {
+        *self = match std::mem::replace(self, Self::Nothing) {
+            Self::Nothing => Self::One(more),
+            Self::One(first) => {
+                let mut whole = BytesMut::from(first.as_ref());
+                whole.extend_from_slice(&more);
+                Self::Many(whole)
+            }
+            Self::Many(mut whole) => {
+                whole.extend_from_slice(&more);
+                Self::Many(whole)
+            }
+        };
+    }
+
+    fn len(&self) -> usize {
+        match self {
+            Self::Nothing => 0,
+            Self::One(bytes) => bytes.len(),
+            Self::Many(bytes) => bytes.len(),
+        }
+    }
+
+    fn into_bytes(self) -> Bytes {
+        match self {
+            Self::Nothing => Bytes::new(),
+            Self::One(bytes) => bytes,
+            Self::Many(bytes) => bytes.freeze(),
+        }
+    }
+}
+
+/// A request received whole.
+struct Whole {
+    head: Parts,
+    body: Bytes,
+    respond: SendResponse<Bytes>,
+    stream: u32,
+}
+
+/// A request whose answer waits.
+struct Waiting {
+    request: Whole,
+    action: FaultAction,
+}
+
+/// Whether the connection goes on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Flow {
+    Continue,
+    End,
+}
+
+/// Serves one connection until it ends or the simulator stops.
+pub(super) async fn serve(state: Arc<State>, environment: Environment, stream: TlsStream<TcpStream>) {
+    let record = state.ledger.connection_opened(environment, state.clock.now());
+    let gate = state.gates.of(environment);
+    let commands = gate.enter(record.number);
+    let initial = gate.initial_stream_limit();
+    let limit = initial.min(gate.stream_limit());
+    let orders = Orders::new(limit);
+    let stream = Completing::new(stream, Arc::clone(&orders), Arc::clone(&state.ledger.tally(environment).traffic));
+    let mut builder = server::Builder::new();
+    builder
+        .header_table_size(HEADER_TABLE_BYTES)
+        .initial_window_size(WINDOW_BYTES)
+        .max_frame_size(FRAME_BYTES)
+        .max_header_list_size(HEADER_LIST_BYTES)
+        .data_frame_budget(usize::MAX)
+        .max_concurrent_reset_streams(10_000)
+        .max_pending_accept_reset_streams(10_000)
+        .max_local_error_reset_streams(None);
+    let handshake = tokio::select! {
+        () = state.stop.cancelled() => None,
+        done = builder.handshake::<_, Bytes>(stream) => Some(done),
+    };
+    match handshake {
+        Some(Ok(h2)) => {
+            let connection = Connection {
+                environment,
+                record: Arc::clone(&record),
+                orders,
+                h2,
+                commands,
+                tokens: ConnectionTokens::default(),
+                token_record: None,
+                identifiers: Identifiers::new(),
+                initial,
+                limit,
+                wanted_limit: None,
+                is_raised: false,
+                has_fallen: false,
+                is_violated: false,
+                last_processed: None,
+                open: 0,
+                arriving: Vec::new(),
+                still_arriving: Vec::new(),
+                held: Vec::new(),
+                due: BTreeMap::new(),
+                due_count: 0,
+                timer: None,
+                silent: Vec::new(),
+                ignored: Vec::new(),
+                topic: Arc::from(""),
+                state: &state,
+            };
+            connection.run().await;
+        }
+        Some(Err(error)) => {
+            tracing::debug!(connection = record.number, error = %error, "no HTTP/2 connection was made");
+        }
+        None => {}
+    }
+    gate.leave(record.number);
+    state.ledger.connection_closed(&record, state.clock.now());
+}
+
+struct Connection<'a> {
+    state: &'a State,
+    environment: Environment,
+    record: Arc<ConnectionRecord>,
+    orders: Arc<Orders>,
+    h2: server::Connection<Completing, Bytes>,
+    commands: mpsc::UnboundedReceiver<Command>,
+    tokens: ConnectionTokens,
+    token_record: Option<Arc<TokenRecord>>,
+    identifiers: Identifiers,
+    /// The stream limit before the first accepted provider token.
+    initial: u32,
+    /// The stream limit that the client was told.
+    limit: u32,
+    /// The stream limit it is to be told as soon as the last SETTINGS is acknowledged.
+    wanted_limit: Option<u32>,
+    /// Whether a provider token was accepted, so that the limit is the full one.
+    is_raised: bool,
+    /// Whether the limit was ever lowered: the client may not have heard, so the surplus is refused, not punished.
+    has_fallen: bool,
+    /// The client has broken the limit; the connection is on its way out.
+    is_violated: bool,
+    /// GOAWAY has named this stream: those above are not processed.
+    last_processed: Option<u32>,
+    /// Streams that are open.
+    open: usize,
+    arriving: Vec<Arriving>,
+    /// Kept only for its allocation.
+    still_arriving: Vec<Arriving>,
+    held: Vec<Waiting>,
+    /// By the time when they are due, on the monotonic clock, and by order.
+    due: BTreeMap<(Duration, u64), Waiting>,
+    due_count: u64,
+    timer: Option<(Duration, Timer)>,
+    /// Streams that are never answered and keep their slots.
+    silent: Vec<SendResponse<Bytes>>,
+    /// Streams that came behind a GOAWAY that named an earlier one: never looked at.
+    ignored: Vec<SendResponse<Bytes>>,
+    /// The last topic, so that the ledger's entries share it.
+    topic: Arc<str>,
+}
+
+/// What ended a wait.
+enum Event {
+    Stop,
+    Command(Option<Command>),
+    Due,
+    Batch(Flow),
+}
+
+impl Connection<'_> {
+    async fn run(mut self) {
+        let state = self.state;
+        let mut whole = Vec::new();
+        loop {
+            self.set_timer();
+            let event = tokio::select! {
+                biased;
+                () = state.stop.cancelled() => Event::Stop,
+                command = self.commands.recv() => Event::Command(command),
+                () = async { match &mut self.timer { Some((_, timer)) => timer.await, None => std::future::pending().await } } => Event::Due,
+                flow = poll_fn(|cx| poll_batch(&mut self.h2, &mut self.arriving, &mut self.wanted_limit, &self.orders, &mut self.limit, cx)) => Event::Batch(flow),
+            };
+            let flow = match event {
+                Event::Stop => {
+                    self.h2.abrupt_shutdown(h2::Reason::NO_ERROR);
+                    poll_fn(|cx| Poll::Ready(self.h2.poll_closed(cx).is_ready())).await; // one try: nobody waits for a slow reader
+                    Flow::End
+                }
+                Event::Command(Some(command)) => self.obey(command),
+                Event::Due => self.answer_due(),
+                Event::Command(None) | Event::Batch(Flow::End) => Flow::End,
+                Event::Batch(Flow::Continue) => {
+                    poll_fn(|cx| {
+                        self.read_bodies(cx, &mut whole);
+                        Poll::Ready(())
+                    })
+                    .await;
+                    self.take_batch(&mut whole)
+                }
+            };
+            if flow == Flow::End {
+                break;
+            }
+        }
+        let lost = self.open.saturating_sub(self.silent.len());
+        if lost > 0 {
+            tracing::debug!(connection = self.record.number, streams = lost, "the connection ended with open streams");
+        }
+    }
+
+    fn tally(&self) -> &Tally {
+        self.state.ledger.tally(self.environment)
+    }
+
+    /// Admits new streams against the limit and reads what has come of every body.
+    fn read_bodies(&mut self, cx: &mut Context<'_>, whole: &mut Vec<Whole>) {
+        let mut arriving = std::mem::take(&mut self.arriving);
+        let mut still = std::mem::take(&mut self.still_arriving);
+        for mut request in arriving.drain(..) {
+            if request.stream == 0 {
+                request.stream = request.respond.stream_id().as_u32();
+                if !self.admit(&mut request, cx) {
+                    if self.last_processed.is_some() {
+                        self.ignored.push(request.respond); // dropping it would reset the stream
+                    }
+                    continue;
+                }
+            }
+            match poll_body(&mut request, cx) {
+                Poll::Ready(true) => {
+                    let Arriving { head, respond, received, stream, .. } = request;
+                    whole.push(Whole { head, body: received.into_bytes(), respond, stream });
+                }
+                Poll::Ready(false) => {
+                    self.open -= 1;
+                    count(&self.tally().cancelled);
+                }
+                Poll::Pending => still.push(request),
+            }
+        }
+        self.arriving = still;
+        self.still_arriving = arriving;
+    }
+
+    /// Counts a new stream. `false`: it is not processed, and has been told so.
+    fn admit(&mut self, request: &mut Arriving, cx: &mut Context<'_>) -> bool {
+        if self.is_violated || self.last_processed.is_some_and(|last| request.stream > last) {
+            return false;
+        }
+        self.open += 1;
+        if self.open <= self.limit as usize {
+            return true;
+        }
+        self.sweep(cx);
+        if self.open <= self.limit as usize {
+            return true;
+        }
+        self.open -= 1;
+        if self.has_fallen || self.orders.is_unaware(request.stream) {
+            count(&self.tally().reset);
+            request.respond.send_reset(h2::Reason::REFUSED_STREAM);
+        } else {
+            count(&self.tally().stream_limit_violations);
+            tracing::info!(
+                connection = self.record.number,
+                limit = self.limit,
+                "the client opened more streams than allowed"
+            );
+            self.is_violated = true;
+            self.orders.set_go_away(GoAway {
+                last_stream: None,
+                code: None,
+                debug: Bytes::from_static(TOO_MANY_STREAMS.as_bytes()),
+            });
+            self.h2.abrupt_shutdown(h2::Reason::REFUSED_STREAM);
+        }
+        false
+    }
+
+    /// Forgets waiting streams that the client has reset, which freed their slots.
+    fn sweep(&mut self, cx: &mut Context<'_>) {
+        let mut gone = 0;
+        let mut is_open = |respond: &mut SendResponse<Bytes>| {
+            let open = respond.poll_reset(cx).is_pending();
+            gone += usize::from(!open);
+            open
+        };
+        self.held.retain_mut(|waiting| is_open(&mut waiting.request.respond));
+        self.due.retain(|_, waiting| is_open(&mut waiting.request.respond));
+        self.silent.retain_mut(|respond| is_open(respond));
+        self.open = self.open.saturating_sub(gone);
+        self.tally().cancelled.fetch_add(gone as u64, Ordering::Relaxed);
+    }
+
+    /// Judges every complete request and answers those that need not wait.
+    fn take_batch(&mut self, whole: &mut Vec<Whole>) -> Flow {
+        let arrived = whole.len() as u64;
+        self.tally().requests.fetch_add(arrived, Ordering::Relaxed);
+        self.record.requests.fetch_add(arrived, Ordering::Relaxed);
+        let now = self.state.clock.now();
+        let latency = self.state.gates.of(self.environment).latency();
+        for request in whole.drain(..) {
+            let Fault { delay_ms, action } = self.judge(&request, now);
+            let delay = latency.saturating_add(Duration::from_millis(delay_ms));
+            if self.state.gates.of(self.environment).is_held() {
+                self.held.push(Waiting { request, action });
+            } else if delay.is_zero() {
+                if self.perform(request, action, now) == Flow::End {
+                    return Flow::End;
+                }
+            } else {
+                self.due_count += 1;
+                let due = self.state.clock.monotonic().saturating_add(delay);
+                self.due.insert((due, self.due_count), Waiting { request, action });
+            }
+        }
+        Flow::Continue
+    }
+
+    /// Checks 3 to 9.
+    fn judge(&mut self, request: &Whole, now: Timestamp) -> Fault {
+        match self.check(request, now) {
+            Ok(fault) => fault.unwrap_or(Fault { delay_ms: 0, action: FaultAction::Answer(Answer::Accepted) }),
+            Err(answer) => Fault { delay_ms: 0, action: FaultAction::Answer(answer) },
+        }
+    }
+
+    fn check(&mut self, request: &Whole, now: Timestamp) -> Result<Option<Fault>, Answer> {
+        let headers = &request.head.headers;
+        let token = check::route(&request.head.method, request.head.uri.path()).map_err(Answer::refusal)?;
+        check::duplicates(headers).map_err(Answer::refusal)?;
+        let judge = Judge {
+            keys: &self.state.keys,
+            environment: self.environment,
+            now,
+            monotonic: self.state.clock.monotonic(),
+            wire_spelling: self.state.wire_spelling,
+        };
+        let key = self.tokens.check(headers.get(header::AUTHORIZATION), &judge).map_err(Answer::refusal)?;
+        self.token_accepted(now);
+        let push = check::push(headers).map_err(Answer::refusal)?;
+        if !key.allows(push.topic) {
+            return Err(Answer::refusal(Reason::TopicDisallowed));
+        }
+        check::device_token(token).map_err(Answer::refusal)?;
+        self.state.devices.check(self.environment, token, push.topic)?;
+        check::body(request.body.len(), push.kind).map_err(Answer::refusal)?;
+        Ok(self.state.scripts.take(self.environment, token, now))
+    }
+
+    fn token_accepted(&mut self, now: Timestamp) {
+        if let Some(switch) = self.tokens.take_switch() {
+            self.token_record = self.state.ledger.token_switched(&self.record, &switch, now);
+        }
+        if let Some(record) = &self.token_record {
+            record.used(now);
+        }
+        if !self.is_raised && self.tokens.is_authenticated() {
+            self.is_raised = true;
+            self.want_limit(self.state.gates.of(self.environment).stream_limit());
+        }
+    }
+
+    fn want_limit(&mut self, limit: u32) {
+        let limit = if self.is_raised { limit } else { limit.min(self.initial) };
+        self.has_fallen |= limit < self.limit;
+        self.wanted_limit = Some(limit);
+    }
+
+    /// Does to a request what was decided.
+    fn perform(&mut self, mut request: Whole, action: FaultAction, now: Timestamp) -> Flow {
+        match action {
+            FaultAction::Answer(answer) => {
+                self.answer(request, &answer, now);
+                if matches!(answer, Answer::Refused(Reason::Shutdown | Reason::IdleTimeout, _)) {
+                    let Answer::Refused(reason, _) = answer else { return Flow::Continue };
+                    self.go_away(None, 0, reason.body().to_owned());
+                }
+            }
+            FaultAction::Stall { accepted } => {
+                self.accept_unanswered(&request, accepted, now);
+                self.silent.push(request.respond);
+            }
+            FaultAction::Reset { code, accepted } => {
+                self.accept_unanswered(&request, accepted, now);
+                self.open -= 1;
+                count(&self.tally().reset);
+                request.respond.send_reset(h2::Reason::from(code));
+            }
+            FaultAction::Close { accepted } => {
+                self.accept_unanswered(&request, accepted, now);
+                self.orders.cut();
+                return Flow::End;
+            }
+            FaultAction::GoAway { last_stream, code, debug } => {
+                let last = match last_stream {
+                    LastStream::All => None,
+                    LastStream::BeforeThis => Some(request.stream.saturating_sub(2)),
+                    LastStream::Exactly(stream) => Some(stream),
+                };
+                self.go_away(last, code, debug);
+                if last.is_none_or(|last| request.stream <= last) {
+                    self.answer(request, &Answer::Accepted, now);
+                } else {
+                    self.silent.push(request.respond);
+                }
+            }
+        }
+        Flow::Continue
+    }
+
+    fn accept_unanswered(&mut self, request: &Whole, accepted: bool, now: Timestamp) {
+        if accepted {
+            count(&self.tally().accepted_unanswered);
+            let (id, made) = self.message_id(request);
+            self.accept(request, id, made, now);
+        }
+    }
+
+    /// The `apns-id` of a request: its own, or a new one.
+    fn message_id(&mut self, request: &Whole) -> (Uuid, bool) {
+        let own = request.head.headers.get(&check::ID).and_then(|id| identifiers::canonical(id.as_bytes()));
+        own.map_or_else(|| (self.identifiers.next(), true), |id| (id, false))
+    }
+
+    fn accept(&mut self, request: &Whole, apns_id: Uuid, apns_id_made: bool, at: Timestamp) {
+        if !self.state.ledger.is_recording() {
+            count(&self.tally().accepted);
+            return;
+        }
+        // These passed when the request was judged; they are pure, so they pass again.
+        let (Ok(token), Ok(push)) =
+            (check::route(&request.head.method, request.head.uri.path()), check::push(&request.head.headers))
+        else {
+            return;
+        };
+        if self.topic.as_ref() != push.topic {
+            self.topic = Arc::from(push.topic);
+        }
+        self.state.ledger.accept(&Entry {
+            at,
+            environment: self.environment,
+            token,
+            topic: &self.topic,
+            push_type: push.kind,
+            priority: push.priority,
+            expiration: push.expiration,
+            collapse_id: push.collapse_id,
+            apns_id,
+            apns_id_made,
+            connection: self.record.number,
+            stream: request.stream,
+            body: &request.body,
+        });
+    }
+
+    /// Sends an answer. If the client no longer wants it, the push was not accepted.
+    fn answer(&mut self, mut request: Whole, answer: &Answer, now: Timestamp) {
+        self.open -= 1;
+        let (id, made) = self.message_id(&request);
+        let mut id_value = match request.head.headers.get(&check::ID) {
+            Some(own) if !made => own.clone(),
+            _ => identifiers::upper_case(id),
+        };
+        id_value.set_sensitive(true); // never indexed: it fills no header table
+        let mut response = Response::new(());
+        let headers = response.headers_mut();
+        headers.insert(check::ID.clone(), id_value);
+        let body = match answer {
+            Answer::Accepted => {
+                if self.environment == Environment::Sandbox {
+                    let mut unique = identifiers::upper_case(self.identifiers.next());
+                    unique.set_sensitive(true);
+                    headers.insert(UNIQUE_ID.clone(), unique);
+                }
+                None
+            }
+            Answer::Refused(reason, None) => Some(Bytes::from_static(reason.body().as_bytes())),
+            Answer::Refused(reason, timestamp) => Some(error_body(reason.name(), *timestamp)),
+            Answer::Other { reason, timestamp, .. } => reason.as_deref().map(|reason| error_body(reason, *timestamp)),
+        };
+        let body = body.filter(|_| request.head.method != Method::HEAD);
+        if body.is_some() {
+            headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        }
+        *response.status_mut() = match answer {
+            Answer::Accepted => StatusCode::OK,
+            Answer::Refused(reason, _) => StatusCode::from_u16(reason.status()).unwrap_or_default(),
+            Answer::Other { status, .. } => StatusCode::from_u16(*status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR),
+        };
+        let sent = request.respond.send_response(response, body.is_none()).and_then(|mut stream| match body {
+            Some(body) => stream.send_data(body, true),
+            None => Ok(()),
+        });
+        if let Err(error) = sent {
+            count(&self.tally().cancelled);
+            tracing::debug!(connection = self.record.number, stream = request.stream, error = %error, "the answer is no longer wanted");
+            return;
+        }
+        if *answer == Answer::Accepted {
+            self.accept(&request, id, made, now);
+        }
+        self.tally().answered(answer);
+    }
+
+    fn go_away(&mut self, last_stream: Option<u32>, code: u32, debug: String) {
+        self.orders.set_go_away(GoAway { last_stream, code: Some(code), debug: Bytes::from(debug) });
+        self.h2.graceful_shutdown();
+        let Some(last) = last_stream else { return };
+        self.last_processed = Some(last);
+        let (held, due, arriving) =
+            (std::mem::take(&mut self.held), std::mem::take(&mut self.due), std::mem::take(&mut self.arriving));
+        for waiting in held {
+            if waiting.request.stream <= last {
+                self.held.push(waiting);
+            } else {
+                self.silent.push(waiting.request.respond);
+            }
+        }
+        for (place, waiting) in due {
+            if waiting.request.stream <= last {
+                self.due.insert(place, waiting);
+            } else {
+                self.silent.push(waiting.request.respond);
+            }
+        }
+        for request in arriving {
+            // A stream that was never looked at (0) is looked at in its turn.
+            if request.stream <= last { self.arriving.push(request) } else { self.silent.push(request.respond) }
+        }
+    }
+
+    fn obey(&mut self, command: Command) -> Flow {
+        match command {
+            Command::Release => {
+                let now = self.state.clock.now();
+                for waiting in std::mem::take(&mut self.held) {
+                    if self.perform(waiting.request, waiting.action, now) == Flow::End {
+                        return Flow::End;
+                    }
+                }
+            }
+            Command::StreamLimit(limit) => self.want_limit(limit),
+            Command::GoAway { last_stream, code, debug } => self.go_away(last_stream, code, debug),
+            Command::Close => {
+                self.orders.cut();
+                return Flow::End;
+            }
+        }
+        Flow::Continue
+    }
+
+    fn answer_due(&mut self) -> Flow {
+        self.timer = None;
+        let (monotonic, now) = (self.state.clock.monotonic(), self.state.clock.now());
+        while let Some(first) = self.due.first_entry().filter(|first| first.key().0 <= monotonic) {
+            let Waiting { request, action } = first.remove();
+            if self.perform(request, action, now) == Flow::End {
+                return Flow::End;
+            }
+        }
+        Flow::Continue
+    }
+
+    /// Sets the timer to what is due first.
+    fn set_timer(&mut self) {
+        let first = self.due.first_key_value().map(|((due, _), _)| *due);
+        if self.timer.as_ref().map(|(due, _)| *due) != first {
+            self.timer =
+                first.map(|due| (due, self.state.clock.sleep(due.saturating_sub(self.state.clock.monotonic()))));
+        }
+    }
+}
+
+/// Takes every new stream that has arrived. Ready if there is something to read or the connection has ended.
+fn poll_batch(
+    h2: &mut server::Connection<Completing, Bytes>,
+    arriving: &mut Vec<Arriving>,
+    wanted_limit: &mut Option<u32>,
+    orders: &Orders,
+    limit: &mut u32,
+    cx: &mut Context<'_>,
+) -> Poll<Flow> {
+    let before = arriving.len();
+    loop {
+        match h2.poll_accept(cx) {
+            Poll::Ready(Some(Ok((request, respond)))) => {
+                let (head, body) = request.into_parts();
+                arriving.push(Arriving { head, body, respond, received: Received::Nothing, stream: 0 });
+            }
+            Poll::Ready(Some(Err(error))) => {
+                tracing::debug!(error = %error, "a connection failed");
+                return Poll::Ready(Flow::End);
+            }
+            Poll::Ready(None) => return Poll::Ready(Flow::End),
+            Poll::Pending => match *wanted_limit {
+                // Refused as long as the client has not acknowledged the last SETTINGS: its acknowledgement wakes us.
+                Some(wanted) if h2.set_initial_window_size(WINDOW_BYTES).is_ok() => {
+                    orders.set_stream_limit(wanted);
+                    *limit = wanted;
+                    *wanted_limit = None;
+                }
+                _ => break,
+            },
+        }
+    }
+    let has_body = |request: &mut Arriving| poll_body(request, cx).is_ready();
+    if arriving.len() > before || arriving.iter_mut().any(has_body) {
+        Poll::Ready(Flow::Continue)
+    } else {
+        Poll::Pending
+    }
+}
+
+/// Reads what has come of a body. Ready with `true`: it is complete, or too long to read on; with `false`: the client
+/// gave up.
+fn poll_body(request: &mut Arriving, cx: &mut Context<'_>) -> Poll<bool> {
+    loop {
+        if request.body.is_end_stream() || request.received.len() > MAX_READ_BYTES {
+            return Poll::Ready(true);
+        }
+        match request.body.poll_data(cx) {
+            Poll::Ready(Some(Ok(bytes))) => {
+                // Fails only for more than was received.
+                let released = request.body.flow_control().release_capacity(bytes.len());
+                request.received.add(bytes);
+                if released.is_err() {
+                    return Poll::Ready(false);
+                }
+            }
+            Poll::Ready(Some(Err(_))) => return Poll::Ready(false),
+            Poll::Ready(None) => return Poll::Ready(true),
+            Poll::Pending => return Poll::Pending,
+        }
+    }
+}
+
+fn error_body(reason: &str, timestamp: Option<Timestamp>) -> Bytes {
+    #[derive(serde::Serialize)]
+    struct Body<'a> {
+        reason: &'a str,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        timestamp: Option<i64>,
+    }
+    let body = Body { reason, timestamp: timestamp.map(Timestamp::as_millis) };
+    serde_json::to_vec(&body).map_or_else(|_| Bytes::new(), Bytes::from)
+}

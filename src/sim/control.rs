@@ -1,0 +1,354 @@
+//! The control API: everything a [`Simulator`](super::Simulator)'s handles can do, in JSON over plain HTTP.
+//!
+//! Promises: nothing is decided here; each route is one call of a handle. It has no authentication, so it belongs on
+//! this machine only. Errors are `{"error": "…"}` with status 400, 404 or 422.
+//!
+//! | request | does |
+//! |---|---|
+//! | `GET /` | this list, as text |
+//! | `GET /ca.pem` | the certificate to trust |
+//! | `GET /ledger` | [`Counters`](super::Counters): `{"total", "production", "sandbox"}` |
+//! | `GET /ledger/pushes?after=&limit=&environment=&token=&topic=` | `{"items": [Push], "last": sequence}`: pass `last` as `after` for the next page |
+//! | `DELETE /ledger/pushes` | forgets them; counters stay |
+//! | `PUT /ledger/recording` `{"record_pushes": false}` | stops or starts keeping pushes one by one |
+//! | `GET /ledger/repeats` | pushes accepted twice: same device token, same `apns-id` |
+//! | `GET /ledger/provider-tokens` · `GET /ledger/connections` | as they say |
+//! | `GET /keys` · `POST /keys` [`ProviderKey`] · `DELETE /keys/{key_id}` | provider keys |
+//! | `PUT /keys/{key_id}/team` `{"team_id": "…"}` | corrects a team |
+//! | `GET /devices` · `POST /devices` [`Device`] · `DELETE /devices/{environment}/{token}` | devices |
+//! | `PUT /devices/required` `{"required": true}` | refuses tokens nobody registered |
+//! | `GET /scripts` · `POST /scripts` [`Script`] · `DELETE /scripts?token=` | scripted behaviour |
+//! | `GET /environments/{environment}` | [`GateState`](super::GateState) |
+//! | `POST /environments/{environment}/hold` · `/release` | holds answers, answers |
+//! | `PUT /environments/{environment}/latency` `{"latency_ms": 50}` | slows every answer |
+//! | `PUT /environments/{environment}/stream-limit` `{"stream_limit": 10}` | another SETTINGS; `initial_stream_limit`: for new connections |
+//! | `POST /environments/{environment}/go-away` [`GoAwayOrder`] | `{"connections": n}` |
+//! | `POST /environments/{environment}/close` `{"connection": 3}` | `{"connections": n}`; `{}` for all |
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{
+    Json, Router,
+    extract::{
+        Path, Query, State as Extract,
+        rejection::{JsonRejection, PathRejection, QueryRejection},
+    },
+    http::{StatusCode, header},
+    response::{IntoResponse, Response},
+    routing::{delete, get, post, put},
+};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+
+use super::{
+    State,
+    devices::Device,
+    environment::Environment,
+    fault::Script,
+    gate::{GateState, GoAwayOrder},
+    keys::{KeyError, ProviderKey},
+    ledger::PushQuery,
+};
+
+type Shared = Extract<Arc<State>>;
+
+/// Answers until the simulator stops.
+pub(super) async fn serve(state: Arc<State>, listener: TcpListener) {
+    let stop = state.stop.clone();
+    let served = axum::serve(listener, router(state)).with_graceful_shutdown(stop.cancelled_owned()).await;
+    if let Err(error) = served {
+        tracing::error!(error = %error, "the simulator's control API ended");
+    }
+}
+
+fn router(state: Arc<State>) -> Router {
+    Router::new()
+        .route("/", get(async || OVERVIEW))
+        .route("/ca.pem", get(ca))
+        .route("/ledger", get(counters))
+        .route("/ledger/pushes", get(pushes).delete(clear_pushes))
+        .route("/ledger/recording", put(recording))
+        .route("/ledger/repeats", get(async |Extract(state): Shared| items(&state.ledger.repeats())))
+        .route("/ledger/provider-tokens", get(async |Extract(state): Shared| items(&state.ledger.provider_tokens())))
+        .route("/ledger/connections", get(async |Extract(state): Shared| items(&state.ledger.connections())))
+        .route("/keys", get(async |Extract(state): Shared| items(&state.keys.list())).post(register_key))
+        .route("/keys/{key_id}", delete(remove_key))
+        .route("/keys/{key_id}/team", put(set_team))
+        .route("/devices", get(async |Extract(state): Shared| items(&state.devices.list())).post(register_device))
+        .route("/devices/required", put(require_devices))
+        .route("/devices/{environment}/{token}", delete(remove_device))
+        .route("/scripts", get(scripts).post(add_script).delete(clear_scripts))
+        .route("/environments/{environment}", get(gate))
+        .route("/environments/{environment}/hold", post(hold))
+        .route("/environments/{environment}/release", post(release))
+        .route("/environments/{environment}/latency", put(latency))
+        .route("/environments/{environment}/stream-limit", put(stream_limit))
+        .route("/environments/{environment}/go-away", post(go_away))
+        .route("/environments/{environment}/close", post(close))
+        .fallback(async || Problem::not_found("nothing is here: `GET /` lists what is"))
+        .with_state(state)
+}
+
+const OVERVIEW: &str = "\
+The APNs simulator's control API.
+
+GET    /ca.pem                                 the certificate to trust
+GET    /ledger                                 counters
+GET    /ledger/pushes?after=&limit=&environment=&token=&topic=
+DELETE /ledger/pushes
+PUT    /ledger/recording                       {\"record_pushes\": false}
+GET    /ledger/repeats
+GET    /ledger/provider-tokens
+GET    /ledger/connections
+GET    /keys          POST /keys               {\"key_id\", \"team_id\", \"public_key_pem\", \"environments\"?, \"topics\"?, \"related_key_id\"?}
+PUT    /keys/{key_id}/team                     {\"team_id\": \"…\"}
+DELETE /keys/{key_id}
+GET    /devices       POST /devices            {\"environment\", \"token\", \"topic\"?, \"inactive_since_ms\"?}
+PUT    /devices/required                       {\"required\": true}
+DELETE /devices/{environment}/{token}
+GET    /scripts       POST /scripts            {\"token\", \"times\"?, \"delay_ms\"?, \"environment\"?, \"action\"}
+DELETE /scripts?token=
+GET    /environments/{environment}             production or sandbox
+POST   /environments/{environment}/hold        and /release
+PUT    /environments/{environment}/latency     {\"latency_ms\": 50}
+PUT    /environments/{environment}/stream-limit {\"stream_limit\"?, \"initial_stream_limit\"?}
+POST   /environments/{environment}/go-away     {\"connection\"?, \"last_stream\"?, \"code\"?, \"debug\"?}
+POST   /environments/{environment}/close       {\"connection\"?}
+";
+
+/// An error of the control API.
+struct Problem {
+    status: StatusCode,
+    error: String,
+}
+
+impl Problem {
+    fn new(status: StatusCode, error: impl Into<String>) -> Self {
+        Self { status, error: error.into() }
+    }
+
+    fn not_found(error: impl Into<String>) -> Self {
+        Self::new(StatusCode::NOT_FOUND, error)
+    }
+}
+
+impl IntoResponse for Problem {
+    fn into_response(self) -> Response {
+        (self.status, Json(json!({ "error": self.error }))).into_response()
+    }
+}
+
+impl From<KeyError> for Problem {
+    fn from(error: KeyError) -> Self {
+        let status = match error {
+            KeyError::Unknown { .. } => StatusCode::NOT_FOUND,
+            KeyError::NotAPublicKey { .. }
+            | KeyError::NotAPrivateKey { .. }
+            | KeyError::File { .. }
+            | KeyError::Apps { .. }
+            | KeyError::Contradiction { .. } => StatusCode::UNPROCESSABLE_ENTITY,
+        };
+        Self::new(status, error.to_string())
+    }
+}
+
+macro_rules! rejected {
+    ($($rejection:ty),*) => { $(
+        impl From<$rejection> for Problem {
+            fn from(rejection: $rejection) -> Self {
+                Self::new(rejection.status(), rejection.body_text())
+            }
+        }
+    )* };
+}
+rejected!(JsonRejection, PathRejection, QueryRejection);
+
+type Body<T> = Result<Json<T>, JsonRejection>;
+type Place<T> = Result<Path<T>, PathRejection>;
+type Filter<T> = Result<Query<T>, QueryRejection>;
+type Answer<T = StatusCode> = Result<T, Problem>;
+
+fn items<T: serde::Serialize>(list: &[T]) -> Json<Value> {
+    Json(json!({ "items": list }))
+}
+
+async fn ca(Extract(state): Shared) -> impl IntoResponse {
+    ([(header::CONTENT_TYPE, "application/x-pem-file")], state.ca_pem.clone())
+}
+
+async fn counters(Extract(state): Shared) -> Json<Value> {
+    let of = |environment| state.ledger.counters_of(environment);
+    Json(
+        json!({ "total": state.ledger.counters(), "production": of(Environment::Production), "sandbox": of(Environment::Sandbox) }),
+    )
+}
+
+async fn pushes(Extract(state): Shared, query: Filter<PushQuery>) -> Answer<Json<Value>> {
+    let Query(query) = query?;
+    if query.token.as_deref().is_some_and(|token| hex::decode(token).is_err()) {
+        return Err(Problem::new(StatusCode::UNPROCESSABLE_ENTITY, "`token` is no hex"));
+    }
+    let pushes = state.ledger.pushes(&query);
+    let last = pushes.last().map_or(query.after, |push| push.sequence);
+    Ok(Json(json!({ "items": pushes, "last": last })))
+}
+
+async fn clear_pushes(Extract(state): Shared) -> StatusCode {
+    state.ledger.clear_pushes();
+    StatusCode::NO_CONTENT
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Recording {
+    record_pushes: bool,
+}
+
+async fn recording(Extract(state): Shared, body: Body<Recording>) -> Answer {
+    let Json(recording) = body?;
+    state.ledger.record_pushes(recording.record_pushes);
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn register_key(Extract(state): Shared, body: Body<ProviderKey>) -> Answer {
+    let Json(key) = body?;
+    state.keys.register(key)?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn remove_key(Extract(state): Shared, key_id: Place<String>) -> Answer {
+    let Path(key_id) = key_id?;
+    found(state.keys.remove(&key_id), "no such key is registered")
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Team {
+    team_id: String,
+}
+
+async fn set_team(Extract(state): Shared, key_id: Place<String>, body: Body<Team>) -> Answer {
+    let (Path(key_id), Json(team)) = (key_id?, body?);
+    state.keys.set_team(&key_id, &team.team_id)?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn register_device(Extract(state): Shared, body: Body<Device>) -> Answer {
+    let Json(device) = body?;
+    if state.devices.register(device) {
+        Ok(StatusCode::NO_CONTENT)
+    } else {
+        Err(Problem::new(StatusCode::UNPROCESSABLE_ENTITY, "`token` is not 1 to 256 bytes in hex"))
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Required {
+    required: bool,
+}
+
+async fn require_devices(Extract(state): Shared, body: Body<Required>) -> Answer {
+    let Json(required) = body?;
+    state.devices.require_registration(required.required);
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn remove_device(Extract(state): Shared, place: Place<(Environment, String)>) -> Answer {
+    let Path((environment, token)) = place?;
+    found(state.devices.remove(environment, &token), "no such device is registered")
+}
+
+async fn scripts(Extract(state): Shared) -> Json<Value> {
+    let all: Vec<_> = Environment::ALL.into_iter().flat_map(|environment| state.scripts.list(environment)).collect();
+    items(&all)
+}
+
+async fn add_script(Extract(state): Shared, body: Body<Script>) -> Answer {
+    let Json(script) = body?;
+    state.scripts.add(script);
+    Ok(StatusCode::NO_CONTENT)
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct OfToken {
+    token: Option<String>,
+}
+
+async fn clear_scripts(Extract(state): Shared, query: Filter<OfToken>) -> Answer<Json<Value>> {
+    let Query(of) = query?;
+    Ok(Json(json!({ "removed": state.scripts.clear(of.token.as_deref()) })))
+}
+
+async fn gate(Extract(state): Shared, environment: Place<Environment>) -> Answer<Json<GateState>> {
+    let Path(environment) = environment?;
+    Ok(Json(state.gates.state(environment)))
+}
+
+async fn hold(Extract(state): Shared, environment: Place<Environment>) -> Answer {
+    let Path(environment) = environment?;
+    state.gates.hold(environment);
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn release(Extract(state): Shared, environment: Place<Environment>) -> Answer {
+    let Path(environment) = environment?;
+    state.gates.release(environment);
+    Ok(StatusCode::NO_CONTENT)
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Latency {
+    latency_ms: u64,
+}
+
+async fn latency(Extract(state): Shared, environment: Place<Environment>, body: Body<Latency>) -> Answer {
+    let (Path(environment), Json(latency)) = (environment?, body?);
+    state.gates.set_latency(environment, Duration::from_millis(latency.latency_ms));
+    Ok(StatusCode::NO_CONTENT)
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct StreamLimits {
+    stream_limit: Option<u32>,
+    initial_stream_limit: Option<u32>,
+}
+
+async fn stream_limit(Extract(state): Shared, environment: Place<Environment>, body: Body<StreamLimits>) -> Answer {
+    let (Path(environment), Json(limits)) = (environment?, body?);
+    if let Some(limit) = limits.initial_stream_limit {
+        state.gates.set_initial_stream_limit(environment, limit);
+    }
+    if let Some(limit) = limits.stream_limit {
+        state.gates.set_stream_limit(environment, limit);
+    }
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn go_away(
+    Extract(state): Shared,
+    environment: Place<Environment>,
+    body: Body<GoAwayOrder>,
+) -> Answer<Json<Value>> {
+    let (Path(environment), Json(order)) = (environment?, body?);
+    Ok(Json(json!({ "connections": state.gates.go_away(environment, &order) })))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Close {
+    connection: Option<u64>,
+}
+
+async fn close(Extract(state): Shared, environment: Place<Environment>, body: Body<Close>) -> Answer<Json<Value>> {
+    let (Path(environment), Json(close)) = (environment?, body?);
+    Ok(Json(json!({ "connections": state.gates.close(environment, close.connection) })))
+}
+
+fn found(was_there: bool, otherwise: &str) -> Answer {
+    if was_there { Ok(StatusCode::NO_CONTENT) } else { Err(Problem::not_found(otherwise)) }
+}

@@ -1,0 +1,359 @@
+//! The frames that `h2` cannot write: a layer between it and TLS that completes SETTINGS and GOAWAY on their way out.
+//!
+//! Promises: every other frame passes unchanged, in order. Why it exists: `h2` 0.4.20 has no way to change
+//! `MAX_CONCURRENT_STREAMS` on a living connection and none to put debug data or a chosen last stream into GOAWAY. `h2`
+//! can send a second SETTINGS (`set_initial_window_size`) and keeps the books of its acknowledgement; here the limit is
+//! written into each SETTINGS that passes. What is read is passed on untouched; it is looked at until the client has
+//! acknowledged the first SETTINGS, because before that it cannot know of any limit.
+
+use std::{
+    io,
+    pin::Pin,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+    },
+    task::{Context, Poll, ready},
+};
+
+use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
+};
+use tokio_rustls::server::TlsStream;
+
+const HEADER_BYTES: usize = 9;
+const PREFACE_BYTES: usize = 24;
+const TYPE_HEADERS: u8 = 1;
+const TYPE_SETTINGS: u8 = 4;
+const TYPE_GOAWAY: u8 = 7;
+const FLAG_ACK: u8 = 1;
+const MAX_CONCURRENT_STREAMS: u16 = 3;
+/// Above this the peer must read before more is taken from `h2`.
+const MAX_BUFFERED_BYTES: usize = 64 * 1024;
+
+/// What a GOAWAY shall say.
+#[derive(Debug, Clone)]
+pub(super) struct GoAway {
+    /// The last stream named; absent: what `h2` says.
+    pub(super) last_stream: Option<u32>,
+    /// The error code; absent: what `h2` says.
+    pub(super) code: Option<u32>,
+    /// The debug data.
+    pub(super) debug: Bytes,
+}
+
+/// What the connection's owner tells the layer.
+#[derive(Debug)]
+pub(super) struct Orders {
+    inner: Mutex<(u32, Option<GoAway>)>,
+    cut: AtomicBool,
+    /// The highest stream that was opened before the first SETTINGS was acknowledged; as yet all, if it is not.
+    unaware: AtomicU32,
+}
+
+impl Orders {
+    /// The first SETTINGS shall say `stream_limit`.
+    pub(super) fn new(stream_limit: u32) -> Arc<Self> {
+        Arc::new(Self {
+            inner: Mutex::new((stream_limit, None)),
+            cut: AtomicBool::new(false),
+            unaware: AtomicU32::new(u32::MAX),
+        })
+    }
+
+    /// The next SETTINGS shall say this.
+    pub(super) fn set_stream_limit(&self, limit: u32) {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner).0 = limit;
+    }
+
+    /// Every GOAWAY from now on shall say this.
+    pub(super) fn set_go_away(&self, go_away: GoAway) {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner).1 = Some(go_away);
+    }
+
+    /// When the connection is dropped, TCP shall be reset.
+    pub(super) fn cut(&self) {
+        self.cut.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the client may have opened `stream` before it heard of a limit.
+    pub(super) fn is_unaware(&self, stream: u32) -> bool {
+        stream <= self.unaware.load(Ordering::Relaxed)
+    }
+
+    fn stream_limit(&self) -> u32 {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    fn go_away(&self) -> Option<GoAway> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner).1.clone()
+    }
+}
+
+/// The bytes of all connections of an environment, inside TLS.
+#[derive(Debug, Default)]
+pub(super) struct Traffic {
+    pub(super) read: AtomicU64,
+    pub(super) written: AtomicU64,
+}
+
+/// Rewrites outgoing frames.
+#[derive(Debug)]
+struct Rewriter {
+    orders: Arc<Orders>,
+    /// The frame header being collected.
+    header: BytesMut,
+    /// Payload bytes of the current frame that are still to come.
+    left: usize,
+    /// The payload of a frame that is held back to be completed, with its type, flags and stream.
+    held: Option<([u8; HEADER_BYTES], BytesMut)>,
+    out: BytesMut,
+}
+
+impl Rewriter {
+    fn new(orders: Arc<Orders>) -> Self {
+        Self {
+            orders,
+            header: BytesMut::with_capacity(HEADER_BYTES),
+            left: 0,
+            held: None,
+            out: BytesMut::with_capacity(16 * 1024),
+        }
+    }
+
+    fn take(&mut self, mut input: &[u8]) {
+        while !input.is_empty() {
+            if self.left > 0 {
+                let (now, later) = input.split_at(self.left.min(input.len()));
+                self.left -= now.len();
+                match &mut self.held {
+                    Some((_, payload)) => payload.extend_from_slice(now),
+                    None => self.out.extend_from_slice(now),
+                }
+                input = later;
+            } else {
+                let missing = HEADER_BYTES - self.header.len();
+                let (now, later) = input.split_at(missing.min(input.len()));
+                self.header.extend_from_slice(now);
+                input = later;
+                if let Ok(header) = <[u8; HEADER_BYTES]>::try_from(self.header.as_ref()) {
+                    self.header.clear();
+                    self.begin(header);
+                }
+            }
+            if self.left == 0
+                && let Some((header, payload)) = self.held.take()
+            {
+                self.complete(header, &payload);
+            }
+        }
+    }
+
+    fn begin(&mut self, header: [u8; HEADER_BYTES]) {
+        let [l0, l1, l2, kind, flags, ..] = header;
+        self.left = usize::from(l0) << 16 | usize::from(l1) << 8 | usize::from(l2);
+        if kind == TYPE_GOAWAY || (kind == TYPE_SETTINGS && flags & FLAG_ACK == 0) {
+            self.held = Some((header, BytesMut::new()));
+        } else {
+            self.out.extend_from_slice(&header);
+        }
+    }
+
+    fn complete(&mut self, header: [u8; HEADER_BYTES], payload: &[u8]) {
+        let [_, _, _, kind, rest @ ..] = header;
+        let payload = if kind == TYPE_SETTINGS {
+            settings(payload, self.orders.stream_limit())
+        } else {
+            go_away(payload, self.orders.go_away())
+        };
+        let length = u32::try_from(payload.len()).unwrap_or(0).to_be_bytes(); // a few dozen bytes: it fits
+        self.out.extend_from_slice(length.get(1..).unwrap_or_default());
+        self.out.put_u8(kind);
+        self.out.extend_from_slice(&rest);
+        self.out.extend_from_slice(&payload);
+    }
+}
+
+fn settings(payload: &[u8], stream_limit: u32) -> BytesMut {
+    let mut whole = BytesMut::from(payload);
+    whole.put_u16(MAX_CONCURRENT_STREAMS);
+    whole.put_u32(stream_limit);
+    whole
+}
+
+fn go_away(mut payload: &[u8], order: Option<GoAway>) -> BytesMut {
+    let (Some(order), true) = (order, payload.len() >= 8) else { return BytesMut::from(payload) };
+    let (last_stream, code) = (payload.get_u32(), payload.get_u32());
+    let mut whole = BytesMut::with_capacity(8 + order.debug.len());
+    whole.put_u32(order.last_stream.unwrap_or(last_stream));
+    whole.put_u32(order.code.unwrap_or(code));
+    whole.extend_from_slice(&order.debug);
+    whole
+}
+
+/// Walks over incoming frames up to the first acknowledgement of SETTINGS.
+#[derive(Debug)]
+struct Reader {
+    /// Bytes to pass over: the preface, or a payload.
+    left: usize,
+    header: BytesMut,
+    highest: u32,
+    is_done: bool,
+}
+
+impl Reader {
+    fn new() -> Self {
+        Self { left: PREFACE_BYTES, header: BytesMut::with_capacity(HEADER_BYTES), highest: 0, is_done: false }
+    }
+
+    fn look(&mut self, mut input: &[u8], orders: &Orders) {
+        while !self.is_done && !input.is_empty() {
+            let passed = self.left.min(input.len());
+            self.left -= passed;
+            input = input.get(passed..).unwrap_or_default();
+            let missing = if self.left == 0 { HEADER_BYTES - self.header.len() } else { 0 };
+            let (now, later) = input.split_at(missing.min(input.len()));
+            self.header.extend_from_slice(now);
+            input = later;
+            if let Ok([l0, l1, l2, kind, flags, stream @ ..]) = <[u8; HEADER_BYTES]>::try_from(self.header.as_ref()) {
+                self.header.clear();
+                self.left = usize::from(l0) << 16 | usize::from(l1) << 8 | usize::from(l2);
+                if kind == TYPE_HEADERS {
+                    self.highest = self.highest.max(u32::from_be_bytes(stream));
+                } else if kind == TYPE_SETTINGS && flags & FLAG_ACK != 0 {
+                    orders.unaware.store(self.highest, Ordering::Relaxed);
+                    self.is_done = true;
+                }
+            }
+        }
+    }
+}
+
+/// A TLS stream whose outgoing frames are completed.
+#[derive(Debug)]
+pub(super) struct Completing {
+    stream: TlsStream<TcpStream>,
+    rewriter: Rewriter,
+    reader: Reader,
+    traffic: Arc<Traffic>,
+}
+
+impl Completing {
+    pub(super) fn new(stream: TlsStream<TcpStream>, orders: Arc<Orders>, traffic: Arc<Traffic>) -> Self {
+        Self { stream, rewriter: Rewriter::new(orders), reader: Reader::new(), traffic }
+    }
+
+    fn poll_drain(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while !self.rewriter.out.is_empty() {
+            let written = ready!(Pin::new(&mut self.stream).poll_write(cx, &self.rewriter.out))?;
+            if written == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            self.rewriter.out.advance(written);
+            self.traffic.written.fetch_add(written as u64, Ordering::Relaxed);
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncRead for Completing {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        let this = &mut *self;
+        ready!(Pin::new(&mut this.stream).poll_read(cx, buffer))?;
+        let new = buffer.filled().get(before..).unwrap_or_default();
+        this.traffic.read.fetch_add(new.len() as u64, Ordering::Relaxed);
+        if !this.reader.is_done {
+            this.reader.look(new, &this.rewriter.orders);
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Completing {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, input: &[u8]) -> Poll<io::Result<usize>> {
+        if self.rewriter.out.len() > MAX_BUFFERED_BYTES {
+            ready!(self.poll_drain(cx))?;
+        }
+        self.rewriter.take(input);
+        Poll::Ready(Ok(input.len()))
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_drain(cx))?;
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_drain(cx))?;
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+impl Drop for Completing {
+    fn drop(&mut self) {
+        if self.rewriter.orders.cut.load(Ordering::Relaxed)
+            && let Err(error) = self.stream.get_ref().0.set_zero_linger()
+        {
+            tracing::debug!(error = %error, "the connection is closed, not reset");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SETTINGS: &[u8] = &[0, 0, 6, 4, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0xff, 0xff]; // INITIAL_WINDOW_SIZE 65535
+    const ACK: &[u8] = &[0, 0, 0, 4, 1, 0, 0, 0, 0];
+    const DATA: &[u8] = &[0, 0, 3, 0, 1, 0, 0, 0, 1, b'a', b'b', b'c'];
+    const GOAWAY: &[u8] = &[0, 0, 8, 7, 0, 0, 0, 0, 0, 0x7f, 0xff, 0xff, 0xff, 0, 0, 0, 0];
+
+    #[test]
+    fn settings_get_the_limit_and_all_else_passes_however_it_is_cut() {
+        let input = [SETTINGS, ACK, DATA, SETTINGS].concat();
+        let completed: &[u8] = &[0, 0, 12, 4, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0xff, 0xff, 0, 3, 0, 0, 3, 0xe8];
+        let expected = [completed, ACK, DATA, completed].concat();
+        for size in 1..=input.len() {
+            let mut rewriter = Rewriter::new(Orders::new(1000));
+            input.chunks(size).for_each(|chunk| rewriter.take(chunk));
+            assert_eq!(rewriter.out, expected.as_slice(), "in pieces of {size} bytes");
+        }
+    }
+
+    #[test]
+    fn empty_settings_get_the_limit_too() {
+        let mut rewriter = Rewriter::new(Orders::new(1));
+        rewriter.take(&[0, 0, 0, 4, 0, 0, 0, 0, 0]);
+        assert_eq!(rewriter.out, [0, 0, 6, 4, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 1].as_slice());
+    }
+
+    #[test]
+    fn a_client_is_unaware_of_limits_until_it_acknowledges_the_first_settings() {
+        let headers: &[u8] = &[0, 0, 2, 1, 5, 0, 0, 0, 7, 0x83, 0x87];
+        let later: &[u8] = &[0, 0, 0, 1, 5, 0, 0, 0, 9];
+        let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".as_slice();
+        let input = [preface, SETTINGS, headers, DATA, ACK, later].concat();
+        for size in 1..=input.len() {
+            let orders = Orders::new(1);
+            let mut reader = Reader::new();
+            assert!(orders.is_unaware(9));
+            input.chunks(size).for_each(|chunk| reader.look(chunk, &orders));
+            assert!(orders.is_unaware(7) && !orders.is_unaware(9), "in pieces of {size} bytes");
+        }
+    }
+
+    #[test]
+    fn a_goaway_says_what_was_ordered() {
+        let orders = Orders::new(1);
+        let mut rewriter = Rewriter::new(Arc::clone(&orders));
+        rewriter.take(GOAWAY);
+        assert_eq!(rewriter.out, GOAWAY, "without an order it passes");
+        rewriter.out.clear();
+        orders.set_go_away(GoAway { last_stream: Some(5), code: Some(7), debug: Bytes::from_static(b"why") });
+        rewriter.take(GOAWAY);
+        assert_eq!(rewriter.out, [0, 0, 11, 7, 0, 0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0, 7, b'w', b'h', b'y'].as_slice());
+    }
+}

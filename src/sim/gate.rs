@@ -1,0 +1,194 @@
+//! What can be done to a whole environment while it runs: hold answers, slow them, limit streams, send connections away.
+//!
+//! Promises: a change reaches open connections at once and new ones from their start.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::sync::mpsc;
+
+use super::{
+    environment::{Environment, PerEnvironment},
+    fault::SHUTDOWN_DEBUG,
+};
+
+/// A word to one connection.
+#[derive(Debug, Clone)]
+pub(super) enum Command {
+    /// Answer what is held.
+    Release,
+    /// Tell the client this many streams.
+    StreamLimit(u32),
+    /// Send GOAWAY.
+    GoAway { last_stream: Option<u32>, code: u32, debug: String },
+    /// Reset the TCP connection.
+    Close,
+}
+
+/// A GOAWAY to send.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GoAwayOrder {
+    /// The connection; absent: all of the environment.
+    #[serde(default)]
+    pub connection: Option<u64>,
+    /// The last stream that is processed: those above it are never answered. Absent: graceful, all are.
+    #[serde(default)]
+    pub last_stream: Option<u32>,
+    /// The HTTP/2 error code.
+    #[serde(default)]
+    pub code: u32,
+    /// The debug data; absent: `{"reason":"Shutdown"}`.
+    #[serde(default)]
+    pub debug: Option<String>,
+}
+
+/// How an environment is set now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+pub struct GateState {
+    /// Whether answers are held.
+    pub held: bool,
+    /// How long every answer waits.
+    pub latency_ms: u64,
+    /// `MAX_CONCURRENT_STREAMS` behind the first accepted provider token.
+    pub stream_limit: u32,
+    /// The same before it.
+    pub initial_stream_limit: u32,
+    /// Open connections.
+    pub open_connections: usize,
+}
+
+/// One environment's gate.
+#[derive(Debug)]
+pub(super) struct Gate {
+    held: AtomicBool,
+    latency_ms: AtomicU64,
+    stream_limit: AtomicU32,
+    initial_stream_limit: AtomicU32,
+    open: Mutex<HashMap<u64, mpsc::UnboundedSender<Command>>>,
+}
+
+impl Gate {
+    pub(super) fn is_held(&self) -> bool {
+        self.held.load(Ordering::Acquire)
+    }
+
+    pub(super) fn latency(&self) -> Duration {
+        Duration::from_millis(self.latency_ms.load(Ordering::Relaxed))
+    }
+
+    pub(super) fn stream_limit(&self) -> u32 {
+        self.stream_limit.load(Ordering::Acquire)
+    }
+
+    pub(super) fn initial_stream_limit(&self) -> u32 {
+        self.initial_stream_limit.load(Ordering::Acquire)
+    }
+
+    /// A connection opens: what is said to it arrives in the channel.
+    pub(super) fn enter(&self, connection: u64) -> mpsc::UnboundedReceiver<Command> {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        self.open.lock().unwrap_or_else(PoisonError::into_inner).insert(connection, sender);
+        receiver
+    }
+
+    /// It has closed.
+    pub(super) fn leave(&self, connection: u64) {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner).remove(&connection);
+    }
+
+    fn tell(&self, only: Option<u64>, command: &Command) -> usize {
+        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let meant = open.iter().filter(|(number, _)| only.is_none_or(|only| only == **number));
+        meant.filter(|(_, sender)| sender.send(command.clone()).is_ok()).count()
+    }
+}
+
+/// The gates of both environments. A clone is another handle on the same gates.
+#[derive(Debug, Clone)]
+pub struct Gates {
+    gates: Arc<PerEnvironment<Gate>>,
+}
+
+impl Gates {
+    pub(super) fn new(initial_stream_limit: u32, stream_limit: u32, latency: Duration) -> Self {
+        let latency_ms = u64::try_from(latency.as_millis()).unwrap_or(u64::MAX);
+        let gate = |_| Gate {
+            held: AtomicBool::new(false),
+            latency_ms: AtomicU64::new(latency_ms),
+            stream_limit: AtomicU32::new(stream_limit),
+            initial_stream_limit: AtomicU32::new(initial_stream_limit),
+            open: Mutex::default(),
+        };
+        Self { gates: Arc::new(PerEnvironment::new(gate)) }
+    }
+
+    pub(super) fn of(&self, environment: Environment) -> &Gate {
+        self.gates.of(environment)
+    }
+
+    /// From now on requests are read and checked, and answered only after [`Gates::release`]: they keep their slots.
+    pub fn hold(&self, environment: Environment) {
+        self.of(environment).held.store(true, Ordering::Release);
+    }
+
+    /// Answers what was held, and answers at once again.
+    pub fn release(&self, environment: Environment) {
+        let gate = self.of(environment);
+        gate.held.store(false, Ordering::Release); // first: whoever still sees it held has the word behind it
+        gate.tell(None, &Command::Release);
+    }
+
+    /// How long every answer waits, refusals too.
+    pub fn set_latency(&self, environment: Environment, latency: Duration) {
+        let latency_ms = u64::try_from(latency.as_millis()).unwrap_or(u64::MAX);
+        self.of(environment).latency_ms.store(latency_ms, Ordering::Relaxed);
+    }
+
+    /// `MAX_CONCURRENT_STREAMS` of every connection with an accepted provider token, open ones by another SETTINGS.
+    /// 0 lets nothing through. Streams above the limit are reset with `REFUSED_STREAM` on a connection whose limit has
+    /// fallen or whose client has not acknowledged the first SETTINGS; else they cost the connection (GOAWAY 7).
+    pub fn set_stream_limit(&self, environment: Environment, limit: u32) {
+        let gate = self.of(environment);
+        gate.stream_limit.store(limit, Ordering::Release);
+        gate.tell(None, &Command::StreamLimit(limit));
+    }
+
+    /// `MAX_CONCURRENT_STREAMS` of new connections before their first accepted provider token; Apple's is 1.
+    pub fn set_initial_stream_limit(&self, environment: Environment, limit: u32) {
+        self.of(environment).initial_stream_limit.store(limit, Ordering::Release);
+    }
+
+    /// Sends GOAWAY. Says to how many connections.
+    #[expect(clippy::must_use_candidate, reason = "the effect is what it is called for")]
+    pub fn go_away(&self, environment: Environment, order: &GoAwayOrder) -> usize {
+        let debug = order.debug.clone().unwrap_or_else(|| SHUTDOWN_DEBUG.to_owned());
+        self.of(environment)
+            .tell(order.connection, &Command::GoAway { last_stream: order.last_stream, code: order.code, debug })
+    }
+
+    /// Resets the TCP connection `connection`, or all. Says how many.
+    #[expect(clippy::must_use_candidate, reason = "the effect is what it is called for")]
+    pub fn close(&self, environment: Environment, connection: Option<u64>) -> usize {
+        self.of(environment).tell(connection, &Command::Close)
+    }
+
+    /// How the environment is set now.
+    #[must_use]
+    pub fn state(&self, environment: Environment) -> GateState {
+        let gate = self.of(environment);
+        GateState {
+            held: gate.is_held(),
+            latency_ms: gate.latency_ms.load(Ordering::Relaxed),
+            stream_limit: gate.stream_limit(),
+            initial_stream_limit: gate.initial_stream_limit(),
+            open_connections: gate.open.lock().unwrap_or_else(PoisonError::into_inner).len(),
+        }
+    }
+}

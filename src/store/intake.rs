@@ -1,0 +1,458 @@
+//! Group commit: whoever arrives while a commit runs goes into the next.
+//!
+//! Promises: throughput rises with load and one lonely request waits for nothing; a client that leaves never cancels a
+//! commit; a bad one never fails its group; a commit whose result is unknown is resolved by id before anything is
+//! answered; registrations keep their order. Bounded: beyond [`Settings::waiting`] requests the answer is
+//! [`IntakeError::Full`] at once.
+//!
+//! What is accepted and due is inserted as this replica's own and handed to the sender through a bounded queue of the
+//! store ([`Handover`]): it is sent from memory, and read from the database again only after a crash.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::sync::{Mutex, Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+
+use super::{Accepted, Idempotency, Lease, ReplicaId, Store, StoreError, Submission};
+use crate::{
+    domain::{
+        clock::Clock,
+        device::{Device, Registration},
+        notification::{Audience, Notification, NotificationId, NotificationView},
+    },
+    lifecycle::Tasks,
+};
+
+/// Bounds of the intake.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Requests that may wait for a commit, of each kind.
+    pub waiting: usize,
+    /// The largest group.
+    pub group: usize,
+    /// Chunks that may be handed over and not ended.
+    pub room: usize,
+    /// How long the fate of a commit is looked for before the caller is told to come back.
+    pub resolve: Duration,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { waiting: 2_048, group: 256, room: 4_096, resolve: Duration::from_secs(10) }
+    }
+}
+
+/// A list longer than this is not handed over but left to be claimed, chunk by chunk.
+const HANDED_LIST: usize = 100;
+
+/// How many groups of notifications may commit at once.
+const COMMITS_AT_ONCE: usize = 2;
+
+/// Why nothing was kept.
+#[derive(Debug, thiserror::Error)]
+pub enum IntakeError {
+    /// More requests wait than the database can take: come back.
+    #[error("too many requests wait for the database")]
+    Full,
+    /// The service is stopping.
+    #[error("the service is stopping")]
+    Stopped,
+    /// The database.
+    #[error(transparent)]
+    Store(Arc<StoreError>),
+}
+
+/// What became of a notification.
+#[derive(Debug)]
+pub enum Noted {
+    /// Committed.
+    Accepted(NotificationView),
+    /// The same request was accepted before: the same answer again.
+    Seen(NotificationView),
+    /// The same idempotency key came with another body before.
+    Conflict,
+}
+
+/// Which notifications this process has in memory, from before their commit until their last chunk has left it. What
+/// the database says is ours and is not on the roster was lost on the way, and is given back.
+#[derive(Debug, Clone, Default)]
+pub struct Roster(Arc<std::sync::Mutex<HashMap<NotificationId, usize>>>);
+
+impl Roster {
+    /// Enters a notification; it stays until the guard is dropped.
+    #[must_use]
+    pub fn enter(&self, id: NotificationId) -> Entry {
+        *self.lock().entry(id).or_default() += 1;
+        Entry { roster: self.clone(), id }
+    }
+
+    /// Whether it is on the roster.
+    #[must_use]
+    pub fn holds(&self, id: NotificationId) -> bool {
+        self.lock().contains_key(&id)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<NotificationId, usize>> {
+        self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+/// One place on the [`Roster`].
+#[derive(Debug)]
+pub struct Entry {
+    roster: Roster,
+    id: NotificationId,
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        let mut entries = self.roster.lock();
+        if let Some(count) = entries.get_mut(&self.id) {
+            *count -= 1;
+            if *count == 0 {
+                entries.remove(&self.id);
+            }
+        }
+    }
+}
+
+/// A chunk that was just committed as ours.
+#[derive(Debug)]
+pub struct Handed {
+    /// The chunk.
+    pub lease: Lease,
+    /// Its place on the roster.
+    pub entry: Entry,
+    /// Its share of the room; dropped when it has left memory.
+    pub permit: Option<OwnedSemaphorePermit>,
+}
+
+/// The receiving end, for the sender.
+#[derive(Debug)]
+pub struct Handover {
+    /// Chunks, in the order of their commits.
+    pub handed: mpsc::UnboundedReceiver<Handed>,
+    /// Notified when something was accepted that nobody owns yet.
+    pub wake: Arc<Notify>,
+    /// What is in memory.
+    pub roster: Roster,
+}
+
+/// This replica's number; a new one after it was declared dead.
+#[derive(Debug, Clone, Default)]
+pub struct Identity(Arc<AtomicI64>);
+
+impl Identity {
+    /// As who we act now.
+    #[must_use]
+    pub fn get(&self) -> ReplicaId {
+        ReplicaId(self.0.load(Ordering::Acquire))
+    }
+
+    /// From now on as this one.
+    pub fn set(&self, replica: ReplicaId) {
+        self.0.store(replica.0, Ordering::Release);
+    }
+}
+
+struct Waiting<T, A> {
+    what: T,
+    answer: oneshot::Sender<Result<A, IntakeError>>,
+}
+
+struct Submitted {
+    notification: Notification,
+    audience: Audience,
+    idempotency: Option<Idempotency>,
+}
+
+/// The door through which everything durable comes in.
+pub struct Intake {
+    notifications: mpsc::Sender<Waiting<Submitted, Noted>>,
+    registrations: mpsc::Sender<Waiting<Registration, Device>>,
+}
+
+impl Intake {
+    /// Starts the committing tasks.
+    #[must_use]
+    pub fn start(
+        store: Arc<dyn Store>,
+        clock: Arc<dyn Clock>,
+        identity: Identity,
+        settings: &Settings,
+        tasks: &Tasks,
+    ) -> (Self, Handover) {
+        let (notifications, submitted) = mpsc::channel(settings.waiting);
+        let (registrations, registered) = mpsc::channel(settings.waiting);
+        let (leases, handed) = mpsc::unbounded_channel();
+        let handover = Handover { handed, wake: Arc::new(Notify::new()), roster: Roster::default() };
+        let committer = Arc::new(Committer {
+            store,
+            clock,
+            identity,
+            settings: settings.clone(),
+            room: Arc::new(Semaphore::new(settings.room)),
+            leases,
+            wake: Arc::clone(&handover.wake),
+            roster: handover.roster.clone(),
+        });
+        let submitted = Arc::new(Mutex::new(submitted));
+        for _ in 0..COMMITS_AT_ONCE {
+            let (committer, submitted) = (Arc::clone(&committer), Arc::clone(&submitted));
+            let stop = tasks.stopping().clone();
+            tasks.spawn("store.accept", async move {
+                loop {
+                    let mut group = Vec::new();
+                    {
+                        let mut submitted = submitted.lock().await;
+                        tokio::select! {
+                            biased;
+                            _ = submitted.recv_many(&mut group, committer.settings.group) => {}
+                            () = stop.cancelled() => submitted.close(),
+                        }
+                    }
+                    if group.is_empty() {
+                        // Stopped, and everything that had come in before was committed.
+                        break;
+                    }
+                    committer.accept(group).await;
+                }
+            });
+        }
+        let stop = tasks.stopping().clone();
+        tasks.spawn("store.register", async move {
+            let mut registered = registered;
+            loop {
+                let mut group = Vec::new();
+                tokio::select! {
+                    biased;
+                    _ = registered.recv_many(&mut group, committer.settings.group) => {}
+                    () = stop.cancelled() => registered.close(),
+                }
+                if group.is_empty() {
+                    break;
+                }
+                committer.register(group).await;
+            }
+        });
+        (Self { notifications, registrations }, handover)
+    }
+
+    /// Commits a notification together with whatever else waits. Dropping the future does not undo it.
+    ///
+    /// # Errors
+    /// [`IntakeError::Full`] at once if too many wait; the database's errors after its time-outs.
+    pub async fn notify(
+        &self,
+        notification: Notification,
+        audience: Audience,
+        idempotency: Option<Idempotency>,
+    ) -> Result<Noted, IntakeError> {
+        ask(&self.notifications, Submitted { notification, audience, idempotency }).await
+    }
+
+    /// Commits a registration together with whatever else waits, in the order of arrival.
+    ///
+    /// # Errors
+    /// As [`Self::notify`].
+    pub async fn register(&self, registration: Registration) -> Result<Device, IntakeError> {
+        ask(&self.registrations, registration).await
+    }
+
+    /// Requests of both kinds that wait for a commit.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        let of = |capacity: usize, max: usize| max - capacity;
+        of(self.notifications.capacity(), self.notifications.max_capacity())
+            + of(self.registrations.capacity(), self.registrations.max_capacity())
+    }
+}
+
+async fn ask<T, A>(queue: &mpsc::Sender<Waiting<T, A>>, what: T) -> Result<A, IntakeError> {
+    let (answer, answered) = oneshot::channel();
+    queue.try_send(Waiting { what, answer }).map_err(|refused| match refused {
+        mpsc::error::TrySendError::Full(_) => IntakeError::Full,
+        mpsc::error::TrySendError::Closed(_) => IntakeError::Stopped,
+    })?;
+    answered.await.map_err(|_| IntakeError::Stopped)?
+}
+
+/// What the committing tasks share.
+struct Committer {
+    store: Arc<dyn Store>,
+    clock: Arc<dyn Clock>,
+    identity: Identity,
+    settings: Settings,
+    room: Arc<Semaphore>,
+    leases: mpsc::UnboundedSender<Handed>,
+    wake: Arc<Notify>,
+    roster: Roster,
+}
+
+/// One submission on its way, with what it needs once it is committed.
+struct OnTheWay {
+    answer: oneshot::Sender<Result<Noted, IntakeError>>,
+    permit: Option<OwnedSemaphorePermit>,
+    entry: Entry,
+}
+
+impl Committer {
+    async fn accept(&self, group: Vec<Waiting<Submitted, Noted>>) {
+        let now = self.clock.now();
+        let mut submissions = Vec::with_capacity(group.len());
+        let mut on_the_way = Vec::with_capacity(group.len());
+        for Waiting { what, answer } in group {
+            let Submitted { notification, audience, idempotency } = what;
+            let small = audience.named().is_some_and(|named| named <= HANDED_LIST);
+            let permit = (small && notification.due_at <= now)
+                .then(|| Arc::clone(&self.room).try_acquire_owned().ok())
+                .flatten();
+            // Before the commit: from then on the database may say that it is ours.
+            let entry = self.roster.enter(notification.id);
+            submissions.push(Submission { notification, audience, idempotency, own: permit.is_some() });
+            on_the_way.push(OnTheWay { answer, permit, entry });
+        }
+        self.commit(submissions, on_the_way).await;
+    }
+
+    async fn commit(&self, mut submissions: Vec<Submission>, mut on_the_way: Vec<OnTheWay>) {
+        let deadline = self.clock.monotonic() + self.settings.resolve;
+        loop {
+            let replica = self.identity.get();
+            match self.store.accept(&submissions, replica, self.clock.now()).await {
+                Ok(answers) => {
+                    for (answer, waiting) in answers.into_iter().zip(on_the_way) {
+                        self.answer(answer, waiting);
+                    }
+                    return;
+                }
+                Err(StoreError::CommitUnknown(source)) => {
+                    tracing::warn!(
+                        group = submissions.len(),
+                        error = %source,
+                        "a commit's answer was lost: looking for what became of it"
+                    );
+                    match self.resolve(&submissions, deadline).await {
+                        Ok(committed) => {
+                            // Certainly not committed: again. Committed: answered; its chunks are ours in the
+                            // database only, and the sender gives back what it does not have.
+                            let mut rest = (Vec::new(), Vec::new());
+                            for (submission, waiting) in submissions.into_iter().zip(on_the_way) {
+                                if let Some(view) = committed.get(&submission.notification.id) {
+                                    _ = waiting.answer.send(Ok(Noted::Accepted(view.clone())));
+                                } else {
+                                    rest.0.push(submission);
+                                    rest.1.push(waiting);
+                                }
+                            }
+                            self.wake.notify_one();
+                            (submissions, on_the_way) = rest;
+                            if submissions.is_empty() {
+                                return;
+                            }
+                        }
+                        Err(error) => return refuse(on_the_way.into_iter().map(|w| w.answer), error),
+                    }
+                }
+                Err(error) => return refuse(on_the_way.into_iter().map(|w| w.answer), error),
+            }
+            if self.clock.monotonic() >= deadline {
+                let error = StoreError::Unavailable("the fate of a commit could not be found out in time".into());
+                return refuse(on_the_way.into_iter().map(|w| w.answer), error);
+            }
+        }
+    }
+
+    async fn resolve(
+        &self,
+        submissions: &[Submission],
+        deadline: Duration,
+    ) -> Result<HashMap<NotificationId, NotificationView>, StoreError> {
+        let ids: Vec<_> = submissions.iter().map(|s| s.notification.id).collect();
+        loop {
+            let error = match self.committed_views(&ids).await {
+                Ok(views) => return Ok(views),
+                Err(error) => error,
+            };
+            if self.clock.monotonic() >= deadline {
+                return Err(error);
+            }
+            self.clock.sleep(Duration::from_millis(200)).await;
+        }
+    }
+
+    async fn committed_views(
+        &self,
+        ids: &[NotificationId],
+    ) -> Result<HashMap<NotificationId, NotificationView>, StoreError> {
+        let mut views = HashMap::new();
+        for id in self.store.committed(ids).await? {
+            if let Some(view) = self.store.notification(id).await? {
+                views.insert(id, view);
+            }
+        }
+        Ok(views)
+    }
+
+    fn answer(&self, accepted: Result<Accepted, StoreError>, waiting: OnTheWay) {
+        let OnTheWay { answer, mut permit, entry } = waiting;
+        let accepted = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                _ = answer.send(Err(IntakeError::Store(Arc::new(error))));
+                return;
+            }
+        };
+        let noted = match accepted {
+            Accepted::New { view, leases } => {
+                if leases.is_empty() && view.counts.pending > 0 || !view.audience_complete {
+                    self.wake.notify_one();
+                }
+                let id = entry.id;
+                for lease in leases {
+                    let entry = self.roster.enter(id);
+                    // A sender that is gone has ended with the service; the next one takes over from the database.
+                    _ = self.leases.send(Handed { lease, entry, permit: permit.take() });
+                }
+                Noted::Accepted(view)
+            }
+            Accepted::Seen(view) => Noted::Seen(view),
+            Accepted::Conflict => Noted::Conflict,
+        };
+        // A client that has left does not hear it; it stays committed.
+        _ = answer.send(Ok(noted));
+    }
+
+    async fn register(&self, group: Vec<Waiting<Registration, Device>>) {
+        let (registrations, answers): (Vec<_>, Vec<_>) = group.into_iter().map(|w| (w.what, w.answer)).unzip();
+        let deadline = self.clock.monotonic() + self.settings.resolve;
+        loop {
+            match self.store.register(&registrations, self.clock.now()).await {
+                Ok(devices) => {
+                    for (device, answer) in devices.into_iter().zip(answers) {
+                        _ = answer.send(Ok(device));
+                    }
+                    return;
+                }
+                // Registering again what was registered changes nothing but the time: no need to know.
+                Err(StoreError::CommitUnknown(_)) if self.clock.monotonic() < deadline => {
+                    self.clock.sleep(Duration::from_millis(200)).await;
+                }
+                Err(error) => return refuse(answers.into_iter(), error),
+            }
+        }
+    }
+}
+
+fn refuse<A>(answers: impl Iterator<Item = oneshot::Sender<Result<A, IntakeError>>>, error: StoreError) {
+    let error = Arc::new(error);
+    for answer in answers {
+        _ = answer.send(Err(IntakeError::Store(Arc::clone(&error))));
+    }
+}
