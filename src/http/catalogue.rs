@@ -103,14 +103,11 @@ impl Catalogue {
 
     /// What to tell somebody who named an app that is not configured. `whole` names those that are.
     pub(super) fn unknown(&self, topic: &Topic, whole: bool) -> String {
-        let bundle = PushType::ALL
-            .iter()
-            .filter_map(|push_type| {
-                let suffix = Some(push_type.topic_suffix()).filter(|suffix| !suffix.is_empty())?;
-                let bundle: Topic = topic.as_str().strip_suffix(suffix)?.parse().ok()?;
-                self.apps.contains_key(&bundle).then_some((bundle, suffix, *push_type))
-            })
-            .next();
+        let bundle = PushType::ALL.iter().find_map(|push_type| {
+            let suffix = Some(push_type.topic_suffix()).filter(|suffix| !suffix.is_empty())?;
+            let bundle: Topic = topic.as_str().strip_suffix(suffix)?.parse().ok()?;
+            self.apps.contains_key(&bundle).then_some((bundle, suffix, *push_type))
+        });
         if let Some((bundle, suffix, push_type)) = bundle.filter(|_| whole) {
             return format!(
                 "`topic` is always the app's bundle id: write `{bundle}` and `push_type` `{push_type}`; `{suffix}` is added for you."

@@ -908,8 +908,8 @@ pub(super) mod tests {
     #[test]
     fn hostile_requests_are_refused_and_nothing_worse() {
         let zeros = format!(r#"{{"to":{{"user_ids":[{}0]}}}}"#, "0,".repeat(1_000_000));
-        let fields: String = (0..5_000).map(|n| format!("\"f{n}\":1,")).collect();
-        let fields = format!("{{{fields}\"topic\":1}}");
+        let fields: Vec<String> = (0..5_000).map(|n| format!("\"f{n}\":1")).collect();
+        let fields = format!("{{{},\"topic\":1}}", fields.join(","));
         let deep = format!(r#"{{"payload":{}{}}}"#, "[".repeat(50_000), "]".repeat(50_000));
         for text in [zeros.as_str(), &fields, &deep, r#"{"topic":"\ud800"}"#, r#"{"":1,"/":2,"~":3}"#] {
             let problem = read(text, &caller(&[Scope::Send]), &catalogue()).unwrap_err();
