@@ -10,7 +10,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::{
     apns::{
-        Gateway,
+        Gateway, RouteReport,
         client::{self, ApnsGateway, BuildError, Endpoint},
         credential::{Credential, KeyError},
     },
@@ -125,7 +125,7 @@ impl App {
         // Built, without effects.
         let tasks = Tasks::new();
         let apps = credentials(config)?;
-        let apns = apns_settings(config)?;
+        let way = apns_settings(config)?;
         let catalogue = Arc::new(catalogue(config)?);
         let tls = match &config.server.tls {
             Some(files) => Some(http::tls::acceptor(&read(&files.cert)?, &read(&files.key)?).map_err(AppError::Tls)?),
@@ -149,7 +149,7 @@ impl App {
         // Started.
         // Connections live on their own tracker: an idle one must not keep a drain waiting.
         let connections = TaskTracker::new();
-        let gateway = Arc::new(ApnsGateway::new(&apns, &apps, &clock, &connections, tasks.aborting())?);
+        let gateway = Arc::new(ApnsGateway::new(&way, &apps, &clock, &connections, tasks.aborting())?);
         let identity = Identity::default();
         let (intake, handover) = Intake::start(
             Arc::clone(&store),
@@ -210,6 +210,12 @@ impl App {
     #[must_use]
     pub const fn ops_address(&self) -> Option<SocketAddr> {
         self.ops_address
+    }
+
+    /// How each app stands towards APNs.
+    #[must_use]
+    pub fn routes(&self) -> Vec<RouteReport> {
+        self.gateway.report()
     }
 
     /// What is kept.
@@ -328,7 +334,6 @@ fn apns_settings(config: &Config) -> Result<client::Settings, AppError> {
         extra_roots_pem: config.apns.ca_file.as_deref().map(read).transpose()?,
         request_deadline: Duration::from_secs(config.apns.request_timeout_seconds),
         max_connections: config.apns.max_connections,
-        ..client::Settings::default()
     })
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Promises: one request, one connection, a deadline; TLS with the public roots, or with the certificate that is named.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{fmt::Write as _, path::Path, sync::Arc, time::Duration};
 
 use anyhow::{Context, bail};
 use bytes::Bytes;
@@ -115,7 +115,7 @@ impl Answer {
         let mut said = format!("{}: {} {}", self.status, text("title"), text("detail"));
         for fault in self.body.get("errors").and_then(Value::as_array).into_iter().flatten() {
             let text = |field: &str| fault.get(field).and_then(Value::as_str).unwrap_or_default();
-            said.push_str(&format!("\n  {}: {}", text("pointer"), text("detail")));
+            _ = write!(said, "\n  {}: {}", text("pointer"), text("detail"));
         }
         bail!(said)
     }

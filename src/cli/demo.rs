@@ -3,6 +3,7 @@
 //! Promises: SQLite, a fresh key, the APNs simulator and sample devices, all in a folder of its own; a push goes from
 //! an HTTP request over real TLS and HTTP/2 to the simulator and its outcome is read back; then it keeps serving. A
 //! second start finds its folder and goes on; a port that is taken is replaced by a free one, and said.
+#![expect(clippy::indexing_slicing, reason = "an index into a JSON value answers null for what is absent")]
 
 use std::{
     net::SocketAddr,

@@ -28,7 +28,7 @@ pub struct Args {
 pub async fn run(common: &Common, args: &Args) -> anyhow::Result<()> {
     let url = match &args.url {
         Some(url) => url.clone(),
-        None => common.service_url(&common.config()?),
+        None => Common::service_url(&common.config()?),
     };
     let key = args.key.clone().or_else(|| common.variable("SONNETTE_API_KEY"));
     let answer = Client::new(&url, key, args.ca_file.as_deref())?.ask(http::Method::GET, "/health", None).await?;

@@ -125,7 +125,7 @@ impl Common {
     }
 
     /// Where the service of this configuration listens.
-    fn service_url(&self, config: &Config) -> String {
+    fn service_url(config: &Config) -> String {
         let scheme = if config.server.tls.is_some() { "https" } else { "http" };
         let listen = config.server.listen.replace("0.0.0.0:", "127.0.0.1:").replace("[::]:", "[::1]:");
         format!("{scheme}://{listen}")

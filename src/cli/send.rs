@@ -1,4 +1,5 @@
 //! `sonnette send`: one notification through a running service.
+#![expect(clippy::indexing_slicing, reason = "an index into a JSON value answers null for what is absent")]
 
 use std::path::PathBuf;
 
@@ -52,7 +53,7 @@ const LOOKS: u32 = 100;
 pub async fn run(common: &Common, args: &Args) -> anyhow::Result<()> {
     let url = match &args.url {
         Some(url) => url.clone(),
-        None => common.service_url(&common.config()?),
+        None => Common::service_url(&common.config()?),
     };
     let Some(key) = args.key.clone().or_else(|| common.variable("SONNETTE_API_KEY")) else {
         bail!(

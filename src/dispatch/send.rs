@@ -26,7 +26,7 @@ use crate::{
         delivery::{Chunk, Circumstances, Conclusion, DeliveryStatus, DeviceEffect, State, Target, conclude},
         device::{Address, DeviceSeq, DeviceToken},
         notification::Notification,
-        outcome::{Fault, Outcome, Reply, own},
+        outcome::{Busy, Fault, Outcome, Reply, own},
         push::{ApnsId, OnUnknown, Recipient},
         topic::Environment,
     },
@@ -100,7 +100,10 @@ struct Attempted {
     unique_id: Option<Box<str>>,
     environment: Option<Environment>,
     readdressed: Option<Box<Address>>,
-    answered: bool,
+    /// APNs answered, or may have.
+    moved: bool,
+    /// APNs got as far as looking at the push: it has no quarrel with the credential.
+    proves_credential: bool,
 }
 
 impl Sender {
@@ -142,7 +145,7 @@ impl Sender {
                 }
                 let round = self.round(&mut work, &head, &due, &mut addresses, read_at).await;
                 left = round.left;
-                unsent = if round.answered { 0 } else { unsent + 1 };
+                unsent = if round.moved { 0 } else { unsent + 1 };
                 if round.over {
                     return;
                 }
@@ -154,7 +157,7 @@ impl Sender {
                 work.probe = None;
             }
             let Some(next) = work.lease.chunk.next_try_at(now) else {
-                self.settle(&mut work, Disposition::Keep, Vec::new(), Vec::new()).await;
+                self.settle(&mut work, Disposition::Keep, Learned::default()).await;
                 return;
             };
             let now = self.guard.clock.now();
@@ -167,7 +170,7 @@ impl Sender {
                 Left::Open if next.since(now) > WAIT_IN_MEMORY => Disposition::Free { due_at: next },
                 Left::Open => Disposition::Keep,
             };
-            let settlement = self.settle(&mut work, disposition, Vec::new(), Vec::new()).await;
+            let settlement = self.settle(&mut work, disposition, Learned::default()).await;
             if settlement != Settlement::Done || disposition != Disposition::Keep {
                 return;
             }
@@ -196,7 +199,7 @@ impl Sender {
                 state.marked = true;
             }
         }
-        self.settle(work, Disposition::Keep, Vec::new(), Vec::new()).await
+        self.settle(work, Disposition::Keep, Learned::default()).await
     }
 
     fn park(&self, notification: &Notification, environment: Environment, now: Timestamp) -> Disposition {
@@ -207,14 +210,9 @@ impl Sender {
         }
     }
 
-    async fn settle(
-        &self,
-        work: &mut Work,
-        disposition: Disposition,
-        effects: Vec<(DeviceSeq, DeviceToken, DeviceEffect)>,
-        unique_ids: Vec<(u32, Box<str>)>,
-    ) -> Settlement {
+    async fn settle(&self, work: &mut Work, disposition: Disposition, learned: Learned) -> Settlement {
         let chunk = std::mem::take(&mut work.lease.chunk);
+        let Learned { effects, unique_ids } = learned;
         let progress =
             Progress { key: work.lease.key, epoch: work.lease.epoch, chunk, disposition, effects, unique_ids };
         let (progress, settlement) = self.settler.settle(progress).await;
@@ -241,87 +239,34 @@ impl Sender {
         addresses: &mut HashMap<DeviceSeq, Address>,
         read_at: Duration,
     ) -> Round {
-        let mut round = Round { left: Left::Open, answered: false, over: false };
+        let mut round = Round { left: Left::Open, moved: false, over: false };
+        let mut learned = Learned::default();
         let notification = Arc::clone(&work.lease.notification);
         let mut rest = due.iter().copied();
         let mut running = FuturesUnordered::new();
-        let mut effects = Vec::new();
-        let mut unique_ids = Vec::new();
         let mut settled_at = self.guard.clock.monotonic();
-        let (replica, probe) = (work.replica, work.probe);
-        let mut blocked = false;
+        // A probe is one push; the others wait for what it says.
+        let mut room = if work.probe.is_some() { 1 } else { IN_FLIGHT };
         loop {
-            while running.len() < IN_FLIGHT && !blocked && !self.stopping.is_cancelled() {
+            while running.len() < room && !self.stopping.is_cancelled() {
                 let Some(position) = rest.next() else { break };
-                let (Some(target), Some(state)) =
-                    (work.lease.chunk.targets.get(position), work.lease.chunk.states.get(position))
-                else {
-                    continue;
-                };
-                let address = match target {
-                    Target::Device { seq, .. } => addresses.get(seq).cloned(),
-                    Target::Token { .. } => None,
-                };
-                let attempt = Attempt {
-                    position,
-                    target: target.clone(),
-                    state: state.clone(),
-                    address,
-                    read_at,
-                    replica,
-                    probe: probe.is_some(),
-                };
-                running.push(self.attempt(Arc::clone(&notification), Arc::clone(head), attempt));
-                // A probe is one push; the others wait for what it says.
-                blocked = probe.is_some();
-            }
-            let Some(attempted) = running.next().await else { break };
-            round.answered |= attempted.answered;
-            if attempted.left == Left::Lost {
-                round.over = true;
-            }
-            round.left = round.left.max(attempted.left);
-            if let Some((environment, fault)) = &attempted.fault {
-                self.guard.board.trip(&notification.topic, *environment, fault, probe.is_some()).await;
-                round.left = round.left.max(Left::Blocked(*environment));
-            } else if let (Some(breaker), Some(environment), true) = (probe, attempted.environment, attempted.answered)
-            {
-                self.guard.board.close(&notification.topic, environment, breaker).await;
-                blocked = false;
-            }
-            if probe.is_some() && blocked && attempted.fault.is_none() {
-                // The probe found no answer at all: the breaker stays, and so does everything behind it.
-                if let Some(environment) = attempted.environment {
-                    round.left = round.left.max(Left::Blocked(environment));
+                if let Some(attempt) = attempt_at(work, addresses, position, read_at) {
+                    running.push(self.attempt(Arc::clone(&notification), Arc::clone(head), attempt));
                 }
             }
-            if !attempted.state.is_open() {
-                let reason = attempted.state.cause.as_ref().map_or("", |c| &c.reason).to_owned();
-                names::delivery_ended(
-                    notification.topic.as_str(),
-                    attempted.environment.map_or("", Environment::as_str),
-                    attempted.state.status.as_str(),
-                    &reason,
-                );
+            let Some(attempted) = running.next().await else { break };
+            if work.probe.is_some() {
+                room = self.judge_probe(work, &attempted, &mut round).await;
+            } else if let Some((environment, fault)) = &attempted.fault {
+                self.guard.board.trip(&notification.topic, *environment, fault, false).await;
+                round.left = round.left.max(Left::Blocked(*environment));
             }
-            if let Some(state) = work.lease.chunk.states.get_mut(attempted.position) {
-                *state = attempted.state;
-            }
-            if let Some(address) = attempted.readdressed {
-                addresses.insert(address.seq, *address);
-            }
-            effects.extend(attempted.effect);
-            if let Some(unique_id) = attempted.unique_id
-                && let Ok(position) = u32::try_from(attempted.position)
-            {
-                unique_ids.push((position, unique_id));
-            }
+            round.take(&notification, attempted, &mut work.lease.chunk, addresses, &mut learned);
             let now = self.guard.clock.monotonic();
             if !running.is_empty() && now.saturating_sub(settled_at) >= SETTLE_EVERY {
                 settled_at = now;
-                let effects = std::mem::take(&mut effects);
-                let unique_ids = std::mem::take(&mut unique_ids);
-                if self.settle(work, Disposition::Keep, effects, unique_ids).await != Settlement::Done {
+                let learned = std::mem::take(&mut learned);
+                if self.settle(work, Disposition::Keep, learned).await != Settlement::Done {
                     // What is in flight is still read to its end: a written push is never dropped.
                     while running.next().await.is_some() {}
                     round.over = true;
@@ -339,12 +284,36 @@ impl Sender {
         }
         if work.lease.chunk.is_done() {
             // The end and what was learned of devices in one commit.
-            self.settle(work, Disposition::Keep, effects, unique_ids).await;
+            self.settle(work, Disposition::Keep, learned).await;
             round.over = true;
-        } else if !(effects.is_empty() && unique_ids.is_empty()) {
-            round.over = self.settle(work, Disposition::Keep, effects, unique_ids).await != Settlement::Done;
+        } else if !learned.is_empty() {
+            round.over = self.settle(work, Disposition::Keep, learned).await != Settlement::Done;
         }
         round
+    }
+
+    /// What a probe's end says of the breaker. Returns how many pushes may be in flight now.
+    async fn judge_probe(&self, work: &mut Work, attempted: &Attempted, round: &mut Round) -> usize {
+        let topic = &work.lease.notification.topic;
+        match (work.probe, attempted.environment, &attempted.fault) {
+            (_, _, Some((environment, fault))) => {
+                self.guard.board.trip(topic, *environment, fault, true).await;
+                round.left = round.left.max(Left::Blocked(*environment));
+                0
+            }
+            (Some(breaker), Some(environment), None) if attempted.proves_credential => {
+                self.guard.board.close(topic, environment, breaker).await;
+                work.probe = None;
+                IN_FLIGHT
+            }
+            (_, Some(environment), None) => {
+                // No answer, or one that proves nothing: the breaker stays, and so does everything behind it.
+                round.left = round.left.max(Left::Blocked(environment));
+                0
+            }
+            // It ended before anything was sent; the others meet the breaker.
+            (_, None, None) => 0,
+        }
     }
 
     async fn attempt(&self, notification: Arc<Notification>, head: Arc<Head>, attempt: Attempt) -> Attempted {
@@ -359,7 +328,8 @@ impl Sender {
             unique_id: None,
             environment: None,
             readdressed: None,
-            answered: false,
+            moved: false,
+            proves_credential: false,
         };
         let now = self.guard.clock.now();
         if now >= notification.deadline() {
@@ -440,14 +410,12 @@ impl Sender {
         attempted: &mut Attempted,
     ) {
         let now = self.guard.clock.now();
-        attempted.answered = reply.answer.is_some() || reply.outcome == Outcome::Unknown;
+        attempted.moved = reply.answer.is_some() || reply.outcome == Outcome::Unknown;
+        attempted.proves_credential = proves_credential(&reply.outcome);
         if reply.outcome == Outcome::Fenced {
             match verdict {
                 Some(Verdict::End(status, cause)) => attempted.state.end(status, Some(cause), now),
-                Some(Verdict::Readdressed(address)) => {
-                    attempted.readdressed = Some(address);
-                    attempted.answered = true;
-                }
+                Some(Verdict::Readdressed(address)) => attempted.readdressed = Some(address),
                 Some(Verdict::Breaker) => attempted.left = Left::Blocked(environment),
                 Some(Verdict::NotOurs) => attempted.left = Left::Lost,
                 Some(Verdict::Unread) | None => attempted.left = Left::Later(PUT_BACK_FOR),
@@ -504,11 +472,79 @@ impl Sender {
     }
 }
 
+/// How a round went.
 struct Round {
     left: Left,
-    answered: bool,
+    /// Something came of it: an answer, an end, a new address.
+    moved: bool,
     /// The chunk has ended or is no longer ours: nothing more to do.
     over: bool,
+}
+
+/// What is to be settled beside the states.
+#[derive(Default)]
+struct Learned {
+    effects: Vec<(DeviceSeq, DeviceToken, DeviceEffect)>,
+    unique_ids: Vec<(u32, Box<str>)>,
+}
+
+impl Learned {
+    fn is_empty(&self) -> bool {
+        self.effects.is_empty() && self.unique_ids.is_empty()
+    }
+}
+
+impl Round {
+    /// Enters the end of one attempt.
+    fn take(
+        &mut self,
+        notification: &Notification,
+        attempted: Attempted,
+        chunk: &mut Chunk,
+        addresses: &mut HashMap<DeviceSeq, Address>,
+        learned: &mut Learned,
+    ) {
+        self.moved |= attempted.moved || !attempted.state.is_open() || attempted.readdressed.is_some();
+        self.over |= attempted.left == Left::Lost;
+        self.left = self.left.max(attempted.left);
+        if !attempted.state.is_open() {
+            let reason = attempted.state.cause.as_ref().map_or("", |c| &c.reason);
+            names::delivery_ended(
+                notification.topic.as_str(),
+                attempted.environment.map_or("", Environment::as_str),
+                attempted.state.status.as_str(),
+                reason,
+            );
+        }
+        if let Some(state) = chunk.states.get_mut(attempted.position) {
+            *state = attempted.state;
+        }
+        if let Some(address) = attempted.readdressed {
+            addresses.insert(address.seq, *address);
+        }
+        learned.effects.extend(attempted.effect);
+        if let Some(unique_id) = attempted.unique_id
+            && let Ok(position) = u32::try_from(attempted.position)
+        {
+            learned.unique_ids.push((position, unique_id));
+        }
+    }
+}
+
+fn attempt_at(
+    work: &Work,
+    addresses: &HashMap<DeviceSeq, Address>,
+    position: usize,
+    read_at: Duration,
+) -> Option<Attempt> {
+    let target = work.lease.chunk.targets.get(position)?.clone();
+    let state = work.lease.chunk.states.get(position)?.clone();
+    let address = match &target {
+        Target::Device { seq, .. } => addresses.get(seq).cloned(),
+        Target::Token { .. } => None,
+    };
+    let (replica, probe) = (work.replica, work.probe.is_some());
+    Some(Attempt { position, target, state, address, read_at, replica, probe })
 }
 
 struct Attempt {
@@ -557,6 +593,23 @@ fn environment(
         None => environments.iter().copied().find(|e| !state.refused_in(*e)),
     }
     .filter(|e| environments.contains(e))
+}
+
+/// Whether APNs looked at the push itself: it authenticates first. A server's trouble proves nothing.
+fn proves_credential(outcome: &Outcome) -> bool {
+    match outcome {
+        Outcome::Accepted
+        | Outcome::Rejected
+        | Outcome::BadToken
+        | Outcome::WrongTopic
+        | Outcome::Gone { .. }
+        | Outcome::Deferred { whose: Busy::Device, .. } => true,
+        Outcome::Deferred { whose: Busy::Server, .. }
+        | Outcome::Withheld(_)
+        | Outcome::Unsent
+        | Outcome::Unknown
+        | Outcome::Fenced => false,
+    }
 }
 
 /// Whether the device's row does not say it yet: a second broadcast on a day writes no device.

@@ -356,7 +356,11 @@ pub fn conclude(state: &State, reply: &Reply, with: Circumstances<'_>) -> Conclu
         }
         Outcome::Deferred { whose, after } => {
             next.cause = cause;
-            let delay = after.unwrap_or_else(|| spread(delay_after(*whose, next.attempts), with.jitter));
+            // "At once, elsewhere" has an end too.
+            let delay = match after {
+                Some(after) if !after.is_zero() || next.attempts <= AT_ONCE => *after,
+                Some(_) | None => spread(delay_after(*whose, next.attempts), with.jitter),
+            };
             retry_or_expire(&mut next, delay, with);
         }
         Outcome::Withheld(found) => {
@@ -389,6 +393,9 @@ fn cause_of(answer: &Answer) -> Option<Cause> {
     let reason = answer.reason.as_ref().map_or(Cow::Borrowed(""), |r| Cow::Owned(r.as_str().to_owned()));
     Some(Cause { apns_status: Some(answer.status), reason })
 }
+
+/// How many tries may follow at once when a server sends us elsewhere; then it counts as busy.
+const AT_ONCE: u32 = 3;
 
 /// The sheet's retry arithmetic, §14. `attempt` counts from 1.
 fn delay_after(whose: Busy, attempt: u32) -> Duration {
@@ -825,6 +832,18 @@ mod tests {
         };
         assert_eq!(after(77), 77);
         assert_eq!(after(7_700), 599);
+    }
+
+    #[test]
+    fn being_sent_elsewhere_at_once_has_an_end() {
+        let shutdown = reply(Outcome::Deferred { whose: Busy::Server, after: Some(Duration::ZERO) }, 503, "Shutdown");
+        let mut state = State::PENDING;
+        let mut delays = Vec::new();
+        for _ in 0..5 {
+            state = conclude(&state, &shutdown, circumstances()).state;
+            delays.push(state.retry_at.unwrap().since(NOW).as_secs());
+        }
+        assert_eq!(delays, [0, 0, 0, 120, 599]);
     }
 
     fn dictionary() -> Vec<Cause> {

@@ -13,9 +13,15 @@
 
 mod api;
 mod apns;
+mod breaker;
 mod database;
+mod kill;
 mod layers;
+mod ownership;
+mod process;
+mod provider_token;
 mod simulator;
 mod store;
 mod support;
+mod tour;
 mod tree;

@@ -55,6 +55,12 @@ impl Client {
         Self { http, base: format!("http://{address}"), key: key.map(str::to_owned) }
     }
 
+    /// Speaks HTTP/1.1.
+    pub(crate) fn new_http1(address: SocketAddr) -> Self {
+        let http = Legacy::builder(TokioExecutor::new()).build_http();
+        Self { http, base: format!("http://{address}"), key: None }
+    }
+
     /// The same caller with another key.
     pub(crate) fn with_key(&self, key: &str) -> Self {
         Self { key: Some(key.to_owned()), ..self.clone() }

@@ -3,4 +3,5 @@
 pub(crate) mod client;
 pub(crate) mod database;
 pub(crate) mod scratch;
+pub(crate) mod service;
 pub(crate) mod world;

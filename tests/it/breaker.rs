@@ -1,0 +1,114 @@
+//! A mistake of ours never kills a token (promise 5): a refused credential stops by itself and resumes by itself.
+
+use std::{sync::Arc, time::Duration};
+
+use serde_json::{Value, json};
+use sonnette::domain::clock::{ManualClock, Timestamp};
+
+use crate::support::{
+    database::on_both_stores,
+    world::{KEY_ID, TEAM, World, until},
+};
+
+fn token(number: usize) -> String {
+    format!("{number:064x}")
+}
+
+/// Lets time pass, a second at a time and slowly enough for heartbeats, until a condition holds.
+async fn ticking<T, F: Future<Output = Option<T>>>(clock: &ManualClock, what: &str, mut look: impl FnMut() -> F) -> T {
+    until(what, || {
+        clock.advance(Duration::from_secs(1));
+        let look = look();
+        async move {
+            tokio::time::sleep(Duration::from_millis(30)).await;
+            look.await
+        }
+    })
+    .await
+}
+
+async fn accepted(world: &World) -> u64 {
+    world.sim.ledger().counters().accepted
+}
+
+on_both_stores! {
+    async fn a_key_of_the_wrong_team_costs_a_handful_of_requests_and_no_device(database) {
+        const QUEUED: u64 = 1_000;
+        const DEVICES: usize = 10;
+        let clock = Arc::new(ManualClock::new(Timestamp::from_seconds(1_795_000_000)));
+        let world = World::with(database, Arc::clone(&clock) as _, "").await;
+        for number in 0..DEVICES {
+            world.device(&token(number), Some(&format!("user-{number}"))).await;
+        }
+        world.sim.keys().set_team(KEY_ID, "ZZZZZ99999").unwrap();
+        let sends = (0..QUEUED).map(|n| world.send(json!({ "user_ids": [format!("user-{}", n % DEVICES as u64)] })));
+        let ids = futures_util::future::join_all(sends).await;
+
+        let check = ticking(&clock, "health names the fault", || world.check("apns:breaker", "production")).await;
+        assert_eq!(check["status"], "fail");
+        assert!(check["output"].as_str().unwrap().contains("InvalidProviderToken"), "{check}");
+        assert!(check["advice"].as_str().unwrap().contains("team_id"), "the cure is named: {check}");
+        let health = world.server.get("/health").await;
+        assert_eq!((health.status.as_u16(), health.body["status"].as_str()), (200, Some("warn")));
+
+        // Everything is parked, and ten minutes pass.
+        ticking(&clock, "all of it waits for the breaker", || async {
+            let page = world.server.get("/v1/notifications?limit=1000").await.ok();
+            let waiting = |n: &Value| n["waiting_for"]["reason"].as_str().is_some_and(|r| r.contains("InvalidProviderToken"));
+            page["items"].as_array().unwrap().iter().all(waiting).then_some(())
+        })
+        .await;
+        for _ in 0..600 {
+            clock.advance(Duration::from_secs(1));
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let requests = world.sim.ledger().counters().requests;
+        assert!(requests <= 12, "a handful of requests in ten minutes, not {requests}");
+        assert_eq!(accepted(&world).await, 0);
+        let devices = world.server.get("/v1/devices?limit=1000").await.ok();
+        assert!(devices["items"].as_array().unwrap().iter().all(|d| d["status"] == "active"), "no device is touched");
+        let seen = world.notification(&ids[0]).await;
+        assert_eq!((seen["counts"]["pending"].as_u64(), seen["counts"]["failed"].as_u64()), (Some(1), Some(0)));
+
+        world.sim.keys().set_team(KEY_ID, TEAM).unwrap();
+        ticking(&clock, "everything has left", || async { (accepted(&world).await == QUEUED).then_some(()) }).await;
+        for id in ids {
+            ticking(&clock, "it is done", || async {
+                (world.notification(&id).await["counts"]["accepted"] == 1).then_some(())
+            })
+            .await;
+        }
+        assert_eq!(world.sim.ledger().repeats().len(), 0, "and nothing twice");
+        assert!(world.check("apns:breaker", "production").await.is_none());
+    }
+
+    async fn work_that_expires_behind_a_breaker_ends_as_expired(database) {
+        let clock = Arc::new(ManualClock::new(Timestamp::from_seconds(1_795_000_000)));
+        let world = World::with(database, Arc::clone(&clock) as _, "").await;
+        world.device(&token(1), Some("user-1")).await;
+        world.sim.keys().set_team(KEY_ID, "ZZZZZ99999").unwrap();
+        let id = world.send_with(json!({ "user_ids": ["user-1"] }), json!({ "ttl_seconds": 45 })).await;
+        let seen = ticking(&clock, "it has ended", || async {
+            let seen = world.notification(&id).await;
+            (seen["status"] == "done").then_some(seen)
+        })
+        .await;
+        assert_eq!(seen["counts"]["expired"], 1, "{seen}");
+    }
+
+    async fn another_apps_work_is_not_concerned(database) {
+        let clock = Arc::new(ManualClock::new(Timestamp::from_seconds(1_795_000_000)));
+        let more = "[[app]]\ntopic = \"fr.ocpizza.shop\"\nteam_id = \"ABCDE12345\"\nkey_id = \"OTHERKEY01\"\nkey_file = \"key.p8\"";
+        let world = World::with(database, Arc::clone(&clock) as _, more).await;
+        world.device(&token(1), Some("user-1")).await;
+        world.sim.keys().set_team(KEY_ID, "ZZZZZ99999").unwrap();
+        world.send(json!({ "user_ids": ["user-1"] })).await;
+        let body = json!({ "topic": "fr.ocpizza.shop", "token": token(2), "user_id": "user-1" });
+        world.server.post("/v1/devices", &body).await.ok();
+        ticking(&clock, "the breaker is open", || world.check("apns:breaker", "livreur")).await;
+        let body = json!({ "topic": "fr.ocpizza.shop", "to": { "user_ids": ["user-1"] }, "payload": { "aps": { "alert": "x" } } });
+        let id = world.server.post("/v1/notifications", &body).await.ok()["id"].as_str().unwrap().to_owned();
+        assert_eq!(world.done(&id).await["counts"]["accepted"], 1);
+        assert!(world.check("apns:breaker", "shop").await.is_none());
+    }
+}
