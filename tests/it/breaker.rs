@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use serde_json::{Value, json};
-use sonnette::domain::clock::{ManualClock, Timestamp};
+use sonnette::domain::clock::{Clock, ManualClock, Timestamp};
 
 use crate::support::{
     database::on_both_stores,
@@ -14,13 +14,27 @@ fn token(number: usize) -> String {
     format!("{number:064x}")
 }
 
-/// Lets time pass, a second at a time and slowly enough for heartbeats, until a condition holds.
-async fn ticking<T, F: Future<Output = Option<T>>>(clock: &ManualClock, what: &str, mut look: impl FnMut() -> F) -> T {
+/// Lets about a second pass, until the service's heart has beaten: time that leaps ahead of the heart would make the
+/// service distrust its own leases, as it should.
+async fn tick(world: &World, clock: &ManualClock) {
+    let beat = || async { world.app().store().replicas().await.unwrap()[0].beat };
+    let before = beat().await;
+    until("the heart beats", || {
+        clock.advance(Duration::from_millis(250));
+        async { (beat().await > before).then_some(()) }
+    })
+    .await;
+}
+
+/// Lets time pass until a condition holds.
+async fn ticking<T, F>(world: &World, clock: &ManualClock, what: &str, mut look: impl FnMut() -> F) -> T
+where
+    F: Future<Output = Option<T>>,
+{
     until(what, || {
-        clock.advance(Duration::from_secs(1));
         let look = look();
         async move {
-            tokio::time::sleep(Duration::from_millis(30)).await;
+            tick(world, clock).await;
             look.await
         }
     })
@@ -44,7 +58,7 @@ on_both_stores! {
         let sends = (0..QUEUED).map(|n| world.send(json!({ "user_ids": [format!("user-{}", n % DEVICES as u64)] })));
         let ids = futures_util::future::join_all(sends).await;
 
-        let check = ticking(&clock, "health names the fault", || world.check("apns:breaker", "production")).await;
+        let check = ticking(&world, &clock, "health names the fault", || world.check("apns:breaker", "production")).await;
         assert_eq!(check["status"], "fail");
         assert!(check["output"].as_str().unwrap().contains("InvalidProviderToken"), "{check}");
         assert!(check["advice"].as_str().unwrap().contains("team_id"), "the cure is named: {check}");
@@ -52,15 +66,15 @@ on_both_stores! {
         assert_eq!((health.status.as_u16(), health.body["status"].as_str()), (200, Some("warn")));
 
         // Everything is parked, and ten minutes pass.
-        ticking(&clock, "all of it waits for the breaker", || async {
+        ticking(&world, &clock, "all of it waits for the breaker", || async {
             let page = world.server.get("/v1/notifications?limit=1000").await.ok();
             let waiting = |n: &Value| n["waiting_for"]["reason"].as_str().is_some_and(|r| r.contains("InvalidProviderToken"));
             page["items"].as_array().unwrap().iter().all(waiting).then_some(())
         })
         .await;
-        for _ in 0..600 {
-            clock.advance(Duration::from_secs(1));
-            tokio::time::sleep(Duration::from_millis(5)).await;
+        let later = clock.now().plus(Duration::from_secs(600));
+        while clock.now() < later {
+            tick(&world, &clock).await;
         }
         let requests = world.sim.ledger().counters().requests;
         assert!(requests <= 12, "a handful of requests in ten minutes, not {requests}");
@@ -71,9 +85,9 @@ on_both_stores! {
         assert_eq!((seen["counts"]["pending"].as_u64(), seen["counts"]["failed"].as_u64()), (Some(1), Some(0)));
 
         world.sim.keys().set_team(KEY_ID, TEAM).unwrap();
-        ticking(&clock, "everything has left", || async { (accepted(&world).await == QUEUED).then_some(()) }).await;
+        ticking(&world, &clock, "everything has left", || async { (accepted(&world).await == QUEUED).then_some(()) }).await;
         for id in ids {
-            ticking(&clock, "it is done", || async {
+            until("it is done", || async {
                 (world.notification(&id).await["counts"]["accepted"] == 1).then_some(())
             })
             .await;
@@ -88,7 +102,7 @@ on_both_stores! {
         world.device(&token(1), Some("user-1")).await;
         world.sim.keys().set_team(KEY_ID, "ZZZZZ99999").unwrap();
         let id = world.send_with(json!({ "user_ids": ["user-1"] }), json!({ "ttl_seconds": 45 })).await;
-        let seen = ticking(&clock, "it has ended", || async {
+        let seen = ticking(&world, &clock, "it has ended", || async {
             let seen = world.notification(&id).await;
             (seen["status"] == "done").then_some(seen)
         })
@@ -105,7 +119,7 @@ on_both_stores! {
         world.send(json!({ "user_ids": ["user-1"] })).await;
         let body = json!({ "topic": "fr.ocpizza.shop", "token": token(2), "user_id": "user-1" });
         world.server.post("/v1/devices", &body).await.ok();
-        ticking(&clock, "the breaker is open", || world.check("apns:breaker", "livreur")).await;
+        ticking(&world, &clock, "the breaker is open", || world.check("apns:breaker", "livreur")).await;
         let body = json!({ "topic": "fr.ocpizza.shop", "to": { "user_ids": ["user-1"] }, "payload": { "aps": { "alert": "x" } } });
         let id = world.server.post("/v1/notifications", &body).await.ok()["id"].as_str().unwrap().to_owned();
         assert_eq!(world.done(&id).await["counts"]["accepted"], 1);

@@ -43,7 +43,11 @@ fn let_go(world: &World) {
 }
 
 fn pushes_to(world: &World, token: &str) -> usize {
-    world.sim.ledger().pushes(&PushQuery { token: Some(token.into()), limit: 1_000, ..PushQuery::default() }).len()
+    world
+        .sim
+        .ledger()
+        .pushes(&PushQuery { token: Some(token.into()), limit: Some(1_000), ..PushQuery::default() })
+        .len()
 }
 
 on_both_stores! {

@@ -23,11 +23,15 @@ async fn no_connection_changes_its_token_within_21_minutes_and_none_is_older_tha
     world.device(&"ab".repeat(32), Some("rider")).await;
     let end = clock.now().plus(Duration::from_secs(6 * 3600));
     let mut sent = 0_u64;
+    // Connections open at many different moments of a token's life, and some live long.
+    let mut lives = [1, 2, 3, 20, 5, 17, 9, 30].into_iter().cycle();
+    let mut left = 4;
     while clock.now() < end {
-        // Connections open at many different moments of a token's life.
-        if sent % 7 == 3 {
+        if left == 0 {
             world.sim.gates().close(Environment::Production, None);
+            left = lives.next().unwrap();
         }
+        left -= 1;
         clock.advance(Duration::from_secs(3 * 60 + 17));
         let id = world.send_with(json!({ "user_ids": ["rider"] }), json!({ "ttl_seconds": 3600 })).await;
         sent += 1;
@@ -40,7 +44,7 @@ async fn no_connection_changes_its_token_within_21_minutes_and_none_is_older_tha
     }
     let ledger = world.sim.ledger();
     let connections = ledger.connections();
-    assert!(connections.len() > 10 && sent > 80, "{} connections, {sent} pushes", connections.len());
+    assert!(connections.len() > 6 && sent > 80, "{} connections, {sent} pushes", connections.len());
     let mut switches = 0;
     for connection in &connections {
         let times: Vec<i64> = connection.token_switches.iter().map(|s| s.at.as_millis()).collect();
