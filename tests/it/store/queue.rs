@@ -626,6 +626,10 @@ on_both_stores! {
         world.settle(&leases[0], &done, Disposition::Keep).await;
         assert!(newer(old.id).await.unwrap() && newer(failed.id).await.unwrap());
         assert!(!newer(gone.id).await.unwrap());
+        world.accept(make("u", 0)).await;
+        assert!(newer(gone.id).await.unwrap());
+        world.store.hold(world.now()).await.unwrap();
+        assert!(!newer(gone.id).await.unwrap(), "what is held is not going");
         let others: sonnette::domain::push::CollapseId = "order-7".parse().unwrap();
         assert!(!world.store.superseded(phone.seq, &topic(), &others, old.id).await.unwrap());
     }
