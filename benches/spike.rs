@@ -69,22 +69,21 @@ async fn main() {
         match argument.as_str() {
             "--url" => url = arguments.next(),
             "--devices" => {
-                devices = arguments.next().and_then(|n| n.parse().ok()).unwrap_or_else(|| panic!("--devices N"))
+                devices = arguments.next().and_then(|n| n.parse().ok()).unwrap_or_else(|| panic!("--devices N"));
             }
             "--bench" => {}
             other => panic!("unknown: {other}; known: --url URL, --devices N"),
         }
     }
     let mut private = None;
-    let url = match url {
-        Some(url) => url,
-        None => {
-            let server = support::database::PrivateServer::start().await;
-            let database = server.database().await;
-            let url = database.url().to_owned();
-            private = Some((server, database));
-            url
-        }
+    let url = if let Some(url) = url {
+        url
+    } else {
+        let server = support::database::PrivateServer::start().await;
+        let database = server.database().await;
+        let url = database.url().to_owned();
+        private = Some((server, database));
+        url
     };
     let mut conn = MySqlConnection::connect(&url).await.unwrap();
     let variable = durable(&mut conn).await;

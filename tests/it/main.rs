@@ -8,6 +8,7 @@
     clippy::panic,
     clippy::indexing_slicing,
     clippy::print_stderr,
+    clippy::disallowed_methods,
     reason = "helpers of tests: a failure is to stop the test and say where"
 )]
 
@@ -17,6 +18,7 @@ mod breaker;
 mod database;
 mod kill;
 mod layers;
+mod lost;
 mod ownership;
 mod process;
 mod provider_token;
