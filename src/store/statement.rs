@@ -173,6 +173,13 @@ impl Statement {
     pub(super) fn keys<'k>(&mut self, kind: Kind, keys: impl IntoIterator<Item = &'k ChunkKey>) -> &mut Self {
         let mut rows: Vec<Vec<Value>> =
             keys.into_iter().map(|key| vec![id_value(key.notification.as_uuid()), key.number.into()]).collect();
+        // MariaDB finds one row by `(a, b) IN ((?, ?))` in a SELECT, and reads the whole table in an UPDATE.
+        if let [one] = rows.as_slice()
+            && let [notification, number] = one.as_slice()
+        {
+            self.push("notification_id = ").bind(notification.clone());
+            return self.push(" AND number = ").bind(number.clone());
+        }
         if let Some(last) = rows.last().cloned() {
             rows.resize(rows.len().next_power_of_two(), last);
         }
