@@ -91,7 +91,11 @@ impl Api {
         let mut key = HeaderValue::try_from(format!("Bearer {key}")).expect("a header");
         key.set_sensitive(true);
         let (devices, concurrency) = (settings.devices, settings.concurrency);
-        Self { lines, url: format!("http://{address}"), key, devices, concurrency }
+        let api = Self { lines, url: format!("http://{address}"), key, devices, concurrency };
+        // One request alone, so that `serve` knows the key: a burst with one it has not met since its start is partly
+        // answered `429 Too many requests with unknown API keys`.
+        api.is_settled(jiff::Timestamp::now()).await;
+        api
     }
 
     fn request(&self, method: Method, path: &str) -> Request<()> {
