@@ -69,8 +69,8 @@ pub enum AppError {
     #[error("[apns]")]
     Gateway(#[from] BuildError),
     /// An identity key.
-    #[error(transparent)]
-    Identity(#[from] http::BadIdentityKey),
+    #[error("{0}")]
+    Identity(String),
     /// The certificate of the listener.
     #[error("[server.tls]: {0}")]
     Tls(String),
@@ -334,23 +334,16 @@ fn apns_settings(config: &Config) -> Result<client::Settings, AppError> {
 
 /// What the API must know of apps: no secret among it.
 fn catalogue(config: &Config) -> Result<http::Catalogue, AppError> {
-    let mut apps = Vec::new();
+    let mut catalogue = http::Catalogue::default();
     for app in &config.apps {
-        let keys = app
-            .identity_keys
-            .iter()
-            .map(|key| Ok(http::IdentityKey { kid: key.kid.clone(), pem: read_text(&key.public_key_file)? }));
-        let known = http::App {
-            environments: app.environments.iter().copied().collect(),
-            identity: match app.identity {
-                config::Identity::Required => http::Identity::Required,
-                config::Identity::Optional => http::Identity::Optional,
-            },
-            identity_keys: keys.collect::<Result<_, AppError>>()?,
-        };
-        apps.push((app.topic.clone(), known));
+        let mut keys = Vec::new();
+        for key in &app.identity_keys {
+            keys.push((key.kid.clone(), read_text(&key.public_key_file)?));
+        }
+        let required = app.identity == config::Identity::Required;
+        catalogue.add(&app.topic, &app.environments, required, &keys).map_err(AppError::Identity)?;
     }
-    Ok(http::Catalogue::new(apps)?)
+    Ok(catalogue)
 }
 
 /// This process among others.

@@ -25,5 +25,6 @@ CREATE TABLE IF NOT EXISTS devices (
     UNIQUE KEY devices_token (topic, token),
     KEY devices_user (user_id, topic),                  -- user_ids audiences, lists
     KEY devices_installation (installation_id, topic),  -- replaced tokens, log-out
+    KEY devices_topic (topic, seq),                     -- everyone's devices of one app, lists by app
     CONSTRAINT devices_status CHECK (status IN ('active', 'inactive', 'suspended'))
 ) ENGINE=InnoDB DEFAULT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin;

@@ -416,7 +416,7 @@ impl Lint {
                         );
                     }
                 }
-                Some((_, types)) if types.is_empty() => {
+                Some((_, [])) => {
                     self.warning(&pointer, "obsolete", format!("`{key}` is no key of `aps`: it is ignored."));
                 }
                 Some(_) if matches!(value, Node::Null) => {
@@ -726,16 +726,29 @@ impl Lint {
         }
         let starts = event == "start";
         match present(aps.get("alert")) {
-            Some(alert) => {
-                if self.alert(alert, true) == 0 && starts {
-                    self.error(ALERT, "nothing_to_show", "`start` needs an `alert` with a title and a body.");
-                }
+            Some(alert) if self.alert(alert, true) == 0 && starts => {
+                self.error(ALERT, "nothing_to_show", "`start` needs an `alert` with a title and a body.");
             }
             None if starts => {
                 self.error(ALERT, "required", "`start` needs an `alert` with a title and a body.");
             }
-            None => {}
+            Some(_) | None => {}
         }
+        self.start_of_live_activity(aps, starts);
+        if event != "end" && present(aps.get("dismissal-date")).is_some() {
+            self.warning(
+                &member(APS, "dismissal-date"),
+                "ignored",
+                "`dismissal-date` matters only when `event` is `end`.",
+            );
+        }
+        if !matches!(present(aps.get("relevance-score")), None | Some(Node::Number(_))) {
+            self.error(&member(APS, "relevance-score"), "type", "`relevance-score` must be a number.");
+        }
+    }
+
+    /// What belongs to the start alone.
+    fn start_of_live_activity(&mut self, aps: &Node, starts: bool) {
         if starts {
             if !matches!(present(aps.get("attributes-type")), Some(Node::String(_))) {
                 self.error(
@@ -770,16 +783,6 @@ impl Lint {
                     );
                 }
             }
-        }
-        if event != "end" && present(aps.get("dismissal-date")).is_some() {
-            self.warning(
-                &member(APS, "dismissal-date"),
-                "ignored",
-                "`dismissal-date` matters only when `event` is `end`.",
-            );
-        }
-        if !matches!(present(aps.get("relevance-score")), None | Some(Node::Number(_))) {
-            self.error(&member(APS, "relevance-score"), "type", "`relevance-score` must be a number.");
         }
     }
 
@@ -856,6 +859,9 @@ mod tests {
         Payload::parse(raw, push_type).unwrap().1.into_iter().map(|f| (f.pointer, f.code)).collect()
     }
 
+    /// A push type, a payload, and the pointers and codes that it gets.
+    type Case = (PushType, &'static str, &'static [(&'static str, &'static str)]);
+
     /// The examples of the protocol sheet, §5.6.
     const RIGHT: &[(PushType, &str)] = &[
         (
@@ -922,7 +928,7 @@ mod tests {
     #[test]
     fn what_the_device_would_ignore_is_refused_with_a_pointer() {
         use PushType::{Alert, Background, Controls, LiveActivity, Mdm, Widgets};
-        let wrong: &[(PushType, &str, &[(&str, &str)])] = &[
+        let wrong: &[Case] = &[
             (Alert, "[]", &[("/payload", "type")]),
             (Alert, "\"aps\"", &[("/payload", "type")]),
             (Alert, "{}", &[("/payload/aps", "required")]),
@@ -1059,7 +1065,7 @@ mod tests {
     #[test]
     fn the_suspicious_is_told_and_accepted() {
         use PushType::{Alert, LiveActivity, Voip};
-        let cases: &[(PushType, &str, &[(&str, &str)])] = &[
+        let cases: &[Case] = &[
             (
                 Alert,
                 r#"{"aps":{"alert":{"title":"a","boddy":"b","summary-arg":"c"}}}"#,

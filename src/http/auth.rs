@@ -165,7 +165,7 @@ impl Keys {
                 return Ok(Some(key));
             }
             if failed_at.is_some_and(|at| now().saturating_sub(at) < AFTER_FAILURE) {
-                return stale(remembered, staleness).ok_or_else(unavailable);
+                return stale(remembered, staleness).map(Some).ok_or_else(unavailable);
             }
             let began = now();
             let read = store.api_key(id).await;
@@ -189,7 +189,7 @@ impl Keys {
                 }
                 Ok(key)
             }
-            Err(error) => stale(remembered, staleness).ok_or_else(|| error.into()),
+            Err(error) => stale(remembered, staleness).map(Some).ok_or_else(|| error.into()),
         }
     }
 
@@ -199,8 +199,8 @@ impl Keys {
 }
 
 /// The remembered key where any age will do.
-fn stale(remembered: Option<(Arc<ApiKey>, Duration)>, staleness: Staleness) -> Option<Option<Arc<ApiKey>>> {
-    remembered.filter(|_| staleness == Staleness::Any).map(|(key, _)| Some(key))
+fn stale(remembered: Option<(Arc<ApiKey>, Duration)>, staleness: Staleness) -> Option<Arc<ApiKey>> {
+    remembered.filter(|_| staleness == Staleness::Any).map(|(key, _)| key)
 }
 
 fn unavailable() -> Problem {

@@ -25,38 +25,6 @@ pub enum Identity {
     Optional,
 }
 
-/// A public key that signs identity tokens of an app.
-#[derive(Debug, Clone)]
-pub struct IdentityKey {
-    /// Its name in the header of a token.
-    pub kid: String,
-    /// P-256, as `-----BEGIN PUBLIC KEY-----`.
-    pub pem: String,
-}
-
-/// An app as it is configured.
-#[derive(Debug, Clone)]
-pub struct App {
-    /// Where it has a key.
-    pub environments: BTreeSet<Environment>,
-    /// Whether a `user_id` needs proof.
-    pub identity: Identity,
-    /// Whose tokens are believed, beside those of Sonnette itself.
-    pub identity_keys: Vec<IdentityKey>,
-}
-
-/// An identity key that cannot be used.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("identity key `{kid}` of app `{topic}`: {what}")]
-pub struct BadIdentityKey {
-    /// Which app.
-    pub topic: Topic,
-    /// Which key.
-    pub kid: String,
-    /// What is wrong with it.
-    pub what: &'static str,
-}
-
 /// All configured apps, their keys read. Made once, when the service starts.
 #[derive(Debug, Default)]
 pub struct Catalogue {
@@ -87,42 +55,46 @@ impl Known {
 }
 
 impl Catalogue {
-    /// Reads the apps. One that is listed twice, for two environments, becomes one with both.
+    /// Enters an app, with the public keys whose identity tokens are believed: their `kid`, and P-256 in PEM. An app
+    /// that is entered twice, for two environments, has both; where the two disagree, the stricter one counts.
     ///
     /// # Errors
     /// If a key is no P-256 public key, has a name that is taken, or the name of Sonnette's own.
-    pub fn new(apps: impl IntoIterator<Item = (Topic, App)>) -> Result<Self, BadIdentityKey> {
-        let mut known: BTreeMap<Topic, Known> = BTreeMap::new();
-        for (topic, app) in apps {
-            let entry = known.entry(topic.clone()).or_insert_with(|| Known {
-                environments: BTreeSet::new(),
-                identity: app.identity,
-                keys: BTreeMap::new(),
-            });
-            entry.environments.extend(app.environments);
-            // Where two tables of one app disagree, the stricter one counts.
-            if app.identity == Identity::Required {
-                entry.identity = Identity::Required;
+    pub fn add(
+        &mut self,
+        topic: &Topic,
+        environments: &[Environment],
+        identity_required: bool,
+        keys: &[(String, String)],
+    ) -> Result<(), String> {
+        let known = self.apps.entry(topic.clone()).or_insert_with(|| Known {
+            environments: BTreeSet::new(),
+            identity: Identity::Optional,
+            keys: BTreeMap::new(),
+        });
+        known.environments.extend(environments);
+        if identity_required {
+            known.identity = Identity::Required;
+        }
+        for (kid, pem) in keys {
+            let bad = |what| Err(format!("the identity key `{kid}` of `{topic}` cannot be used: {what}"));
+            if kid == OWN_KEY_ID {
+                return bad("this name is kept for the tokens that Sonnette mints; choose another `kid`");
             }
-            for key in app.identity_keys {
-                let bad = |what| BadIdentityKey { topic: topic.clone(), kid: key.kid.clone(), what };
-                if key.kid == OWN_KEY_ID {
-                    return Err(bad("this name is kept for the tokens that Sonnette mints: choose another `kid`"));
-                }
-                let public = PublicKey::from_public_key_pem(&key.pem)
-                    .map_err(|_| bad("not a P-256 public key in PEM (`-----BEGIN PUBLIC KEY-----`)"))?;
-                let bytes = public.to_sec1_bytes();
-                let decoding = DecodingKey::from_ec_der(&bytes);
-                let same = entry
-                    .keys
-                    .get(&key.kid)
-                    .is_some_and(|other| other.try_get_as_bytes().ok().is_some_and(|other| *other == *bytes));
-                if !same && entry.keys.insert(key.kid.clone(), decoding).is_some() {
-                    return Err(bad("two keys have this name"));
+            let Ok(public) = PublicKey::from_public_key_pem(pem) else {
+                return bad("it is not a P-256 public key in PEM (`-----BEGIN PUBLIC KEY-----`)");
+            };
+            let bytes = public.to_sec1_bytes();
+            let same = |other: &DecodingKey| other.try_get_as_bytes().is_ok_and(|other| *other == *bytes);
+            match known.keys.get(kid) {
+                Some(other) if same(other) => {}
+                Some(_) => return bad("another key has this name"),
+                None => {
+                    known.keys.insert(kid.clone(), DecodingKey::from_ec_der(&bytes));
                 }
             }
         }
-        Ok(Self { apps: known })
+        Ok(())
     }
 
     pub(super) fn app(&self, topic: &Topic) -> Option<&Known> {
@@ -131,14 +103,11 @@ impl Catalogue {
 
     /// What to tell somebody who named an app that is not configured. `whole` names those that are.
     pub(super) fn unknown(&self, topic: &Topic, whole: bool) -> String {
-        let bundle = PushType::ALL
-            .iter()
-            .filter_map(|push_type| {
-                let suffix = Some(push_type.topic_suffix()).filter(|suffix| !suffix.is_empty())?;
-                let bundle: Topic = topic.as_str().strip_suffix(suffix)?.parse().ok()?;
-                self.apps.contains_key(&bundle).then_some((bundle, suffix, *push_type))
-            })
-            .next();
+        let bundle = PushType::ALL.iter().find_map(|push_type| {
+            let suffix = Some(push_type.topic_suffix()).filter(|suffix| !suffix.is_empty())?;
+            let bundle: Topic = topic.as_str().strip_suffix(suffix)?.parse().ok()?;
+            self.apps.contains_key(&bundle).then_some((bundle, suffix, *push_type))
+        });
         if let Some((bundle, suffix, push_type)) = bundle.filter(|_| whole) {
             return format!(
                 "`topic` is always the app's bundle id: write `{bundle}` and `push_type` `{push_type}`; `{suffix}` is added for you."

@@ -101,13 +101,11 @@ impl<'a> Value<'a> {
         if !inner.contains('\\') {
             return Some(Cow::Borrowed(inner));
         }
-        match serde_json::from_str::<String>(self.raw) {
-            Ok(text) => Some(Cow::Owned(text)),
-            Err(_) => {
-                self.fault(faults, "invalid", "An escape in this string stands for no character.");
-                None
-            }
+        let text = serde_json::from_str::<String>(self.raw).ok();
+        if text.is_none() {
+            self.fault(faults, "invalid", "An escape in this string stands for no character.");
         }
+        text.map(Cow::Owned)
     }
 
     /// A string that is one of ours.

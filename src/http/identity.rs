@@ -239,15 +239,10 @@ fn numeric_date(value: &Value) -> Option<Timestamp> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-
     use p256::pkcs8::{EncodePublicKey, LineEnding};
 
     use super::*;
-    use crate::{
-        domain::topic::Environment,
-        http::catalogue::{App, Catalogue, Identity, IdentityKey},
-    };
+    use crate::{domain::topic::Environment, http::catalogue::Catalogue};
 
     const NOW: Timestamp = Timestamp::from_seconds(1_795_000_000);
 
@@ -261,16 +256,11 @@ mod tests {
     fn shop() -> Shop {
         let topic: Topic = "fr.ocpizza.livreur".parse().unwrap();
         let secret = SecretKey::try_generate().unwrap();
-        let app = App {
-            environments: BTreeSet::from([Environment::Production]),
-            identity: Identity::Required,
-            identity_keys: vec![IdentityKey {
-                kid: "shop-1".into(),
-                pem: secret.public_key().to_public_key_pem(LineEnding::LF).unwrap(),
-            }],
-        };
+        let pem = secret.public_key().to_public_key_pem(LineEnding::LF).unwrap();
+        let mut catalogue = Catalogue::default();
+        catalogue.add(&topic, &[Environment::Production], true, &[("shop-1".into(), pem)]).unwrap();
         Shop {
-            catalogue: Catalogue::new([(topic.clone(), app)]).unwrap(),
+            catalogue,
             topic,
             key: EncodingKey::from_ec_der(secret.to_pkcs8_der().unwrap().as_bytes()),
             own: Own::from_pkcs8(&fresh().unwrap()).unwrap(),
@@ -373,12 +363,9 @@ mod tests {
     fn a_catalogue_refuses_keys_that_cannot_be_used() {
         let topic: Topic = "fr.ocpizza.livreur".parse().unwrap();
         let of = |kid: &str, pem: &str| {
-            let app = App {
-                environments: BTreeSet::from([Environment::Production]),
-                identity: Identity::Optional,
-                identity_keys: vec![IdentityKey { kid: kid.into(), pem: pem.into() }],
-            };
-            Catalogue::new([(topic.clone(), app)]).unwrap_err().to_string()
+            Catalogue::default()
+                .add(&topic, &[Environment::Production], false, &[(kid.into(), pem.into())])
+                .unwrap_err()
         };
         assert!(of("shop", "nonsense").contains("not a P-256 public key"));
         assert!(of("sonnette", "").contains("choose another `kid`"));

@@ -33,11 +33,10 @@ use axum::{
     routing::{delete, get, post},
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::sync::CancellationToken;
 use tower_http::catch_panic::CatchPanicLayer;
 
-pub use catalogue::{App, BadIdentityKey, Catalogue, Identity, IdentityKey};
-
-use tokio_util::sync::CancellationToken;
+pub use catalogue::Catalogue;
 
 use crate::{
     domain::clock::Clock,

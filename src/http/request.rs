@@ -223,6 +223,7 @@ fn known(method: &Method) -> &'static str {
 }
 
 /// The answer to a request whose handler panicked: a bug of ours.
+#[expect(clippy::needless_pass_by_value, reason = "the signature of tower-http's handler")]
 pub(super) fn panicked(panic: Box<dyn Any + Send>) -> Response {
     let message = panic
         .downcast_ref::<String>()

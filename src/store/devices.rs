@@ -20,7 +20,7 @@ use crate::domain::{
         ActivityId, Address, Device, DeviceId, DeviceSeq, DeviceStatus, DeviceToken, Field, InstallationId,
         Registration, Tag,
     },
-    topic::Topic,
+    topic::{Environment, Topic},
 };
 
 /// The reason of a row whose token another row of its installation has followed.
@@ -398,8 +398,8 @@ on_both! {
             .bind(blob(is.user_id.as_ref()))
             .bind(is.generation.0 - was.generation.0)
             .bind(blob(is.installation_id.as_ref()))
-            .bind(is.environment.map(|e| e.as_str()))
-            .bind(is.environment_named.map(|e| e.as_str()))
+            .bind(is.environment.map(Environment::as_str))
+            .bind(is.environment_named.map(Environment::as_str))
             .bind(blob(is.locale.as_ref()))
             .bind(blob(is.time_zone.as_ref()))
             .bind(blob(is.app_version.as_ref()))
@@ -431,8 +431,8 @@ on_both! {
                     .push_bind(blob(device.user_id.as_ref()))
                     .push_bind(device.generation.0)
                     .push_bind(blob(device.installation_id.as_ref()))
-                    .push_bind(device.environment.map(|e| e.as_str()))
-                    .push_bind(device.environment_named.map(|e| e.as_str()))
+                    .push_bind(device.environment.map(Environment::as_str))
+                    .push_bind(device.environment_named.map(Environment::as_str))
                     .push_bind(blob(device.locale.as_ref()))
                     .push_bind(blob(device.time_zone.as_ref()))
                     .push_bind(blob(device.app_version.as_ref()))

@@ -11,6 +11,7 @@
     reason = "helpers of tests: a failure is to stop the test and say where"
 )]
 
+mod api;
 mod apns;
 mod database;
 mod layers;

@@ -25,10 +25,10 @@ use crate::{
         topic::{Environment, Topic},
     },
     http::{
-        Identity, Shared,
+        Shared,
         auth::Caller,
         body::{Incoming, SMALL_BYTES},
-        catalogue::{Catalogue, Known, OWN_KEY_ID},
+        catalogue::{Catalogue, Identity, Known, OWN_KEY_ID},
         fields::{self, Object, Query, Value},
         identity::{self, Own, Refused},
         problem::{Fault, Faults, Kind, Place, Problem},

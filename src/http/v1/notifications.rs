@@ -651,10 +651,7 @@ pub(super) mod tests {
     };
 
     use super::*;
-    use crate::{
-        domain::{api_key::ApiKey, secret::Secret},
-        http::{App, Identity},
-    };
+    use crate::domain::{api_key::ApiKey, secret::Secret};
 
     const NOW: Timestamp = Timestamp::from_seconds(1_795_000_000);
 
@@ -672,16 +669,10 @@ pub(super) mod tests {
     }
 
     pub(in crate::http::v1) fn catalogue() -> Catalogue {
-        let app = |environments: &[Environment], identity| App {
-            environments: environments.iter().copied().collect(),
-            identity,
-            identity_keys: Vec::new(),
-        };
-        Catalogue::new([
-            ("fr.ocpizza.livreur".parse().unwrap(), app(&[Environment::Production], Identity::Required)),
-            ("fr.ocpizza.open".parse().unwrap(), app(&Environment::ALL, Identity::Optional)),
-        ])
-        .unwrap()
+        let mut catalogue = Catalogue::default();
+        catalogue.add(&"fr.ocpizza.livreur".parse().unwrap(), &[Environment::Production], true, &[]).unwrap();
+        catalogue.add(&"fr.ocpizza.open".parse().unwrap(), &Environment::ALL, false, &[]).unwrap();
+        catalogue
     }
 
     pub(in crate::http::v1) fn faults_of(problem: &Problem) -> Vec<(String, &'static str)> {
@@ -917,8 +908,8 @@ pub(super) mod tests {
     #[test]
     fn hostile_requests_are_refused_and_nothing_worse() {
         let zeros = format!(r#"{{"to":{{"user_ids":[{}0]}}}}"#, "0,".repeat(1_000_000));
-        let fields: String = (0..5_000).map(|n| format!("\"f{n}\":1,")).collect();
-        let fields = format!("{{{fields}\"topic\":1}}");
+        let fields: Vec<String> = (0..5_000).map(|n| format!("\"f{n}\":1")).collect();
+        let fields = format!("{{{},\"topic\":1}}", fields.join(","));
         let deep = format!(r#"{{"payload":{}{}}}"#, "[".repeat(50_000), "]".repeat(50_000));
         for text in [zeros.as_str(), &fields, &deep, r#"{"topic":"\ud800"}"#, r#"{"":1,"/":2,"~":3}"#] {
             let problem = read(text, &caller(&[Scope::Send]), &catalogue()).unwrap_err();

@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{
-    Context, FREE,
+    BY_KEY_HOLDER, Context, FREE,
     chunk::{self, Notes},
 };
 use crate::domain::{
@@ -114,7 +114,7 @@ async fn lock(
             "-- queue.settle_lock\nSELECT notification_id, number, epoch, targets, states, \
              failed + unregistered + expired + cancelled + suppressed + unanswered FROM chunks WHERE ",
         );
-        statement.keys(conn.kind(), piece).push(" AND holder = ").bind(replica.0);
+        statement.keys(conn.kind(), piece).push(BY_KEY_HOLDER).bind(replica.0);
         // Differs: SQLite's one writer has locked everything already.
         if conn.kind() == crate::store::Kind::Mysql {
             statement.push(" FOR UPDATE");
@@ -165,7 +165,7 @@ async fn write(
                 statement.push(column).bind(count.clone());
             }
             statement.push(" WHERE ").keys(conn.kind(), piece);
-            statement.push(" AND holder = ").bind(replica.0).push(" AND epoch = ").bind(content.epoch);
+            statement.push(BY_KEY_HOLDER).bind(replica.0).push(" AND epoch = ").bind(content.epoch);
             if conn.execute(statement).await? != piece.len() as u64 {
                 return Err(StoreError::Statement("a chunk that was locked went away".into()).into());
             }

@@ -84,8 +84,7 @@ pub(crate) fn chunk(notification: u8, holder: i64) -> String {
     format!(
         "INSERT INTO chunks (notification_id, number, lane, holder, epoch, due_at, targeted, accepted, failed, \
          unregistered, expired, cancelled, suppressed, unanswered, waiting_since) VALUES \
-         (X'{:032x}', 0, 0, {holder}, 7, 0, 1, 0, 0, 0, 0, 0, 0, 0, {waiting_since})",
-        notification
+         (X'{notification:032x}', 0, 0, {holder}, 7, 0, 1, 0, 0, 0, 0, 0, 0, 0, {waiting_since})"
     )
 }
 

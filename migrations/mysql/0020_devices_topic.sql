@@ -1,0 +1,2 @@
+-- devices_topic: made with its table.
+DO 0;
