@@ -4,7 +4,6 @@ use std::{
     cell::RefCell,
     collections::HashMap,
     fmt, fs,
-    io::{BufRead as _, BufReader},
     net::{Ipv4Addr, SocketAddr, TcpListener},
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -160,11 +159,18 @@ impl Kit {
         let pid = process.child().id();
         let mut serve = Serve { process, pid, address, log };
         let started = Instant::now();
-        while TcpStream::connect(address).await.is_err() {
+        let mut stream = TcpStream::connect(address).await;
+        while stream.is_err() {
             assert!(serve.process.is_running(), "serve ended:\n{}", serve.log_end());
             assert!(started.elapsed() < PATIENCE, "serve does not listen:\n{}", serve.log_end());
             tokio::time::sleep(Duration::from_millis(20)).await;
+            stream = TcpStream::connect(address).await;
         }
+        // It listens before it has migrated, and answers behind that.
+        let mut send = wire::handshake(stream.expect("seen above")).await;
+        let ready = load::request(Method::GET, &format!("http://{address}/health/ready"), None);
+        let answer = load::ask(&mut send, ready).await;
+        assert_eq!(answer.status, http::StatusCode::OK, "serve is not ready:\n{}", serve.log_end());
         serve
     }
 }
@@ -226,17 +232,20 @@ impl Sink {
         for listener in ["production", "sandbox", "control"] {
             command.args([format!("--listen-{listener}"), "127.0.0.1:0".to_owned()]);
         }
-        let mut process = Process::spawn(command.stdin(Stdio::null()).stdout(Stdio::piped())).expect("sonnette starts");
-        let output = process.child().stdout.take().expect("asked for");
+        let output = kit.folder.join("simulator.log");
+        let file = fs::File::create(&output).expect("a log");
+        let mut process =
+            Process::spawn(command.stdin(Stdio::null()).stdout(Stdio::from(file))).expect("sonnette starts");
+        let started = Instant::now();
         let mut said: HashMap<String, String> = HashMap::new();
-        for line in BufReader::new(output).lines() {
-            let line = line.expect("text");
-            if let Some((what, value)) = line.split_once(':') {
-                said.insert(what.to_owned(), value.trim().to_owned());
-                if what == "keys" {
-                    break;
-                }
-            }
+        // The last of the lines we need.
+        while !said.contains_key("keys") {
+            assert!(process.is_running() && started.elapsed() < PATIENCE, "the simulator did not start: {said:?}");
+            std::thread::sleep(Duration::from_millis(20));
+            let text = fs::read_to_string(&output).expect("a log");
+            // Only whole lines.
+            let lines = text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n')?.split_once(':'));
+            said.extend(lines.map(|(what, value)| (what.to_owned(), value.trim().to_owned())));
         }
         let address = |what: &str| {
             let url = said.get(what).unwrap_or_else(|| panic!("the simulator says where {what} is"));

@@ -34,11 +34,11 @@ impl Settings {
         }
         Self {
             rounds: number("ROUNDS", 5),
-            pushes: number("PUSHES", 30_000),
-            notifications: number("NOTIFICATIONS", 5_000),
+            pushes: number("PUSHES", 100_000),
+            notifications: number("NOTIFICATIONS", 10_000),
             devices: number("DEVICES", 1_000),
             concurrency: number("CONCURRENCY", 512),
-            commits: number("COMMITS", 4_000),
+            commits: number("COMMITS", 8_000),
             mysql: stores.contains("mysql"),
             sqlite: stores.contains("sqlite"),
             database_url: variable("BENCH_DATABASE_URL"),
