@@ -10,7 +10,7 @@ help:
 	@echo 'make fmt      formats the code'
 	@echo 'make lint     formatting and clippy, with warnings denied'
 	@echo 'make docs     builds the documentation of the code into target/doc, with warnings denied'
-	@echo 'make bench    measures (benches/run.sh)'
+	@echo 'make bench    measures against yardsticks (docs/performance.md)'
 	@echo 'make foreign  tests with clients and tools that are not ours (tests/foreign/run.sh)'
 	@echo
 	@echo 'TEST_DATABASE_URL=mysql://user:password@host/ names a server for the tests. Without it they start one of their'
@@ -36,8 +36,8 @@ docs:
 database:
 	@sh tests/database.sh
 
-bench:
-	@bash benches/run.sh
+bench: database
+	$(CARGO) bench --locked --bench bench
 
 foreign:
 	@bash tests/foreign/run.sh

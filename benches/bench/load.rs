@@ -1,0 +1,276 @@
+//! The load: a back-office that POSTs single notifications, each a request of its own.
+
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
+
+use bytes::{Bytes, BytesMut};
+use h2::client::{ResponseFuture, SendRequest};
+use http::{HeaderValue, Method, Request, StatusCode, header};
+use serde_json::{Value, json};
+use tokio::net::TcpStream;
+
+use crate::{
+    service::{self, Database, PAYLOAD, Serve, Sink, TOPIC},
+    settings::Settings,
+    wire,
+};
+
+/// Connections to the API.
+const CONNECTIONS: usize = 4;
+
+/// Notifications before the clock starts: connections to APNs and to the database are open then.
+const WARM_UP: usize = 200;
+
+/// How long the last outcome may take.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// An answer of the API.
+pub(crate) struct Answer {
+    pub(crate) status: StatusCode,
+    pub(crate) body: Bytes,
+    took: Duration,
+}
+
+/// A request; with a body it is JSON.
+pub(crate) fn request(method: Method, url: &str, key: Option<&HeaderValue>) -> Request<()> {
+    let mut request = Request::new(());
+    *request.method_mut() = method;
+    *request.uri_mut() = url.parse().expect("an address");
+    request.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    if let Some(key) = key {
+        request.headers_mut().insert(header::AUTHORIZATION, key.clone());
+    }
+    request
+}
+
+/// One request without a body.
+pub(crate) async fn ask(send: &mut SendRequest<Bytes>, request: Request<()>) -> Answer {
+    let mut answer = None;
+    wire::drive(send, [(request, Bytes::new())], 1, read, |read| answer = Some(read)).await;
+    answer.expect("it was waited for")
+}
+
+/// Reads an answer to its end; the clock starts now.
+async fn read_from(started: Instant, response: ResponseFuture) -> Answer {
+    let response = response.await.expect("an answer");
+    let status = response.status();
+    let mut stream = response.into_body();
+    let mut body = BytesMut::new();
+    while let Some(part) = stream.data().await {
+        let part = part.expect("the rest of an answer");
+        stream.flow_control().release_capacity(part.len()).expect("what was received can be released");
+        body.extend_from_slice(&part);
+    }
+    Answer { status, body: body.freeze(), took: started.elapsed() }
+}
+
+fn read(response: ResponseFuture) -> impl Future<Output = Answer> {
+    read_from(Instant::now(), response)
+}
+
+/// The API of a running service.
+pub(crate) struct Api {
+    lines: Vec<SendRequest<Bytes>>,
+    url: String,
+    key: HeaderValue,
+    devices: usize,
+    concurrency: usize,
+}
+
+impl Api {
+    pub(crate) async fn connect(address: SocketAddr, key: String, settings: &Settings) -> Self {
+        let mut lines = Vec::new();
+        for _ in 0..CONNECTIONS {
+            let stream = TcpStream::connect(address).await.expect("serve listens");
+            stream.set_nodelay(true).expect("a socket");
+            lines.push(wire::handshake(stream).await);
+        }
+        let mut key = HeaderValue::try_from(format!("Bearer {key}")).expect("a header");
+        key.set_sensitive(true);
+        let (devices, concurrency) = (settings.devices, settings.concurrency);
+        let api = Self { lines, url: format!("http://{address}"), key, devices, concurrency };
+        // One request alone, so that `serve` knows the key: a burst with one it has not met since its start is partly
+        // answered `429 Too many requests with unknown API keys`.
+        api.is_settled(jiff::Timestamp::now()).await;
+        api
+    }
+
+    fn request(&self, method: Method, path: &str) -> Request<()> {
+        request(method, &format!("{}{path}", self.url), Some(&self.key))
+    }
+
+    /// Sends all, over all connections, `concurrency` at once.
+    async fn all(&self, requests: Vec<(Request<()>, Bytes)>) -> Vec<Answer> {
+        let mut shares: Vec<Vec<_>> = self.lines.iter().map(|_| Vec::new()).collect();
+        for (number, request) in requests.into_iter().enumerate() {
+            shares[number % CONNECTIONS].push(request);
+        }
+        let window = self.concurrency.div_ceil(CONNECTIONS);
+        let lines = self.lines.iter().cloned().zip(shares).map(|(mut line, share)| async move {
+            let mut answers = Vec::with_capacity(share.len());
+            wire::drive(&mut line, share, window, read, |answer| answers.push(answer)).await;
+            answers
+        });
+        futures_util::future::join_all(lines).await.into_iter().flatten().collect()
+    }
+
+    fn registration(&self, number: usize) -> (Request<()>, Bytes) {
+        let body = json!({ "token": service::device_token(number), "topic": TOPIC, "user_id": user(number) });
+        (self.request(Method::POST, "/v1/devices"), Bytes::from(body.to_string()))
+    }
+
+    /// Registers one device: one commit of its own.
+    pub(crate) async fn register(&self, number: usize) {
+        for answer in self.all(vec![self.registration(number)]).await {
+            assert_eq!(answer.status, StatusCode::OK, "{}", String::from_utf8_lossy(&answer.body));
+        }
+    }
+
+    /// Registers all devices; returns how many a second.
+    pub(crate) async fn register_all(&self, devices: usize) -> f64 {
+        let requests = (0..devices).map(|number| self.registration(number)).collect();
+        let started = Instant::now();
+        for answer in self.all(requests).await {
+            assert_eq!(answer.status, StatusCode::OK, "{}", String::from_utf8_lossy(&answer.body));
+        }
+        devices as f64 / started.elapsed().as_secs_f64()
+    }
+
+    fn notification(&self, number: usize) -> (Request<()>, Bytes) {
+        let user = user(number % self.devices);
+        let body = format!(
+            r#"{{"topic":"{TOPIC}","to":{{"user_ids":["{user}"]}},"payload":{PAYLOAD},"reference":"order-{number}"}}"#
+        );
+        (self.request(Method::POST, "/v1/notifications"), Bytes::from(body))
+    }
+
+    fn notifications(&self, count: usize) -> Vec<(Request<()>, Bytes)> {
+        (0..count).map(|number| self.notification(number)).collect()
+    }
+
+    /// Whether no notification made since then is open.
+    async fn is_settled(&self, since: jiff::Timestamp) -> bool {
+        let open = ["queued", "sending"].map(|status| {
+            let path = format!("/v1/notifications?status={status}&since={since:.3}&limit=1");
+            (self.request(Method::GET, &path), Bytes::new())
+        });
+        self.all(open.into()).await.iter().all(|answer| {
+            assert_eq!(answer.status, StatusCode::OK, "{}", String::from_utf8_lossy(&answer.body));
+            let list: Value = serde_json::from_slice(&answer.body).expect("JSON");
+            list["items"].as_array().expect("a list").is_empty()
+        })
+    }
+}
+
+fn user(number: usize) -> String {
+    format!("livreur-{number}")
+}
+
+/// What a batch has shown.
+#[derive(Default)]
+pub(crate) struct Batch {
+    pub(crate) figures: Vec<(&'static str, f64)>,
+    pub(crate) problems: Vec<String>,
+}
+
+/// Sends `NOTIFICATIONS` and waits until each is accepted, delivered and settled.
+pub(crate) async fn batch(api: &Api, serve: &Serve, database: &Database, sink: &Sink, settings: &Settings) -> Batch {
+    let mut batch = Batch::default();
+    let since = jiff::Timestamp::now();
+    let at_first = sink.accepted().await;
+    api.all(api.notifications(WARM_UP)).await;
+    if !wait(api, sink, at_first + WARM_UP as u64, since).await {
+        batch.problems.push("the warm-up did not end".to_owned());
+        return batch;
+    }
+
+    let count = settings.notifications;
+    let requests = api.notifications(count);
+    let processes: Vec<(&'static str, u32)> = [
+        ("serve: CPU µs/notification", Some(serve.pid())),
+        ("database: CPU µs/notification", database.pid),
+        ("load: CPU µs/notification", Some(std::process::id())),
+        ("simulator: CPU µs/notification", Some(sink.pid())),
+    ]
+    .into_iter()
+    .filter_map(|(name, pid)| Some((name, pid?)))
+    .collect();
+    let before = sink.accepted().await;
+    let cpu: Vec<_> = processes.iter().map(|(_, pid)| service::cpu_us_of(*pid)).collect();
+    let since = jiff::Timestamp::now();
+    let started = Instant::now();
+    let answers = api.all(requests).await;
+    let accepted = started.elapsed();
+    let ended = wait(api, sink, before + count as u64, since).await;
+    let settled = started.elapsed();
+
+    let per_second = |took: Duration| count as f64 / took.as_secs_f64();
+    batch.figures.push(("answered 202/s", per_second(accepted)));
+    batch.figures.push(("accepted, delivered and settled/s", per_second(settled)));
+    let mut latencies: Vec<_> = answers.iter().map(|answer| answer.took.as_secs_f64() * 1e3).collect();
+    latencies.sort_by(f64::total_cmp);
+    batch.figures.push(("POST to 202, p50 ms", latencies[count / 2]));
+    batch.figures.push(("POST to 202, p99 ms", latencies[count * 99 / 100]));
+    for ((name, pid), before) in processes.iter().zip(cpu) {
+        batch.figures.push((name, (service::cpu_us_of(*pid) - before) / count as f64));
+    }
+    batch.figures.push(("serve: peak memory MiB", service::peak_memory_of(serve.pid())));
+
+    if !ended {
+        batch.problems.push(format!("not settled after {PATIENCE:?}"));
+    }
+    verify(api, &answers, &mut batch.problems).await;
+    let arrived = sink.accepted().await - before;
+    if arrived != count as u64 {
+        batch.problems.push(format!("{count} notifications sent, the simulator accepted {arrived} pushes"));
+    }
+    batch
+}
+
+/// Waits until the simulator has accepted so many and no notification made since then is open.
+async fn wait(api: &Api, sink: &Sink, accepted: u64, since: jiff::Timestamp) -> bool {
+    let started = Instant::now();
+    while sink.accepted().await < accepted {
+        if started.elapsed() > PATIENCE {
+            return false;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    while !api.is_settled(since).await {
+        if started.elapsed() > PATIENCE {
+            return false;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    true
+}
+
+/// Reads each notification back: one device, accepted, done.
+async fn verify(api: &Api, answers: &[Answer], problems: &mut Vec<String>) {
+    let mut refused: HashMap<StatusCode, usize> = HashMap::new();
+    let mut questions = Vec::new();
+    for answer in answers {
+        if answer.status == StatusCode::ACCEPTED {
+            let body: Value = serde_json::from_slice(&answer.body).expect("JSON");
+            let id = body["id"].as_str().expect("an id");
+            questions.push((api.request(Method::GET, &format!("/v1/notifications/{id}")), Bytes::new()));
+        } else {
+            *refused.entry(answer.status).or_default() += 1;
+        }
+    }
+    problems.extend(refused.iter().map(|(status, times)| format!("{times} requests were answered {status}")));
+    let mut wrong = Vec::new();
+    for answer in api.all(questions).await {
+        let seen: Value = serde_json::from_slice(&answer.body).unwrap_or_default();
+        let counts = &seen["counts"];
+        if seen["status"] != "done" || counts["targeted"] != 1 || counts["accepted"] != 1 {
+            wrong.push(format!("{} {seen}", answer.status));
+        }
+    }
+    if let Some(first) = wrong.first() {
+        problems.push(format!("{} notifications are not done with one device accepted, such as {first}", wrong.len()));
+    }
+}

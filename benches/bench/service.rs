@@ -1,0 +1,293 @@
+//! The processes: the simulator, `serve`, and what `/proc` says of them.
+
+use std::{
+    cell::RefCell,
+    collections::HashMap,
+    fmt, fs,
+    net::{Ipv4Addr, SocketAddr, TcpListener},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use http::Method;
+use serde_json::Value;
+use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _, MySqlConnection, mysql::MySqlConnectOptions};
+use tokio::net::TcpStream;
+
+use crate::{durability, load, support::scratch::Process, wire};
+
+pub(crate) const TOPIC: &str = "fr.ocpizza.livreur";
+pub(crate) const PAYLOAD: &str = r#"{"aps":{"alert":{"title":"Nouvelle livraison","body":"Commande 1042, 12 rue Oberkampf"},"sound":"default"},"order_id":1042}"#;
+const TEAM: &str = "BENCHTEAM1";
+const KEY_ID: &str = "BENCHKEY01";
+const KEY_FILE: &str = "AuthKey_BENCHKEY01.p8";
+const SONNETTE: &str = env!("CARGO_BIN_EXE_sonnette");
+
+/// How long a process may take to start or to end.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The token of a device: 32 bytes in hex, as iPhones have them, and never one that asks the simulator for a fault.
+pub(crate) fn device_token(number: usize) -> String {
+    format!("{:064x}", (number as u128 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835))
+}
+
+/// Where Sonnette keeps everything.
+pub(crate) struct Database {
+    pub(crate) url: String,
+    /// The server and the name of our database on it.
+    on_server: Option<(MySqlConnectOptions, String)>,
+    /// The server's process, if it is on this machine.
+    pub(crate) pid: Option<u32>,
+}
+
+impl fmt::Display for Database {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.is_sqlite() { "SQLite" } else { "MySQL" })
+    }
+}
+
+impl Database {
+    pub(crate) fn is_sqlite(&self) -> bool {
+        self.on_server.is_none()
+    }
+
+    pub(crate) fn sqlite(folder: &Path) -> Self {
+        Self { url: format!("sqlite://{}", folder.join("sonnette.db").display()), on_server: None, pid: None }
+    }
+
+    /// A fresh database on a server.
+    pub(crate) async fn mysql(server_url: &str) -> Self {
+        let options: MySqlConnectOptions = server_url.parse().expect("a MySQL address");
+        let mut connection = options.connect().await.expect("the server answers");
+        let name = format!("sonnette_bench_{}", uuid::Uuid::now_v7().simple());
+        execute(&mut connection, format!("CREATE DATABASE {name}")).await;
+        let (_, pid_file): (String, String) = sqlx::query_as("SHOW GLOBAL VARIABLES LIKE 'pid_file'")
+            .fetch_one(&mut connection)
+            .await
+            .expect("a server has a pid file");
+        let _ = connection.close().await;
+        let (address, parameters) = server_url.split_once('?').unwrap_or((server_url, ""));
+        let (scheme, rest) = address.split_once("://").expect("an address has a scheme");
+        let host = rest.split('/').next().unwrap_or(rest);
+        let question = if parameters.is_empty() { "" } else { "?" };
+        Self {
+            url: format!("{scheme}://{host}/{name}{question}{parameters}"),
+            on_server: Some((options, name)),
+            pid: durability::pid_in(&pid_file),
+        }
+    }
+
+    pub(crate) async fn drop(self) {
+        if let Some((options, name)) = self.on_server {
+            let mut connection = options.connect().await.expect("the server answers");
+            execute(&mut connection, format!("DROP DATABASE {name}")).await;
+        }
+    }
+}
+
+async fn execute(connection: &mut MySqlConnection, statement: String) {
+    // Names are ours: a prefix and hexadecimal digits.
+    sqlx::raw_sql(AssertSqlSafe(statement)).execute(connection).await.expect("we may create and drop databases");
+}
+
+/// Keys and folders.
+pub(crate) struct Kit {
+    folder: PathBuf,
+    provider_token: String,
+    api_keys: RefCell<HashMap<String, String>>,
+}
+
+impl Kit {
+    pub(crate) fn new(folder: &Path) -> Self {
+        let keys = folder.join("keys");
+        fs::create_dir(&keys).expect("a folder");
+        let p8 = keys.join(KEY_FILE);
+        let made = Command::new(SONNETTE).args(["keys", "generate"]).arg(&p8).output().expect("sonnette starts");
+        assert!(made.status.success(), "{made:?}");
+        let apps = format!(
+            "[[app]]\ntopic = \"{TOPIC}\"\nteam_id = \"{TEAM}\"\nkey_id = \"{KEY_ID}\"\nkey_file = \"{KEY_FILE}\"\n"
+        );
+        fs::write(keys.join("apps.toml"), apps).expect("a file");
+
+        let mut head = jsonwebtoken::Header::new(jsonwebtoken::Algorithm::ES256);
+        head.kid = Some(KEY_ID.to_owned());
+        let claims = serde_json::json!({ "iss": TEAM, "iat": jiff::Timestamp::now().as_second() });
+        let key = jsonwebtoken::EncodingKey::from_ec_pem(&fs::read(&p8).expect("the key")).expect("a P-256 key");
+        let provider_token = jsonwebtoken::encode(&head, &claims, &key).expect("a signature");
+        Self { folder: folder.to_owned(), provider_token, api_keys: RefCell::default() }
+    }
+
+    /// A provider token for the yardsticks, valid for the whole run.
+    pub(crate) fn provider_token(&self) -> String {
+        self.provider_token.clone()
+    }
+
+    /// A key of a back-office that also registers.
+    pub(crate) fn api_key(&self, database: &Database) -> String {
+        let make = || {
+            let made = Command::new(SONNETTE)
+                .args(["api-keys", "create", "--owner", "bench", "--scopes", "register,send,read"])
+                .env("DATABASE_URL", &database.url)
+                .current_dir(&self.folder)
+                .output()
+                .expect("sonnette starts");
+            assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+            String::from_utf8(made.stdout).expect("a key").trim().to_owned()
+        };
+        self.api_keys.borrow_mut().entry(database.url.clone()).or_insert_with(make).clone()
+    }
+
+    /// Starts `sonnette serve` as an operator would: a configuration file with its defaults, the log into a file.
+    pub(crate) async fn serve(&self, database: &Database, sink: &Sink) -> Serve {
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()));
+        let config = format!(
+            "[server]\nlisten = \"{address}\"\n[database]\nurl = \"{}\"\n[apns]\nkeys = \"keys\"\n\
+             production = \"https://{}\"\nsandbox = \"https://{}\"\nca_file = \"{}\"\n",
+            database.url,
+            sink.production,
+            sink.sandbox,
+            sink.ca_file.display()
+        );
+        let file = self.folder.join(format!("{database}.toml"));
+        fs::write(&file, config).expect("a file");
+        let log = self.folder.join(format!("{database}.log"));
+        let to = || Stdio::from(fs::File::options().create(true).append(true).open(&log).expect("a log"));
+        let mut command = Command::new(SONNETTE);
+        command.arg("serve").arg("--config").arg(&file).stdin(Stdio::null()).stdout(to()).stderr(to());
+        let mut process = Process::spawn(&mut command).expect("sonnette starts");
+        let pid = process.child().id();
+        let mut serve = Serve { process, pid, address, log };
+        let started = Instant::now();
+        let mut stream = TcpStream::connect(address).await;
+        while stream.is_err() {
+            assert!(serve.process.is_running(), "serve ended:\n{}", serve.log_end());
+            assert!(started.elapsed() < PATIENCE, "serve does not listen:\n{}", serve.log_end());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            stream = TcpStream::connect(address).await;
+        }
+        // It listens before it has migrated, and answers behind that.
+        let mut send = wire::handshake(stream.expect("seen above")).await;
+        let ready = load::request(Method::GET, &format!("http://{address}/health/ready"), None);
+        let answer = load::ask(&mut send, ready).await;
+        assert_eq!(answer.status, http::StatusCode::OK, "serve is not ready:\n{}", serve.log_end());
+        serve
+    }
+}
+
+fn free_port() -> u16 {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
+    listener.local_addr().expect("a bound socket has an address").port()
+}
+
+/// `sonnette serve`.
+pub(crate) struct Serve {
+    process: Process,
+    pid: u32,
+    address: SocketAddr,
+    log: PathBuf,
+}
+
+impl Serve {
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// SIGTERM; an error if it does not end in good order.
+    pub(crate) async fn stop(mut self) -> Result<(), String> {
+        self.process.signal("TERM");
+        match self.process.wait(PATIENCE).await {
+            Some(status) if status.success() => Ok(()),
+            Some(status) => Err(format!("serve ended with {status}:\n{}", self.log_end())),
+            None => Err(format!("serve did not end:\n{}", self.log_end())),
+        }
+    }
+
+    fn log_end(&self) -> String {
+        let log = fs::read_to_string(&self.log).unwrap_or_default();
+        let lines: Vec<_> = log.lines().collect();
+        lines[lines.len().saturating_sub(20)..].join("\n")
+    }
+}
+
+/// `sonnette simulator`, with its checks and without keeping pushes.
+pub(crate) struct Sink {
+    _process: Process,
+    pid: u32,
+    pub(crate) production: SocketAddr,
+    pub(crate) sandbox: SocketAddr,
+    pub(crate) ca_file: PathBuf,
+    control: SocketAddr,
+}
+
+impl Sink {
+    pub(crate) fn start(kit: &Kit) -> Self {
+        let mut command = Command::new(SONNETTE);
+        command.args(["simulator", "--no-ledger", "--folder"]).arg(kit.folder.join("simulator"));
+        command.arg("--keys").arg(kit.folder.join("keys"));
+        for listener in ["production", "sandbox", "control"] {
+            command.args([format!("--listen-{listener}"), "127.0.0.1:0".to_owned()]);
+        }
+        let output = kit.folder.join("simulator.log");
+        let file = fs::File::create(&output).expect("a log");
+        let mut process =
+            Process::spawn(command.stdin(Stdio::null()).stdout(Stdio::from(file))).expect("sonnette starts");
+        let started = Instant::now();
+        let mut said: HashMap<String, String> = HashMap::new();
+        // The last of the lines we need.
+        while !said.contains_key("keys") {
+            assert!(process.is_running() && started.elapsed() < PATIENCE, "the simulator did not start: {said:?}");
+            std::thread::sleep(Duration::from_millis(20));
+            let text = fs::read_to_string(&output).expect("a log");
+            // Only whole lines.
+            let lines = text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n')?.split_once(':'));
+            said.extend(lines.map(|(what, value)| (what.to_owned(), value.trim().to_owned())));
+        }
+        let address = |what: &str| {
+            let url = said.get(what).unwrap_or_else(|| panic!("the simulator says where {what} is"));
+            url.rsplit('/').next().and_then(|address| address.parse().ok()).expect("an address")
+        };
+        Self {
+            production: address("production"),
+            sandbox: address("sandbox"),
+            control: address("control"),
+            ca_file: PathBuf::from(&said["CA file"]),
+            pid: process.child().id(),
+            _process: process,
+        }
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Pushes accepted since its start.
+    pub(crate) async fn accepted(&self) -> u64 {
+        let stream = TcpStream::connect(self.control).await.expect("the simulator runs");
+        let mut send = wire::handshake(stream).await;
+        let ledger = format!("http://{}/ledger", self.control);
+        let answer = load::ask(&mut send, load::request(Method::GET, &ledger, None)).await;
+        let ledger: Value = serde_json::from_slice(&answer.body).expect("JSON");
+        ledger["total"]["accepted"].as_u64().expect("a counter")
+    }
+}
+
+/// Processor time of a process so far in microseconds, in user and kernel mode, in steps of 10 ms.
+pub(crate) fn cpu_us_of(pid: u32) -> f64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("the process runs");
+    // Behind the name, which may hold anything: the 14th and 15th field of all.
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+    // 100 ticks a second on every architecture, whatever the kernel's own.
+    fields[11..=12].iter().map(|ticks| ticks.parse::<f64>().expect("a number") * 1e4).sum()
+}
+
+/// The most memory that a process has had at once, in MiB.
+pub(crate) fn peak_memory_of(pid: u32) -> f64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("the process runs");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("Linux");
+    line.trim().trim_end_matches(" kB").parse::<f64>().expect("a number") / 1024.0
+}

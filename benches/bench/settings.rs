@@ -1,0 +1,68 @@
+//! Sizes, from the environment.
+
+use std::fmt;
+
+/// How much of everything.
+#[derive(Debug, Clone, serde::Serialize)]
+pub(crate) struct Settings {
+    /// `ROUNDS`
+    pub(crate) rounds: usize,
+    /// `PUSHES`: of each yardstick client, in each round.
+    pub(crate) pushes: usize,
+    /// `NOTIFICATIONS`: single notifications, each with a POST of its own, on each store, in each round.
+    pub(crate) notifications: usize,
+    /// `DEVICES` that are registered, each of a user of its own.
+    pub(crate) devices: usize,
+    /// `CONCURRENCY`: requests to the API at once.
+    pub(crate) concurrency: usize,
+    /// `COMMITS` of the commit yardstick with 32 connections; an eighth of it with one.
+    pub(crate) commits: usize,
+    /// `STORES`: `mysql`, `sqlite`, or both with a comma.
+    pub(crate) mysql: bool,
+    /// As above.
+    pub(crate) sqlite: bool,
+    /// `BENCH_DATABASE_URL`: a server to use instead of one of our own. It holds a password: not shown.
+    #[serde(skip)]
+    pub(crate) database_url: Option<String>,
+}
+
+impl Settings {
+    pub(crate) fn read() -> Self {
+        let stores = variable("STORES").unwrap_or_else(|| "mysql,sqlite".to_owned());
+        for store in stores.split(',') {
+            assert!(["mysql", "sqlite"].contains(&store), "STORES: `{store}` is neither `mysql` nor `sqlite`");
+        }
+        Self {
+            rounds: number("ROUNDS", 5),
+            pushes: number("PUSHES", 100_000),
+            notifications: number("NOTIFICATIONS", 10_000),
+            devices: number("DEVICES", 1_000),
+            concurrency: number("CONCURRENCY", 512),
+            commits: number("COMMITS", 8_000),
+            mysql: stores.contains("mysql"),
+            sqlite: stores.contains("sqlite"),
+            database_url: variable("BENCH_DATABASE_URL"),
+        }
+    }
+}
+
+impl fmt::Display for Settings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "ROUNDS={} PUSHES={} NOTIFICATIONS={} DEVICES={} CONCURRENCY={} COMMITS={}",
+            self.rounds, self.pushes, self.notifications, self.devices, self.concurrency, self.commits
+        )
+    }
+}
+
+fn number(name: &str, default: usize) -> usize {
+    let Some(value) = variable(name) else { return default };
+    value.parse().ok().filter(|number| *number > 0).unwrap_or_else(|| panic!("{name}: `{value}` is no positive number"))
+}
+
+fn variable(name: &str) -> Option<String> {
+    #[expect(clippy::disallowed_methods, reason = "the bench's own settings, not the service's")]
+    let value = std::env::var(name);
+    value.ok().filter(|value| !value.is_empty())
+}
