@@ -84,6 +84,12 @@ pub mod names {
     /// Replicas that are alive.
     pub const REPLICAS: &str = "sonnette_replicas";
 
+    /// APNs has answered a push: `seconds` from the write.
+    pub fn apns_answered(environment: &'static str, status: u16, seconds: f64) {
+        metrics::histogram!(APNS_DURATION, "environment" => environment, "status" => status.to_string())
+            .record(seconds);
+    }
+
     /// A delivery has ended.
     pub fn delivery_ended(topic: &str, environment: &'static str, outcome: &'static str, reason: &str) {
         metrics::counter!(

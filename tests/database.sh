@@ -1,6 +1,6 @@
 #!/bin/sh
-# Makes sure that the tests can start a MariaDB or MySQL server of their own: quiet if one is installed, installs it on
-# Debian and Ubuntu, and else says what to install.
+# Makes sure that the tests can start a MariaDB or MySQL server of their own, and take the README's tour with curl: quiet
+# if both are installed, installs them on Debian and Ubuntu, and else says what to install.
 #
 # Only the `-core` packages are installed: the programs without the service, so no server runs on this machine because
 # of us, and nothing listens but while the tests run.
@@ -16,6 +16,7 @@ export PATH
 has() { command -v "$1" >/dev/null 2>&1; }
 
 installed() {
+    has curl || return 1
     if has mariadbd; then
         has mariadb-install-db && has my_print_defaults
     else
@@ -30,28 +31,28 @@ stop() {
         exit 0
     fi
     say "$1"
-    say "the tests need a MariaDB (10.6 or later) or MySQL (8.0 or later) server, whose programs they start themselves:"
-    say "  Debian, Ubuntu   apt-get install mariadb-server-core mariadb-client-core"
-    say "  Fedora           dnf install mariadb-server"
-    say "  Arch             pacman -S mariadb"
-    say "  macOS            brew install mariadb"
+    say "the tests need curl, and a MariaDB (10.6 or later) or MySQL (8.0 or later) server, whose programs they start:"
+    say "  Debian, Ubuntu   apt-get install curl mariadb-server-core mariadb-client-core"
+    say "  Fedora           dnf install curl mariadb-server"
+    say "  Arch             pacman -S curl mariadb"
+    say "  macOS            brew install curl mariadb"
     say "or name a running one: TEST_DATABASE_URL=mysql://user:password@host/ make test"
     exit 1
 }
 
 installed && exit 0
 
-has apt-get || stop "no mariadbd or mysqld is installed, and this is not Debian or Ubuntu"
+has apt-get || stop "curl, or mariadbd and mysqld, is missing, and this is not Debian or Ubuntu"
 
 as_root=
 if [ "$(id -u)" != 0 ]; then
-    has sudo || stop "no mariadbd or mysqld is installed, and installing one takes root or sudo"
+    has sudo || stop "curl, or mariadbd and mysqld, is missing, and installing one takes root or sudo"
     # Without a terminal there is nobody to type a password.
     if [ -t 0 ]; then as_root="sudo"; else as_root="sudo -n"; fi
-    $as_root true || stop "no mariadbd or mysqld is installed, and sudo refused"
+    $as_root true || stop "curl, or mariadbd and mysqld, is missing, and sudo refused"
 fi
 
-say "installing the programs of a MariaDB or MySQL server (no service is started)"
+say "installing curl and the programs of a MariaDB or MySQL server (no service is started)"
 apt() { $as_root env DEBIAN_FRONTEND=noninteractive apt-get -q -y -o Dpkg::Use-Pty=0 "$@" </dev/null; }
 apt update || say "apt-get update failed; trying with the lists there are"
 
@@ -61,7 +62,7 @@ for packages in \
     "mariadb-server-core-10.6 mariadb-client-core-10.6" \
     "mysql-server-core-8.0"; do
     # shellcheck disable=SC2086 -- a list of packages
-    if apt install --no-install-recommends $packages && installed; then
+    if apt install --no-install-recommends curl ca-certificates $packages && installed; then
         exit 0
     fi
 done

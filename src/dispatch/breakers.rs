@@ -58,7 +58,7 @@ fn probe_delay(failed: u32) -> Duration {
 }
 
 impl Board {
-    /// Nothing known yet: call [`Self::refresh`].
+    /// Nothing known yet: the dispatcher reads it.
     #[must_use]
     pub fn new(store: Arc<dyn Store>, clock: Arc<dyn Clock>, gateway: Arc<dyn Gateway>) -> Self {
         Self {

@@ -7,7 +7,7 @@
 //! | file | holds |
 //! |---|---|
 //! | this one | the loop: hand-over, claims, probes, the sweep for what was lost on the way |
-//! | [`send`](self) `send.rs` | one chunk from lease to last outcome |
+//! | `send.rs` | one chunk from lease to last outcome |
 //! | `fence.rs` | the last look before a push leaves |
 //! | `settle.rs` | making outcomes durable |
 //! | `pulse.rs` | heartbeats and take-overs |

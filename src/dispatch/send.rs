@@ -412,6 +412,9 @@ impl Sender {
         let now = self.guard.clock.now();
         attempted.moved = reply.answer.is_some() || reply.outcome == Outcome::Unknown;
         attempted.proves_credential = proves_credential(&reply.outcome);
+        if let (Some(sent_at), Some(answer)) = (reply.sent_at, &reply.answer) {
+            names::apns_answered(environment.as_str(), answer.status, now.since(sent_at).as_secs_f64());
+        }
         if reply.outcome == Outcome::Fenced {
             match verdict {
                 Some(Verdict::End(status, cause)) => attempted.state.end(status, Some(cause), now),

@@ -5,7 +5,7 @@
 //!
 //! | file | holds |
 //! |---|---|
-//! | [`v1`] | one file a resource |
+//! | `v1/` | one file a resource |
 //! | [`ops`] | health, metrics |
 //! | [`problem`] | the only place where an error meets a status code |
 //! | [`fields`] | reads JSON and queries, and collects what is wrong |

@@ -18,7 +18,7 @@
 //! | `GET /devices` · `POST /devices` [`Device`] · `DELETE /devices/{environment}/{token}` | devices |
 //! | `PUT /devices/required` `{"required": true}` | refuses tokens nobody registered |
 //! | `GET /scripts` · `POST /scripts` [`Script`] · `DELETE /scripts?token=` | scripted behaviour |
-//! | `GET /environments/{environment}` | [`GateState`](super::GateState) |
+//! | `GET /environments/{environment}` | [`GateState`] |
 //! | `POST /environments/{environment}/hold` · `/release` | holds answers, answers |
 //! | `PUT /environments/{environment}/latency` `{"latency_ms": 50}` | slows every answer |
 //! | `PUT /environments/{environment}/stream-limit` `{"stream_limit": 10}` | another SETTINGS; `initial_stream_limit`: for new connections |

@@ -7,7 +7,7 @@
 //!
 //! A verb that writes reads like this, in a module stamped by [`on_both`]:
 //!
-//! ```ignore
+//! ```text
 //! async fn log_out(&self, id: DeviceId, now: Timestamp) -> Result<bool, StoreError> {
 //!     committed(Repeat::Deadlocks, || self.log_out_once(id, now)).await
 //! }
