@@ -287,12 +287,11 @@ fn pick_tokens(
         if !seen.insert(token) {
             continue;
         }
-        targets.push(match registered.and_then(|of_topic| of_topic.get(token)) {
-            Some(one) => target(notification, one, None, now),
-            None => {
-                let index = u32::try_from(index).unwrap_or(u32::MAX);
-                (Target::Token { index, token: token.clone() }, State::PENDING)
-            }
+        targets.push(if let Some(one) = registered.and_then(|of_topic| of_topic.get(token)) {
+            target(notification, one, None, now)
+        } else {
+            let index = u32::try_from(index).unwrap_or(u32::MAX);
+            (Target::Token { index, token: token.clone() }, State::PENDING)
         });
     }
     (targets, 0)

@@ -21,6 +21,7 @@ use crate::domain::{
     device::{DeviceId, DeviceSeq, DeviceToken},
     notification::{Counts, NotificationId, NotificationStatus, NotificationView, WaitingFor, Warning},
     push::{ApnsId, Recipient},
+    topic::Topic,
 };
 
 on_both! {
@@ -121,12 +122,17 @@ async fn list(
     Ok(Page { items, next_cursor })
 }
 
+const OPEN: &str = " AND EXISTS (SELECT 1 FROM chunks c WHERE c.notification_id = n.id AND c.holder IS NOT NULL)";
+const ALL_ENDED: &str = " AND n.audience_complete = 1 AND NOT EXISTS \
+    (SELECT 1 FROM chunks c WHERE c.notification_id = n.id AND c.holder IS NOT NULL)";
+const TRIED: &str = "EXISTS (SELECT 1 FROM chunks c WHERE c.notification_id = n.id AND c.states IS NOT NULL)";
+
 fn filtered(statement: &mut Statement, filter: &NotificationFilter, now: Timestamp) {
     if let Some(topic) = &filter.topic {
         statement.push(" AND n.topic = ").bind(topic.as_str());
     }
     if let Some(topics) = &filter.topics {
-        statement.push(" AND n.topic IN ").list(topics.iter().map(|topic| topic.as_str()));
+        statement.push(" AND n.topic IN ").list(topics.iter().map(Topic::as_str));
     }
     if let Some(user) = &filter.user_id {
         statement.push(" AND n.id IN (SELECT u.notification_id FROM notification_users u WHERE u.user_id = ");
@@ -145,10 +151,6 @@ fn filtered(statement: &mut Statement, filter: &NotificationFilter, now: Timesta
         statement.push(" AND EXISTS (SELECT 1 FROM chunks c WHERE c.notification_id = n.id AND ");
         statement.push(some_are(outcome)).push(")");
     }
-    const OPEN: &str = " AND EXISTS (SELECT 1 FROM chunks c WHERE c.notification_id = n.id AND c.holder IS NOT NULL)";
-    const ALL_ENDED: &str = " AND n.audience_complete = 1 AND NOT EXISTS \
-        (SELECT 1 FROM chunks c WHERE c.notification_id = n.id AND c.holder IS NOT NULL)";
-    const TRIED: &str = "EXISTS (SELECT 1 FROM chunks c WHERE c.notification_id = n.id AND c.states IS NOT NULL)";
     match filter.status {
         None => {}
         Some(NotificationStatus::Done) => drop(statement.push(" AND n.cancelled_at IS NULL").push(ALL_ENDED)),
@@ -369,11 +371,11 @@ async fn deliveries(
         let rows = conn.fetch(statement).await?;
         for row in &rows {
             let key = queue::chunk::key_from(row, 0)?;
-            let from = if key.number == number { position } else { 0 };
+            let begin = if key.number == number { position } else { 0 };
             let targets = row.bytes(2)?;
-            let states = row.bytes_or_null(3)?;
-            let chunk = queue::chunk::read(conn, &context.reasons, key, &targets, states.as_deref()).await?;
-            let mut chosen: Vec<usize> = (from..chunk.targets.len())
+            let outcomes = row.bytes_or_null(3)?;
+            let chunk = queue::chunk::read(conn, &context.reasons, key, &targets, outcomes.as_deref()).await?;
+            let mut chosen: Vec<usize> = (begin..chunk.targets.len())
                 .filter(|at| {
                     status.is_none_or(|status| chunk.states.get(*at).is_some_and(|state| state.status == status))
                 })

@@ -11,6 +11,7 @@ use crate::domain::{
     delivery::{Chunk, ChunkKey, Target},
     device::{Address, DeviceSeq},
     notification::{Audience, Counts, Notification, NotificationStatus, NotificationView},
+    topic::Environment,
 };
 use crate::store::{
     Accepted, Idempotency, Kind, Lease, ReplicaId, StoreError, Submission,
@@ -56,12 +57,11 @@ pub(in crate::store) async fn accept(
     insert(conn, context, &new, own.then_some(replica), now).await?;
     let mut accepted = Vec::with_capacity(group.len());
     for (at, entry) in entries.into_iter().enumerate() {
-        accepted.push(match answers.remove(&at) {
-            Some(answer) => answer,
-            None => {
-                let leases = if own { leases(&entry, &resolution.addresses, resolution.read_at) } else { Vec::new() };
-                Accepted::New { view: entry.view, leases }
-            }
+        accepted.push(if let Some(answer) = answers.remove(&at) {
+            answer
+        } else {
+            let leases = if own { leases(&entry, &resolution.addresses, resolution.read_at) } else { Vec::new() };
+            Accepted::New { view: entry.view, leases }
         });
     }
     Ok(accepted)
@@ -71,7 +71,7 @@ fn is_due(submission: &Submission, now: Timestamp) -> bool {
     submission.notification.due_at <= now
 }
 
-fn entry<'s>(submission: &'s Submission, resolved: Option<audience::Resolved>, now: Timestamp) -> Entry<'s> {
+fn entry(submission: &Submission, resolved: Option<audience::Resolved>, now: Timestamp) -> Entry<'_> {
     let notification = &submission.notification;
     let mut counts = Counts::default();
     let mut tried = false;
@@ -282,7 +282,7 @@ fn notification_row(
         notification.collapse_id.as_ref().map(|id| id.as_str().as_bytes()).into(),
         notification.derives_collapse_id.into(),
         notification.on_unknown.as_str().into(),
-        notification.environment.map(|environment| environment.as_str()).into(),
+        notification.environment.map(Environment::as_str).into(),
         notification.payload.bytes().as_ref().into(),
         kept.into(),
         view.audience_complete.into(),
