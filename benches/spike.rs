@@ -410,6 +410,15 @@ impl Spike {
         line(&format!("settled in {settles} settles ({devices} accepted)"), self.devices.into(), settling, "devices");
         line("claim and settle together", self.devices.into(), started.elapsed(), "devices");
         sizes_since(conn, "chunks", before, u64::from(self.devices)).await;
+        let sql = "SELECT CAST(SUM(LENGTH(targets)) AS SIGNED), CAST(SUM(LENGTH(states)) AS SIGNED), \
+            CAST(SUM(targeted) AS SIGNED) FROM chunks WHERE lane = 1";
+        let row = sqlx::query(sql).fetch_one(&mut *conn).await.unwrap();
+        let number = |column: usize| row.try_get_unchecked::<i64, _>(column).unwrap() as f64;
+        println!(
+            "| compact forms: {:.2} bytes a device of targets, {:.2} of outcomes | | | |",
+            number(0) / number(2),
+            number(1) / number(2)
+        );
         assert!(self.store.owned(self.replica).await.unwrap().is_empty(), "everything has ended");
     }
 }

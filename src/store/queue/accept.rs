@@ -11,6 +11,7 @@ use crate::domain::{
     delivery::{Chunk, ChunkKey, Target},
     device::{Address, DeviceSeq},
     notification::{Audience, Counts, Notification, NotificationStatus, NotificationView},
+    topic::Environment,
 };
 use crate::store::{
     Accepted, Idempotency, Kind, Lease, ReplicaId, StoreError, Submission,
@@ -281,7 +282,11 @@ fn notification_row(
         notification.collapse_id.as_ref().map(|id| id.as_str().as_bytes()).into(),
         notification.derives_collapse_id.into(),
         notification.on_unknown.as_str().into(),
+<<<<<<< HEAD
         notification.environment.map(crate::domain::topic::Environment::as_str).into(),
+=======
+        notification.environment.map(Environment::as_str).into(),
+>>>>>>> queue
         notification.payload.bytes().as_ref().into(),
         kept.into(),
         view.audience_complete.into(),
