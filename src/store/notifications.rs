@@ -373,15 +373,9 @@ async fn deliveries(
             let key = queue::chunk::key_from(row, 0)?;
             let begin = if key.number == number { position } else { 0 };
             let targets = row.bytes(2)?;
-<<<<<<< HEAD
-            let compact = row.bytes_or_null(3)?;
-            let chunk = queue::chunk::read(conn, &context.reasons, key, &targets, compact.as_deref()).await?;
-            let mut chosen: Vec<usize> = (from..chunk.targets.len())
-=======
             let outcomes = row.bytes_or_null(3)?;
             let chunk = queue::chunk::read(conn, &context.reasons, key, &targets, outcomes.as_deref()).await?;
             let mut chosen: Vec<usize> = (begin..chunk.targets.len())
->>>>>>> queue
                 .filter(|at| {
                     status.is_none_or(|status| chunk.states.get(*at).is_some_and(|state| state.status == status))
                 })

@@ -282,11 +282,7 @@ fn notification_row(
         notification.collapse_id.as_ref().map(|id| id.as_str().as_bytes()).into(),
         notification.derives_collapse_id.into(),
         notification.on_unknown.as_str().into(),
-<<<<<<< HEAD
-        notification.environment.map(crate::domain::topic::Environment::as_str).into(),
-=======
         notification.environment.map(Environment::as_str).into(),
->>>>>>> queue
         notification.payload.bytes().as_ref().into(),
         kept.into(),
         view.audience_complete.into(),
