@@ -21,6 +21,7 @@ use crate::domain::{
     device::{DeviceId, DeviceSeq, DeviceToken},
     notification::{Counts, NotificationId, NotificationStatus, NotificationView, WaitingFor, Warning},
     push::{ApnsId, Recipient},
+    topic::Topic,
 };
 
 on_both! {

@@ -41,7 +41,7 @@ where
     .await
 }
 
-async fn accepted(world: &World) -> u64 {
+fn accepted(world: &World) -> u64 {
     world.sim.ledger().counters().accepted
 }
 
@@ -78,14 +78,14 @@ on_both_stores! {
         }
         let requests = world.sim.ledger().counters().requests;
         assert!(requests <= 12, "a handful of requests in ten minutes, not {requests}");
-        assert_eq!(accepted(&world).await, 0);
+        assert_eq!(accepted(&world), 0);
         let devices = world.server.get("/v1/devices?limit=1000").await.ok();
         assert!(devices["items"].as_array().unwrap().iter().all(|d| d["status"] == "active"), "no device is touched");
         let seen = world.notification(&ids[0]).await;
         assert_eq!((seen["counts"]["pending"].as_u64(), seen["counts"]["failed"].as_u64()), (Some(1), Some(0)));
 
         world.sim.keys().set_team(KEY_ID, TEAM).unwrap();
-        ticking(&world, &clock, "everything has left", || async { (accepted(&world).await == QUEUED).then_some(()) }).await;
+        ticking(&world, &clock, "everything has left", || async { (accepted(&world) == QUEUED).then_some(()) }).await;
         for id in ids {
             until("it is done", || async {
                 (world.notification(&id).await["counts"]["accepted"] == 1).then_some(())

@@ -64,14 +64,14 @@ on_both_stores! {
         assert_eq!(leases[0].chunk.targets[0], Target::Device { seq: good.seq, generation: Some(Generation(3)) });
         let told: Vec<_> = world.deliveries(view.id).await.into_iter()
             .map(|d| (d.state.status, d.state.cause.map(|c| c.reason.into_owned()))).collect();
-        let word = |status, word: &str| (status, Some(word.to_owned()));
+        let named = |status, word: &str| (status, Some(word.to_owned()));
         assert_eq!(told, [
             (DeliveryStatus::Pending, None),
-            word(DeliveryStatus::Failed, "WrongPushType"),
-            word(DeliveryStatus::Unregistered, "DeviceInactive"),
-            word(DeliveryStatus::Failed, "DeviceSuspended"),
-            word(DeliveryStatus::Suppressed, "OwnerChanged"),
-            word(DeliveryStatus::Suppressed, "LoggedOut"),
+            named(DeliveryStatus::Failed, "WrongPushType"),
+            named(DeliveryStatus::Unregistered, "DeviceInactive"),
+            named(DeliveryStatus::Failed, "DeviceSuspended"),
+            named(DeliveryStatus::Suppressed, "OwnerChanged"),
+            named(DeliveryStatus::Suppressed, "LoggedOut"),
         ]);
         assert_eq!(world.number("SELECT COUNT(*) FROM delivery_notes").await, 5);
         assert_eq!(world.number("SELECT COUNT(*) FROM notification_users").await, 1, "the fence's user");
@@ -128,7 +128,7 @@ on_both_stores! {
             submission.idempotency = idempotency;
             submission
         };
-        let group = [with(key(9, 1)), with(key(1, 1)), with(key(9, 1)), with(key(9, 2)), with(None)];
+        let group = [with(Some(key(9, 1))), with(Some(key(1, 1))), with(Some(key(9, 1))), with(Some(key(9, 2))), with(None)];
         let mut answers = world.store.accept(&group, world.replica, NOW).await.unwrap().into_iter();
         let (first, leases) = new(answers.next().unwrap());
         assert_eq!(leases.len(), 1);
@@ -143,7 +143,7 @@ on_both_stores! {
         done.states[0] = accepted_state();
         world.settle(&leases[0], &done, Disposition::Keep).await;
         world.clock.advance(Duration::from_secs(5));
-        let again = world.store.accept(&[with(key(9, 1))], world.replica, world.now()).await.unwrap().pop().unwrap();
+        let again = world.store.accept(&[with(Some(key(9, 1)))], world.replica, world.now()).await.unwrap().pop().unwrap();
         let Accepted::Seen(seen) = again.unwrap() else { panic!() };
         assert_eq!((seen.id, seen.status, seen.counts), (first.id, first.status, first.counts), "as it was answered");
         assert_eq!(seen.created_at, NOW);
@@ -158,7 +158,7 @@ on_both_stores! {
             let keys = [1, 2, 3, 4].map(|n| round * 4 + n);
             let group = |keys: &mut dyn Iterator<Item = u8>| keys.map(|n| {
                 let mut submission = world.submission(users(&["u"]));
-                submission.idempotency = key(n, 1);
+                submission.idempotency = Some(key(n, 1));
                 submission
             }).collect::<Vec<_>>();
             let (forward, backward) = (group(&mut keys.into_iter()), group(&mut keys.into_iter().rev()));

@@ -257,8 +257,8 @@ pub(crate) fn devices(phones: &[&Phone]) -> Audience {
     Audience::Devices { ids: phones.iter().map(|phone| phone.id).collect(), user_id: None }
 }
 
-pub(crate) fn key(key: u8, body: u8) -> Option<Idempotency> {
-    Some(Idempotency { key: [key; 32], body: [body; 32] })
+pub(crate) fn key(key: u8, body: u8) -> Idempotency {
+    Idempotency { key: [key; 32], body: [body; 32] }
 }
 
 pub(crate) fn new(answer: Result<Accepted, store::StoreError>) -> (NotificationView, Vec<Lease>) {
