@@ -370,7 +370,7 @@ impl Spike {
         let (mut chunks, mut settles, mut devices) = (0_u64, 0_u64, 0_u64);
         loop {
             let began = Instant::now();
-            let leases = self.store.claim(16, &[], &[], self.replica, self.clock.now()).await.unwrap();
+            let leases = self.store.claim(&Lane::ALL, 16, &[], &[], self.replica, self.clock.now()).await.unwrap();
             claiming += began.elapsed();
             if leases.is_empty() {
                 break;

@@ -9,6 +9,7 @@ pub mod demo;
 pub mod health;
 pub mod keys;
 pub mod migrate;
+pub mod operations;
 pub mod send;
 pub mod serve;
 pub mod simulator;
@@ -57,6 +58,13 @@ pub enum Command {
     ApiKeys(api_keys::Command),
     /// One notification through a running service.
     Send(send::Args),
+    /// Pauses an app: what is accepted waits.
+    Pause(operations::App),
+    /// Lets a paused app go on.
+    Resume(operations::App),
+    /// Work that was open when the service was started with --hold.
+    #[command(subcommand)]
+    Held(operations::Held),
     /// Asks a running service how it stands; the exit status is for container and systemd checks.
     Health(health::Args),
 }
@@ -80,6 +88,9 @@ impl Cli {
             Command::Keys(command) => keys::run(&command),
             Command::ApiKeys(command) => api_keys::run(&common, &command).await,
             Command::Send(args) => send::run(&common, &args).await,
+            Command::Pause(app) => operations::pause(&common, &app).await,
+            Command::Resume(app) => operations::resume(&common, &app).await,
+            Command::Held(command) => operations::held(&common, &command).await,
             Command::Health(args) => health::run(&common, &args).await,
         }
     }

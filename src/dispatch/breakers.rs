@@ -11,6 +11,7 @@ use std::{
     time::Duration,
 };
 
+use super::send::Probe;
 use crate::{
     apns::Gateway,
     domain::{
@@ -42,6 +43,7 @@ pub struct Board {
 struct Open {
     /// `None` until the database has it.
     id: Option<BreakerId>,
+    fault: Fault,
     next_probe_at: Timestamp,
     probes: u32,
 }
@@ -107,7 +109,12 @@ impl Board {
         let now = self.clock.now();
         let fresh = self.change(|open| {
             let fresh = !open.contains_key(&route);
-            open.entry(route.clone()).or_insert(Open { id: None, next_probe_at: now.plus(probe_delay(0)), probes: 0 });
+            open.entry(route.clone()).or_insert(Open {
+                id: None,
+                fault: fault.clone(),
+                next_probe_at: now.plus(probe_delay(0)),
+                probes: 0,
+            });
             fresh
         });
         let _one_at_a_time = self.tripping.lock().await;
@@ -172,12 +179,16 @@ impl Board {
     ///
     /// # Errors
     /// If the database does not answer: what was known stays.
-    pub(super) async fn refresh(&self) -> Result<Vec<BreakerId>, StoreError> {
+    pub(super) async fn refresh(&self) -> Result<Vec<Probe>, StoreError> {
         // What is being opened meanwhile must not be forgotten for not having been in the answer.
         let _one_at_a_time = self.tripping.lock().await;
+        self.record_unrecorded().await?;
         let known = self.store.breakers().await?;
-        let ours =
-            |b: &Breaker| self.gateway.fingerprint(&b.topic, b.environment).is_some_and(|f| *f.0 == *b.fingerprint);
+        self.forget_orphans(&known).await?;
+        // A pause by the operator holds whatever the credential.
+        let ours = |b: &Breaker| {
+            b.is_pause() || self.gateway.fingerprint(&b.topic, b.environment).is_some_and(|f| *f.0 == *b.fingerprint)
+        };
         let now = self.clock.now();
         self.change(|open| {
             // Kept: what is being opened right now and not in the database yet.
@@ -185,7 +196,12 @@ impl Board {
             for breaker in known.iter().filter(|b| ours(b)) {
                 open.insert(
                     (breaker.topic.clone(), breaker.environment),
-                    Open { id: Some(breaker.id), next_probe_at: breaker.next_probe_at, probes: breaker.probes },
+                    Open {
+                        id: Some(breaker.id),
+                        fault: breaker.fault.clone(),
+                        next_probe_at: breaker.next_probe_at,
+                        probes: breaker.probes,
+                    },
                 );
             }
         });
@@ -199,13 +215,50 @@ impl Board {
         *self.passable.write().unwrap_or_else(std::sync::PoisonError::into_inner) = passable;
         *self.all.write().unwrap_or_else(std::sync::PoisonError::into_inner) = known.iter().map(|b| b.id).collect();
         let mut probes = Vec::new();
-        for breaker in known.iter().filter(|b| ours(b) && b.next_probe_at <= now && b.parked > 0) {
+        for breaker in known.iter().filter(|b| ours(b) && !b.is_pause() && b.next_probe_at <= now && b.parked > 0) {
             let next = now.plus(probe_delay(breaker.probes + 1));
             if self.store.elect_probe(breaker.id, now, next).await? {
-                probes.push(breaker.id);
+                probes.push(Probe { breaker: breaker.id, environment: breaker.environment });
             }
         }
         Ok(probes)
+    }
+
+    /// What the database could not be told of when it happened.
+    async fn record_unrecorded(&self) -> Result<(), StoreError> {
+        let unrecorded: Vec<(Route, Open)> = self.change(|open| {
+            open.iter().filter(|(_, open)| open.id.is_none()).map(|(r, o)| (r.clone(), o.clone())).collect()
+        });
+        for ((topic, environment), open) in unrecorded {
+            let Some(fingerprint) = self.gateway.fingerprint(&topic, environment) else { continue };
+            let now = self.clock.now();
+            let id = self
+                .store
+                .open_breaker(&topic, environment, &fingerprint.0, &open.fault, now, open.next_probe_at)
+                .await?;
+            self.change(|all| {
+                if let Some(open) = all.get_mut(&(topic, environment)) {
+                    open.id = Some(id);
+                }
+            });
+        }
+        Ok(())
+    }
+
+    /// Closes breakers of a credential that nobody has any more: ours is another, nothing waits behind them, and no
+    /// other replica is alive that could have it.
+    async fn forget_orphans(&self, known: &[Breaker]) -> Result<(), StoreError> {
+        let orphans: Vec<&Breaker> = known
+            .iter()
+            .filter(|b| b.parked == 0 && !b.is_pause())
+            .filter(|b| self.gateway.fingerprint(&b.topic, b.environment).is_some_and(|f| *f.0 != *b.fingerprint))
+            .collect();
+        if !orphans.is_empty() && self.store.replicas().await?.len() == 1 {
+            for orphan in orphans {
+                self.store.close_breaker(orphan.id, self.clock.now()).await?;
+            }
+        }
+        Ok(())
     }
 
     fn change<T>(&self, change: impl FnOnce(&mut HashMap<Route, Open>) -> T) -> T {

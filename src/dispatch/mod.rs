@@ -31,15 +31,15 @@ use self::{
     breakers::Board,
     fence::{Guard, Reader},
     pulse::Pulse,
-    send::{Sender, Work},
+    send::{Probe, Sender, Work},
     settle::Settler,
 };
 use crate::{
     apns::Gateway,
-    domain::clock::Clock,
+    domain::{clock::Clock, delivery::CHUNK_TARGETS, notification::Lane},
     lifecycle::Tasks,
     store::{
-        BreakerId, Lease, ReplicaId, Store, StoreError,
+        Lease, ReplicaId, Store, StoreError,
         intake::{Handed, Handover, Identity, Roster},
     },
 };
@@ -47,7 +47,7 @@ use crate::{
 /// Bounds and rhythms of the dispatcher.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// The most open targets of claimed chunks in memory.
+    /// The most open targets of claimed chunks in memory, in each lane.
     pub targets: usize,
     /// The most chunks in one claim.
     pub claim: usize,
@@ -75,7 +75,7 @@ pub struct Dispatcher {
     identity: Identity,
     /// The heart beats longer than everything else: what is in flight must stay ours until it is settled.
     heart: Tasks,
-    in_memory: Arc<AtomicUsize>,
+    in_memory: Arc<InMemory>,
 }
 
 impl Dispatcher {
@@ -95,9 +95,17 @@ impl Dispatcher {
         let heart = Tasks::new();
         let name = settings.name.clone();
         let pulse = Pulse::start(Arc::clone(&store), Arc::clone(&clock), identity.clone(), name, &heart).await?;
+        let (beating, stopping) = (heart.stopping().clone(), tasks.stopping().clone());
+        tasks.spawn("dispatch.heart", async move {
+            // A heart that stops by itself takes the service with it: nothing would be sent any more.
+            tokio::select! {
+                () = beating.cancelled() => {}
+                () = stopping.cancelled() => {}
+            }
+        });
         let board = Arc::new(Board::new(Arc::clone(&store), Arc::clone(&clock), Arc::clone(&gateway)));
         board.refresh().await?;
-        let in_memory = Arc::new(AtomicUsize::new(0));
+        let in_memory = Arc::new(InMemory::default());
         let sender = Arc::new(Sender {
             store: Arc::clone(&store),
             gateway,
@@ -139,19 +147,36 @@ impl Dispatcher {
     /// Open targets of claimed chunks in memory now.
     #[must_use]
     pub fn in_memory(&self) -> usize {
-        self.in_memory.load(Ordering::Relaxed)
+        Lane::ALL.into_iter().map(|lane| self.in_memory.of(lane).load(Ordering::Relaxed)).sum()
+    }
+}
+
+/// Open targets of claimed chunks in memory, by lane.
+#[derive(Debug, Default)]
+struct InMemory {
+    transactional: AtomicUsize,
+    bulk: AtomicUsize,
+}
+
+impl InMemory {
+    const fn of(&self, lane: Lane) -> &AtomicUsize {
+        match lane {
+            Lane::Transactional => &self.transactional,
+            Lane::Bulk => &self.bulk,
+        }
     }
 }
 
 /// Takes one off the count of targets in memory when its chunk has left.
 struct Weight {
-    in_memory: Arc<AtomicUsize>,
+    in_memory: Arc<InMemory>,
+    lane: Lane,
     targets: usize,
 }
 
 impl Drop for Weight {
     fn drop(&mut self) {
-        self.in_memory.fetch_sub(self.targets, Ordering::Relaxed);
+        self.in_memory.of(self.lane).fetch_sub(self.targets, Ordering::Relaxed);
     }
 }
 
@@ -165,7 +190,7 @@ struct Desk {
     settings: Settings,
     sender: Arc<Sender>,
     board: Arc<Board>,
-    in_memory: Arc<AtomicUsize>,
+    in_memory: Arc<InMemory>,
     tasks: Tasks,
 }
 
@@ -178,8 +203,7 @@ impl Desk {
         tokio::pin!(upkeep);
         // Sending what is handed over must never wait for a claim: two loops, side by side.
         let hand = async {
-            while let Some(Handed { lease, entry, permit }) = handed.recv().await {
-                let replica = self.identity.get();
+            while let Some(Handed { lease, replica, entry, permit }) = handed.recv().await {
                 self.launch(Work { lease, replica, _entry: entry, _permit: permit, probe: None }, None);
             }
         };
@@ -210,17 +234,33 @@ impl Desk {
     }
 
     /// Takes what is due. True if there may be more.
+    /// Takes what is due, urgent first. True if there may be more.
     async fn claim(&self) -> bool {
-        let room = self.settings.targets.saturating_sub(self.in_memory.load(Ordering::Relaxed));
-        if room == 0 {
+        let mut more = false;
+        for lane in Lane::ALL {
+            more |= self.claim_in(lane).await;
+        }
+        more
+    }
+
+    /// Each lane has an allowance of its own: bulk that waits in memory never keeps urgent work out.
+    async fn claim_in(&self, lane: Lane) -> bool {
+        let held = self.in_memory.of(lane).load(Ordering::Relaxed);
+        let room = self.settings.targets.saturating_sub(held);
+        // A bulk chunk is mostly full, an urgent one mostly of one.
+        let max = match lane {
+            Lane::Transactional => self.settings.claim.min(room),
+            Lane::Bulk => self.settings.claim.min(room.div_ceil(CHUNK_TARGETS)),
+        };
+        if max == 0 {
             return false;
         }
         let _claiming = self.claiming.lock().await;
         let replica = self.identity.get();
         let now = self.clock.now();
-        match self.store.claim(self.settings.claim, &self.board.passable(), &self.board.all(), replica, now).await {
+        match self.store.claim(&[lane], max, &self.board.passable(), &self.board.all(), replica, now).await {
             Ok(leases) => {
-                let full = leases.len() >= self.settings.claim;
+                let full = leases.len() >= max;
                 for lease in leases {
                     self.take(lease, replica, None);
                 }
@@ -233,10 +273,10 @@ impl Desk {
         }
     }
 
-    fn take(&self, lease: Lease, replica: ReplicaId, probe: Option<BreakerId>) {
-        let targets = lease.chunk.targets.len();
-        self.in_memory.fetch_add(targets, Ordering::Relaxed);
-        let weight = Weight { in_memory: Arc::clone(&self.in_memory), targets };
+    fn take(&self, lease: Lease, replica: ReplicaId, probe: Option<Probe>) {
+        let (targets, lane) = (lease.chunk.targets.len(), lease.notification.lane);
+        self.in_memory.of(lane).fetch_add(targets, Ordering::Relaxed);
+        let weight = Weight { in_memory: Arc::clone(&self.in_memory), lane, targets };
         let entry = self.roster.enter(lease.key.notification);
         self.launch(Work { lease, replica, _entry: entry, _permit: None, probe }, Some(weight));
     }
@@ -256,8 +296,8 @@ impl Desk {
             self.clock.sleep(REFRESH_EVERY).await;
             match self.board.refresh().await {
                 Ok(probes) => {
-                    for breaker in probes {
-                        self.probe(breaker).await;
+                    for probe in probes {
+                        self.probe(probe).await;
                     }
                 }
                 Err(error) => {
@@ -274,11 +314,11 @@ impl Desk {
         }
     }
 
-    async fn probe(&self, breaker: BreakerId) {
+    async fn probe(&self, probe: Probe) {
         let _claiming = self.claiming.lock().await;
         let replica = self.identity.get();
-        match self.store.claim_probe(breaker, replica, self.clock.now()).await {
-            Ok(Some(lease)) => self.take(lease, replica, Some(breaker)),
+        match self.store.claim_probe(probe.breaker, replica, self.clock.now()).await {
+            Ok(Some(lease)) => self.take(lease, replica, Some(probe)),
             Ok(None) => {}
             Err(error) => {
                 tracing::warn!(error = &error as &dyn std::error::Error, "no probe could be made");
@@ -288,6 +328,7 @@ impl Desk {
 
     /// Gives back what the database says is ours and what is not in memory: an answer was lost on the way.
     async fn sweep(&self) -> Result<(), StoreError> {
+        let _claiming = self.claiming.lock().await;
         let replica = self.identity.get();
         let lost: Vec<_> =
             self.store.owned(replica).await?.into_iter().filter(|key| !self.roster.holds(key.notification)).collect();

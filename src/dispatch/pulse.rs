@@ -71,7 +71,7 @@ impl Pulse {
                 }
             }
         }
-        let heart = Heart { store, pulse: pulse.clone(), name, others: HashMap::new() };
+        let heart = Heart { store, pulse: pulse.clone(), name, others: HashMap::new(), observed_at: at };
         let stop = tasks.stopping().clone();
         tasks.spawn("dispatch.pulse", async move {
             // Losing a beat loses nothing.
@@ -90,6 +90,8 @@ struct Heart {
     name: String,
     /// What each counter showed, and since when on our own clock.
     others: HashMap<ReplicaId, (i64, Duration)>,
+    /// When we last looked: what happened before a gap proves nothing.
+    observed_at: Duration,
 }
 
 impl Heart {
@@ -98,6 +100,8 @@ impl Heart {
         loop {
             clock.sleep(EVERY).await;
             if let Err(error) = self.once().await {
+                // While we could not look, nobody can be said to have stood still.
+                self.others.clear();
                 tracing::warn!(
                     error = &error as &dyn std::error::Error,
                     "no heartbeat: nothing more is sent until the database is back"
@@ -128,6 +132,10 @@ impl Heart {
         let me = self.pulse.identity.get();
         let replicas = self.store.replicas().await?;
         let now = self.pulse.clock.monotonic();
+        if now.saturating_sub(self.observed_at) > 3 * EVERY {
+            self.others.clear();
+        }
+        self.observed_at = now;
         self.others.retain(|id, _| replicas.iter().any(|r| r.id == *id));
         for replica in replicas.iter().filter(|r| r.id != me) {
             let seen = self.others.entry(replica.id).or_insert((replica.beat, now));

@@ -6,7 +6,7 @@
 //! settled, given back, or lost to another owner.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet, VecDeque},
     sync::{Arc, Mutex, atomic::AtomicU64},
     time::Duration,
 };
@@ -53,7 +53,16 @@ pub(super) struct Work {
     /// Its share of the room.
     pub(super) _permit: Option<OwnedSemaphorePermit>,
     /// Sent through an open breaker to see whether it may close: one push only.
-    pub(super) probe: Option<BreakerId>,
+    pub(super) probe: Option<Probe>,
+}
+
+/// A try through an open breaker.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Probe {
+    /// Which breaker.
+    pub(super) breaker: BreakerId,
+    /// Where it is open: a push to the other environment proves nothing of it.
+    pub(super) environment: Environment,
 }
 
 /// A retry sooner than this is waited for in memory; a later one goes back to the database.
@@ -64,6 +73,9 @@ const PUT_BACK_FOR: Duration = Duration::from_secs(5);
 
 /// How long a chunk is put back when this replica has no credential for its app: another may have one.
 const NO_CREDENTIAL_FOR: Duration = Duration::from_secs(30);
+
+/// The shortest time for which a chunk with targets behind a breaker is put back.
+const BLOCKED_PAUSE: Duration = Duration::from_secs(1);
 
 /// The most pushes of one chunk in flight.
 const IN_FLIGHT: usize = 1_000;
@@ -119,11 +131,12 @@ impl Sender {
             let now = self.guard.clock.now();
             let due = due(&work.lease.chunk, now);
             let mut left = Left::Open;
+            let mut blocked = HashSet::new();
             if !due.is_empty() {
                 let old = self.guard.clock.monotonic().saturating_sub(read_at) >= OWNERSHIP_MAX_AGE;
                 if old || addresses.is_empty() {
                     let began = self.guard.clock.monotonic();
-                    match self.store.addresses(&devices(&work.lease.chunk, &due)).await {
+                    match self.store.addresses(&open_devices(&work.lease.chunk)).await {
                         Ok(read) => {
                             addresses = read.into_iter().map(|a| (a.seq, a)).collect();
                             read_at = began;
@@ -145,6 +158,7 @@ impl Sender {
                 }
                 let round = self.round(&mut work, &head, &due, &mut addresses, read_at).await;
                 left = round.left;
+                blocked = round.blocked;
                 unsent = if round.moved { 0 } else { unsent + 1 };
                 if round.over {
                     return;
@@ -163,9 +177,10 @@ impl Sender {
             let now = self.guard.clock.now();
             let stopping = self.stopping.is_cancelled();
             let disposition = match left {
-                Left::Lost => return,
+                // If it is still ours after all, what was answered is kept; if not, this changes nothing.
+                Left::Lost => Disposition::Free { due_at: next },
                 _ if stopping => Disposition::Free { due_at: next },
-                Left::Blocked(environment) => self.park(&work.lease.notification, environment, now),
+                Left::Blocked(environment) => self.park(&work.lease, &blocked, environment, now),
                 Left::Later(pause) => Disposition::Free { due_at: next.max(now.plus(pause)) },
                 Left::Open if next.since(now) > WAIT_IN_MEMORY => Disposition::Free { due_at: next },
                 Left::Open => Disposition::Keep,
@@ -202,11 +217,17 @@ impl Sender {
         self.settle(work, Disposition::Keep, Learned::default()).await
     }
 
-    fn park(&self, notification: &Notification, environment: Environment, now: Timestamp) -> Disposition {
-        match self.guard.board.id(&notification.topic, environment) {
-            Some(breaker) => Disposition::Park { breaker, until: notification.deadline() },
+    /// Parked only if nothing else of the chunk can go on; otherwise it comes back when that can.
+    fn park(&self, lease: &Lease, blocked: &HashSet<usize>, environment: Environment, now: Timestamp) -> Disposition {
+        let others =
+            lease.chunk.states.iter().enumerate().filter(|(at, state)| state.is_open() && !blocked.contains(at));
+        if let Some(next) = others.map(|(_, state)| state.retry_at.unwrap_or(now)).min() {
+            return Disposition::Free { due_at: next.max(now.plus(BLOCKED_PAUSE)) };
+        }
+        match self.guard.board.id(&lease.notification.topic, environment) {
+            Some(breaker) => Disposition::Park { breaker, until: lease.notification.deadline() },
             // Closed again, or the database could not be told of it yet.
-            None => Disposition::Free { due_at: now.plus(Duration::from_secs(1)) },
+            None => Disposition::Free { due_at: now.plus(BLOCKED_PAUSE) },
         }
     }
 
@@ -239,11 +260,12 @@ impl Sender {
         addresses: &mut HashMap<DeviceSeq, Address>,
         read_at: Duration,
     ) -> Round {
-        let mut round = Round { left: Left::Open, moved: false, over: false };
+        let mut round = Round { left: Left::Open, moved: false, over: false, blocked: HashSet::new() };
         let mut learned = Learned::default();
         let notification = Arc::clone(&work.lease.notification);
         let mut rest = due.iter().copied();
         let mut running = FuturesUnordered::new();
+        let mut ended = VecDeque::new();
         let mut settled_at = self.guard.clock.monotonic();
         // A probe is one push; the others wait for what it says.
         let mut room = if work.probe.is_some() { 1 } else { IN_FLIGHT };
@@ -254,19 +276,24 @@ impl Sender {
                     running.push(self.attempt(Arc::clone(&notification), Arc::clone(head), attempt));
                 }
             }
-            let Some(attempted) = running.next().await else { break };
+            let next = match ended.pop_front() {
+                Some(attempted) => Some(attempted),
+                None => running.next().await,
+            };
+            let Some(attempted) = next else { break };
             if work.probe.is_some() {
-                room = self.judge_probe(work, &attempted, &mut round).await;
+                room = beside(&mut running, &mut ended, self.judge_probe(work, &attempted, &mut round)).await;
             } else if let Some((environment, fault)) = &attempted.fault {
-                self.guard.board.trip(&notification.topic, *environment, fault, false).await;
-                round.left = round.left.max(Left::Blocked(*environment));
+                let trip = self.guard.board.trip(&notification.topic, *environment, fault, false);
+                beside(&mut running, &mut ended, trip).await;
+                round.block(attempted.position, *environment);
             }
             round.take(&notification, attempted, &mut work.lease.chunk, addresses, &mut learned);
             let now = self.guard.clock.monotonic();
             if !running.is_empty() && now.saturating_sub(settled_at) >= SETTLE_EVERY {
                 settled_at = now;
-                let learned = std::mem::take(&mut learned);
-                if self.settle(work, Disposition::Keep, learned).await != Settlement::Done {
+                let settle = self.settle(work, Disposition::Keep, std::mem::take(&mut learned));
+                if beside(&mut running, &mut ended, settle).await != Settlement::Done {
                     // What is in flight is still read to its end: a written push is never dropped.
                     while running.next().await.is_some() {}
                     round.over = true;
@@ -295,25 +322,27 @@ impl Sender {
     /// What a probe's end says of the breaker. Returns how many pushes may be in flight now.
     async fn judge_probe(&self, work: &mut Work, attempted: &Attempted, round: &mut Round) -> usize {
         let topic = &work.lease.notification.topic;
-        match (work.probe, attempted.environment, &attempted.fault) {
-            (_, _, Some((environment, fault))) => {
-                self.guard.board.trip(topic, *environment, fault, true).await;
-                round.left = round.left.max(Left::Blocked(*environment));
-                0
-            }
-            (Some(breaker), Some(environment), None) if attempted.proves_credential => {
-                self.guard.board.close(topic, environment, breaker).await;
-                work.probe = None;
-                IN_FLIGHT
-            }
-            (_, Some(environment), None) => {
-                // No answer, or one that proves nothing: the breaker stays, and so does everything behind it.
-                round.left = round.left.max(Left::Blocked(environment));
-                0
-            }
-            // It ended before anything was sent; the others meet the breaker.
-            (_, None, None) => 0,
+        let Some(probe) = work.probe else { return IN_FLIGHT };
+        if let Some((environment, fault)) = &attempted.fault {
+            self.guard.board.trip(topic, *environment, fault, true).await;
+            round.block(attempted.position, *environment);
+            return 0;
         }
+        if attempted.environment != Some(probe.environment) {
+            // Ended before it was sent, or not one of those that wait for this breaker: the next one.
+            return 1;
+        }
+        if attempted.proves_credential {
+            self.guard.board.close(topic, probe.environment, probe.breaker).await;
+            work.probe = None;
+            return IN_FLIGHT;
+        }
+        if attempted.moved || attempted.left != Left::Open || attempted.state.is_open() {
+            // No answer, or one that proves nothing: the breaker stays, and so does everything behind it.
+            round.block(attempted.position, probe.environment);
+            return 0;
+        }
+        1
     }
 
     async fn attempt(&self, notification: Arc<Notification>, head: Arc<Head>, attempt: Attempt) -> Attempted {
@@ -356,6 +385,12 @@ impl Sender {
             return attempted;
         };
         attempted.environment = Some(environment);
+        let probe = match probe {
+            // Its turn comes once the probe is over.
+            Some(probed) if probed != environment => return attempted,
+            Some(_) => true,
+            None => false,
+        };
         if !probe && self.guard.board.is_open(&notification.topic, environment) {
             attempted.left = Left::Blocked(environment);
             return attempted;
@@ -482,6 +517,8 @@ struct Round {
     moved: bool,
     /// The chunk has ended or is no longer ours: nothing more to do.
     over: bool,
+    /// Targets behind an open breaker.
+    blocked: HashSet<usize>,
 }
 
 /// What is to be settled beside the states.
@@ -497,7 +534,32 @@ impl Learned {
     }
 }
 
+/// Waits for `other` while what is in flight goes on: a future that is not polled may hold what `other` needs.
+async fn beside<F, T>(
+    running: &mut FuturesUnordered<F>,
+    ended: &mut VecDeque<Attempted>,
+    other: impl Future<Output = T>,
+) -> T
+where
+    F: Future<Output = Attempted>,
+{
+    tokio::pin!(other);
+    loop {
+        tokio::select! {
+            biased;
+            done = &mut other => return done,
+            Some(attempted) = running.next(), if !running.is_empty() => ended.push_back(attempted),
+        }
+    }
+}
+
 impl Round {
+    /// A target waits for its breaker.
+    fn block(&mut self, position: usize, environment: Environment) {
+        self.blocked.insert(position);
+        self.left = self.left.max(Left::Blocked(environment));
+    }
+
     /// Enters the end of one attempt.
     fn take(
         &mut self,
@@ -508,8 +570,10 @@ impl Round {
         learned: &mut Learned,
     ) {
         self.moved |= attempted.moved || !attempted.state.is_open() || attempted.readdressed.is_some();
-        self.over |= attempted.left == Left::Lost;
-        self.left = self.left.max(attempted.left);
+        match attempted.left {
+            Left::Blocked(environment) => self.block(attempted.position, environment),
+            left => self.left = self.left.max(left),
+        }
         if !attempted.state.is_open() {
             let reason = attempted.state.cause.as_ref().map_or("", |c| &c.reason);
             names::delivery_ended(
@@ -546,7 +610,7 @@ fn attempt_at(
         Target::Device { seq, .. } => addresses.get(seq).cloned(),
         Target::Token { .. } => None,
     };
-    let (replica, probe) = (work.replica, work.probe.is_some());
+    let (replica, probe) = (work.replica, work.probe.map(|probe| probe.environment));
     Some(Attempt { position, target, state, address, read_at, replica, probe })
 }
 
@@ -557,7 +621,8 @@ struct Attempt {
     address: Option<Address>,
     read_at: Duration,
     replica: ReplicaId,
-    probe: bool,
+    /// Where a breaker is to be passed.
+    probe: Option<Environment>,
 }
 
 /// Where one push goes.
@@ -649,11 +714,12 @@ fn due(chunk: &Chunk, now: Timestamp) -> Vec<usize> {
         .collect()
 }
 
-fn devices(chunk: &Chunk, due: &[usize]) -> Vec<DeviceSeq> {
-    due.iter()
-        .filter_map(|position| match chunk.targets.get(*position)? {
-            Target::Device { seq, .. } => Some(*seq),
-            Target::Token { .. } => None,
-        })
-        .collect()
+/// All that are open, not only those that are due: a later round may use the same read.
+fn open_devices(chunk: &Chunk) -> Vec<DeviceSeq> {
+    let open = chunk.targets.iter().zip(&chunk.states).filter(|(_, state)| state.is_open());
+    open.filter_map(|(target, _)| match target {
+        Target::Device { seq, .. } => Some(*seq),
+        Target::Token { .. } => None,
+    })
+    .collect()
 }

@@ -4,7 +4,7 @@
 //! gone, settles wait and are repeated, and since every chunk waits for its own settle, sending stops when the buffer
 //! is full. A settle with an old epoch changes nothing, and whoever sent it is told.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use tokio::sync::{mpsc, oneshot};
 
@@ -15,7 +15,7 @@ use crate::{
         device::{DeviceSeq, DeviceToken},
     },
     lifecycle::Tasks,
-    store::{Disposition, Settled, Store, intake::Identity},
+    store::{Disposition, Settled, Store, StoreError, intake::Identity},
 };
 
 /// Progress of one chunk, on its way to the database.
@@ -62,38 +62,17 @@ impl Settler {
     /// Starts the settling task. It ends once every [`Settler`] is dropped, so that a drain settles everything.
     pub(super) fn start(store: Arc<dyn Store>, clock: Arc<dyn Clock>, identity: Identity, tasks: &Tasks) -> Self {
         let (sender, mut waiting) = mpsc::channel::<Waiting>(BUFFER);
-        let abort = tasks.aborting().clone();
+        let work = Desk { store, clock, identity, tasks: tasks.clone() };
         tasks.spawn_brief("dispatch.settle", async move {
             let mut group = Vec::with_capacity(GROUP);
             while waiting.recv_many(&mut group, GROUP).await > 0 {
-                let settled: Vec<Settled<'_>> = group.iter().map(|w| settled(&w.progress)).collect();
-                let mut said = false;
-                let lost = loop {
-                    match store.settle(&settled, identity.get(), clock.now()).await {
-                        Ok(lost) => break Some(lost),
-                        Err(error) if !said => {
-                            said = true;
-                            tracing::error!(
-                                chunks = settled.len(),
-                                error = &error as &dyn std::error::Error,
-                                "outcomes cannot be kept: trying again until the database is back"
-                            );
-                        }
-                        Err(error) => tracing::debug!(error = &error as &dyn std::error::Error, "still not"),
-                    }
-                    tokio::select! {
-                        () = clock.sleep(PAUSE) => {}
-                        () = abort.cancelled() => break None,
-                    }
-                };
-                drop(settled);
-                for Waiting { progress, answer } in group.drain(..) {
-                    let settlement = match &lost {
-                        None => Settlement::GivenUp,
-                        Some(lost) if lost.contains(&progress.key) => Settlement::Lost,
-                        Some(_) => Settlement::Done,
-                    };
-                    _ = answer.send((progress, settlement));
+                // Two of one chunk, of an old and a new lease, must not share an answer.
+                let mut keys = HashSet::with_capacity(group.len());
+                let (first, again): (Vec<Waiting>, Vec<Waiting>) =
+                    group.drain(..).partition(|w| keys.insert(w.progress.key));
+                work.settle(first).await;
+                for alone in again {
+                    work.settle(vec![alone]).await;
                 }
             }
         });
@@ -110,6 +89,76 @@ impl Settler {
             Ok((progress, settlement)) => (Some(progress), settlement),
             Err(_) => (None, Settlement::GivenUp),
         }
+    }
+}
+
+#[derive(Clone)]
+struct Desk {
+    store: Arc<dyn Store>,
+    clock: Arc<dyn Clock>,
+    identity: Identity,
+    tasks: Tasks,
+}
+
+impl Desk {
+    /// Settles a group, however long that takes.
+    async fn settle(&self, group: Vec<Waiting>) {
+        match self.keep_trying(&group).await {
+            Ok(lost) => answer(group, lost.as_deref()),
+            Err(OneIsToBlame) => {
+                // Each alone, so that it stops nobody but itself.
+                for alone in group {
+                    let desk = self.clone();
+                    self.tasks.spawn_brief("dispatch.settle_alone", async move {
+                        let alone = vec![alone];
+                        let lost = desk.keep_trying(&alone).await.unwrap_or_default();
+                        answer(alone, lost.as_deref());
+                    });
+                }
+            }
+        }
+    }
+
+    /// Those whose lease was lost; `None` once the service has given up.
+    async fn keep_trying(&self, group: &[Waiting]) -> Result<Option<Vec<ChunkKey>>, OneIsToBlame> {
+        let settled: Vec<Settled<'_>> = group.iter().map(|w| settled(&w.progress)).collect();
+        let mut said = false;
+        loop {
+            match self.store.settle(&settled, self.identity.get(), self.clock.now()).await {
+                Ok(lost) => return Ok(Some(lost)),
+                Err(StoreError::Statement(_) | StoreError::Corrupt { .. }) if group.len() > 1 => {
+                    return Err(OneIsToBlame);
+                }
+                Err(error) if !said => {
+                    said = true;
+                    tracing::error!(
+                        chunks = settled.len(),
+                        error = &error as &dyn std::error::Error,
+                        "outcomes cannot be kept: trying again until the database takes them"
+                    );
+                }
+                Err(error) => tracing::debug!(error = &error as &dyn std::error::Error, "still not"),
+            }
+            tokio::select! {
+                () = self.clock.sleep(PAUSE) => {}
+                () = self.tasks.aborting().cancelled() => return Ok(None),
+            }
+        }
+    }
+}
+
+/// The database refuses a group for what is in it, not for how it is.
+#[derive(Debug)]
+struct OneIsToBlame;
+
+fn answer(group: Vec<Waiting>, lost: Option<&[ChunkKey]>) {
+    for Waiting { progress, answer } in group {
+        let settlement = match lost {
+            None => Settlement::GivenUp,
+            Some(lost) if lost.contains(&progress.key) => Settlement::Lost,
+            Some(_) => Settlement::Done,
+        };
+        _ = answer.send((progress, settlement));
     }
 }
 

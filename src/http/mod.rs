@@ -128,6 +128,8 @@ pub fn router(services: Services) -> Router {
         .route("/v1/devices/{id}", get(v1::devices::one).delete(v1::devices::forget))
         .route("/v1/devices/{id}/user", delete(v1::devices::log_out))
         .route("/v1/users/{user_id}/identity-tokens", post(v1::users::mint))
+        .route("/v1/apps/{topic}/pause", post(v1::apps::pause))
+        .route("/v1/apps/{topic}/resume", post(v1::apps::resume))
         .route("/v1/notifications", post(v1::notifications::send).get(v1::notifications::list))
         .route("/v1/notifications/{id}", get(v1::notifications::one))
         .route("/v1/notifications/{id}/deliveries", get(v1::notifications::deliveries))

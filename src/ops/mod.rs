@@ -236,6 +236,10 @@ impl Health {
             time: now,
         });
         for breaker in &seen.breakers {
+            if breaker.is_pause() {
+                checks.push(paused(breaker, now));
+                continue;
+            }
             checks.push(Check {
                 name: "apns:breaker".into(),
                 component: Some(format!("{} {}", breaker.topic, breaker.environment)),
@@ -277,7 +281,7 @@ impl Health {
                 status: Status::Warn,
                 observed: Some((waiting - parked).to_string()),
                 output: "work is held: it was open when the service was started with --hold, or in a backup".into(),
-                advice: "Release it or drop it.".into(),
+                advice: "`sonnette held release` lets it go on.".into(),
                 time: now,
             });
         }
@@ -288,6 +292,18 @@ impl Health {
             "replicas that share this database",
             Some(seen.replicas.len().to_string()),
         ));
+    }
+}
+
+fn paused(breaker: &Breaker, now: Timestamp) -> Check {
+    Check {
+        name: "queue:paused".into(),
+        component: Some(format!("{} {}", breaker.topic, breaker.environment)),
+        status: Status::Warn,
+        observed: Some(breaker.parked.to_string()),
+        output: format!("an operator has paused `{}` since {}: pieces of work wait", breaker.topic, breaker.opened_at),
+        advice: format!("`sonnette resume --topic {}` lets them go on.", breaker.topic),
+        time: now,
     }
 }
 

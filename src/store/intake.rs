@@ -127,6 +127,8 @@ impl Drop for Entry {
 pub struct Handed {
     /// The chunk.
     pub lease: Lease,
+    /// As whom we leased it.
+    pub replica: ReplicaId,
     /// Its place on the roster.
     pub entry: Entry,
     /// Its share of the room; dropped when it has left memory.
@@ -328,7 +330,7 @@ impl Committer {
             match self.store.accept(&submissions, replica, self.clock.now()).await {
                 Ok(answers) => {
                     for (answer, waiting) in answers.into_iter().zip(on_the_way) {
-                        self.answer(answer, waiting);
+                        self.answer(answer, waiting, replica);
                     }
                     return;
                 }
@@ -400,7 +402,7 @@ impl Committer {
         Ok(views)
     }
 
-    fn answer(&self, accepted: Result<Accepted, StoreError>, waiting: OnTheWay) {
+    fn answer(&self, accepted: Result<Accepted, StoreError>, waiting: OnTheWay, replica: ReplicaId) {
         let OnTheWay { answer, mut permit, entry } = waiting;
         let accepted = match accepted {
             Ok(accepted) => accepted,
@@ -418,7 +420,7 @@ impl Committer {
                 for lease in leases {
                     let entry = self.roster.enter(id);
                     // A sender that is gone has ended with the service; the next one takes over from the database.
-                    _ = self.leases.send(Handed { lease, entry, permit: permit.take() });
+                    _ = self.leases.send(Handed { lease, replica, entry, permit: permit.take() });
                 }
                 Noted::Accepted(view)
             }

@@ -356,6 +356,42 @@ pub struct Breaker {
     pub parked: u64,
 }
 
+/// The fingerprint of a breaker that an operator has opened.
+const PAUSED: &str = "paused";
+
+impl Breaker {
+    /// Whether an operator has opened it: then it holds whatever the credential, and is not probed.
+    #[must_use]
+    pub fn is_pause(&self) -> bool {
+        self.fingerprint == PAUSED
+    }
+}
+
+/// Pauses an app: nothing of it leaves, in either environment, until [`resume`]. What is accepted meanwhile waits.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn pause(store: &dyn Store, topic: &Topic, now: Timestamp) -> Result<(), StoreError> {
+    let fault = Fault { status: 0, reason: "Paused".into() };
+    for environment in Environment::ALL {
+        store.open_breaker(topic, environment, PAUSED, &fault, now, now).await?;
+    }
+    Ok(())
+}
+
+/// Lets a paused app go on. False if it was not paused.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn resume(store: &dyn Store, topic: &Topic, now: Timestamp) -> Result<bool, StoreError> {
+    let mut was_paused = false;
+    for breaker in store.breakers().await?.iter().filter(|b| b.is_pause() && b.topic == *topic) {
+        store.close_breaker(breaker.id, now).await?;
+        was_paused = true;
+    }
+    Ok(was_paused)
+}
+
 /// The schema that was found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SchemaState {
@@ -462,11 +498,12 @@ pub trait Queue: Send + Sync {
     async fn seen(&self, idempotency: &Idempotency) -> Result<Option<Accepted>, StoreError>;
     /// Which of these notifications are committed. Waits for a commit that is still under way.
     async fn committed(&self, ids: &[NotificationId]) -> Result<BTreeSet<NotificationId>, StoreError>;
-    /// Takes over at most `max` due chunks that nobody owns, urgent first, then oldest; also those parked by one of
+    /// Takes over at most `max` due chunks of `lanes`, in that order, that nobody owns, oldest first; also those parked by one of
     /// `passable` breakers (open for another credential than this replica's), and those whose time parked by one of
     /// `overdue` is over. Audiences that are due are resolved.
     async fn claim(
         &self,
+        lanes: &[Lane],
         max: usize,
         passable: &[BreakerId],
         overdue: &[BreakerId],

@@ -312,6 +312,7 @@ fn waiting_for(sum: &Sum, faults: &BTreeMap<i64, String>, now: Timestamp) -> Opt
     }
     if let Some(breaker) = sum.least_holder.and_then(breaker_of) {
         let reason = match faults.get(&breaker) {
+            Some(fault) if fault == "Paused" => "paused".to_owned(),
             Some(fault) => format!("breaker: {fault}"),
             // Closed a moment ago: its chunks are about to be freed.
             None => "breaker".to_owned(),

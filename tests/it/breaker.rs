@@ -3,11 +3,14 @@
 use std::{sync::Arc, time::Duration};
 
 use serde_json::{Value, json};
-use sonnette::domain::clock::{Clock, ManualClock, Timestamp};
+use sonnette::{
+    domain::clock::{Clock, ManualClock, Timestamp},
+    sim::{Action, Script},
+};
 
 use crate::support::{
     database::on_both_stores,
-    world::{KEY_ID, TEAM, World, until},
+    world::{KEY_ID, TEAM, TOPIC, World, until},
 };
 
 fn token(number: usize) -> String {
@@ -124,5 +127,46 @@ on_both_stores! {
         let id = world.server.post("/v1/notifications", &body).await.ok()["id"].as_str().unwrap().to_owned();
         assert_eq!(world.done(&id).await["counts"]["accepted"], 1);
         assert!(world.check("apns:breaker", "shop").await.is_none());
+    }
+
+    async fn a_paused_app_accepts_and_sends_nothing_until_it_is_resumed(database) {
+        let clock = Arc::new(ManualClock::new(Timestamp::from_seconds(1_795_000_000)));
+        let world = World::with(database, Arc::clone(&clock) as _, "").await;
+        world.device(&token(1), Some("user-1")).await;
+        assert_eq!(world.server.post(&format!("/v1/apps/{TOPIC}/pause"), &json!({})).await.status, 204);
+        ticking(&world, &clock, "health shows the pause", || world.check("queue:paused", "production")).await;
+        let id = world.send(json!({ "user_ids": ["user-1"] })).await;
+        ticking(&world, &clock, "it says why it waits", || async {
+            (world.notification(&id).await["waiting_for"]["reason"] == "paused").then_some(())
+        })
+        .await;
+        for _ in 0..5 {
+            tick(&world, &clock).await;
+        }
+        assert_eq!(world.sim.ledger().counters().requests, 0);
+        assert_eq!(world.server.post(&format!("/v1/apps/{TOPIC}/resume"), &json!({})).await.status, 204);
+        ticking(&world, &clock, "it has left", || async { (accepted(&world) == 1).then_some(()) }).await;
+    }
+
+    async fn a_chunk_of_ten_devices_that_are_all_put_off_loses_none(database) {
+        let clock = Arc::new(ManualClock::new(Timestamp::from_seconds(1_795_000_000)));
+        let world = World::with(database, Arc::clone(&clock) as _, "").await;
+        let mut users = Vec::new();
+        for number in 0..10 {
+            world.device(&token(number), Some(&format!("user-{number}"))).await;
+            users.push(format!("user-{number}"));
+            let busy = Action::Answer { status: 503, reason: Some("ServiceUnavailable".into()), timestamp_ms: None };
+            world.sim.scripts().add(Script::new(token(number), busy).times(1));
+        }
+        let id = world.send(json!({ "user_ids": users })).await;
+        // Their retries are spread over a second: each meets what was read for another.
+        let seen = until("it is done", || async {
+            clock.advance(Duration::from_millis(20));
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            let seen = world.notification(&id).await;
+            (seen["status"] == "done").then_some(seen)
+        })
+        .await;
+        assert_eq!(seen["counts"]["accepted"], 10, "{seen}");
     }
 }

@@ -19,9 +19,11 @@ use crate::{
     },
 };
 
-const NOTIFICATIONS: usize = 10_000;
-const DEVICES: usize = 500;
 const KILLS: usize = 20;
+/// What is posted before each kill.
+const BATCH: usize = 500;
+const NOTIFICATIONS: usize = KILLS * BATCH;
+const DEVICES: usize = 500;
 /// Pushes that the ledger must show as written and the database not as settled, or a kill does not count.
 const UNSETTLED: i64 = 100;
 
@@ -89,7 +91,7 @@ on_both_stores! {
     async fn ten_thousand_notifications_survive_twenty_kills(database) {
         let folder = Folder::new("kill");
         let keys = keys_folder(&folder, "environments = [\"production\"]");
-        let sim = SimulatorProcess::start(folder.path(), &keys, &["--latency-ms", "150"]).await;
+        let sim = SimulatorProcess::start(folder.path(), &keys, &["--latency-ms", "600"]).await;
         let mut service = Service::start(folder.path(), database.url(), &sim).await;
         let (status, key, error) = run(folder.path(), &["api-keys", "create", "--owner", "shop", "--scopes", "register,send,read"]);
         assert!(status.success(), "{error}");
@@ -99,24 +101,26 @@ on_both_stores! {
             client.post("/v1/devices", &body).await.ok();
         }
 
-        let posting = {
+        let mut exposed = 0;
+        let mut posting = Vec::new();
+        for batch in 0..KILLS {
+            // What an earlier life wrote and lost is not this kill's doing.
+            let base = (sim.total().await["requests"].as_i64().unwrap(), settled(&database).await);
             let client = client.clone();
-            tokio::spawn(async move {
-                stream::iter(0..NOTIFICATIONS)
+            posting.push(tokio::spawn(async move {
+                stream::iter(batch * BATCH..(batch + 1) * BATCH)
                     .map(|number| { let client = client.clone(); async move { post(&client, number).await } })
                     .buffer_unordered(64)
                     .collect::<Vec<String>>()
                     .await
-            })
-        };
-        let mut exposed = 0;
-        for _ in 0..KILLS {
-            // What an earlier life wrote and lost is not this kill's doing.
-            let base = (sim.total().await["requests"].as_i64().unwrap(), settled(&database).await);
+            }));
             exposed += kill_in_the_middle(&mut service, &sim, &database, base).await;
             service.restart().await;
         }
-        let ids = posting.await.unwrap();
+        let mut ids = Vec::new();
+        for batch in posting {
+            ids.extend(batch.await.unwrap());
+        }
 
         until("every notification has ended", || async {
             let open = number(&database, "SELECT COUNT(*) FROM chunks WHERE ended_at IS NULL").await;

@@ -1,5 +1,6 @@
 //! Version 1 of the API: one file a resource.
 
+pub(super) mod apps;
 pub(super) mod devices;
 pub(super) mod notifications;
 pub(super) mod users;

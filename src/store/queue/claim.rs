@@ -35,14 +35,22 @@ struct Chosen {
     states: Option<Vec<u8>>,
 }
 
+/// Which parked chunks may be taken beside those that nobody holds.
+pub(in crate::store) struct Parked<'a> {
+    /// Behind these, all: the breaker is another credential's.
+    pub(in crate::store) passable: &'a [BreakerId],
+    /// Behind these, those whose time is over.
+    pub(in crate::store) overdue: &'a [BreakerId],
+}
+
 /// Takes over at most `max` chunks: urgent first, and in a lane what is free before what is parked. What is parked bears
 /// the end of its time as `due_at`: behind a passable breaker it is taken whatever that says.
 pub(in crate::store) async fn claim(
     conn: &mut Conn<'_>,
     context: &Context,
+    lanes: &[Lane],
     max: usize,
-    passable: &[BreakerId],
-    overdue: &[BreakerId],
+    parked: &Parked<'_>,
     replica: ReplicaId,
     now: Timestamp,
 ) -> Result<Vec<Lease>, Failure> {
@@ -50,9 +58,9 @@ pub(in crate::store) async fn claim(
         return Ok(Vec::new());
     }
     let mut chosen = Vec::new();
-    for lane in Lane::ALL {
-        let passable = passable.iter().map(|breaker| (parked_holder(*breaker), None));
-        let overdue = overdue.iter().map(|breaker| (parked_holder(*breaker), Some(now)));
+    for lane in lanes.iter().copied() {
+        let passable = parked.passable.iter().map(|breaker| (parked_holder(*breaker), None));
+        let overdue = parked.overdue.iter().map(|breaker| (parked_holder(*breaker), Some(now)));
         for (holder, due) in std::iter::once((FREE, Some(now))).chain(passable).chain(overdue) {
             let room = max.saturating_sub(chosen.len());
             if room > 0 {

@@ -121,8 +121,11 @@ pub(super) async fn superseded(
         // Held work is not going, and an audience that is not resolved has not been due.
         let mut statement = Statement::new(
             "-- queue.superseded\nSELECT c.notification_id, c.number, c.targets, c.states \
-             FROM notifications n JOIN chunks c ON c.notification_id = n.id WHERE n.collapse_id = ",
+             FROM notifications n JOIN chunks c ON c.notification_id = n.id WHERE n.due_at >= \
+             (SELECT own.due_at FROM notifications own WHERE own.id = ",
         );
+        // What was made after and was due before is the older one on the phone.
+        statement.bind(id_value(than.as_uuid())).push(") AND n.collapse_id = ");
         statement.bind(collapse_id.as_str().as_bytes());
         statement.push(" AND n.id >= ").bind(id_value(after.notification.as_uuid()));
         statement.push(" AND n.topic = ").bind(topic.as_str());

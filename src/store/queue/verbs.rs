@@ -6,8 +6,13 @@ use async_trait::async_trait;
 
 use super::{Context, accept, claim, settle};
 use crate::domain::{
-    clock::Timestamp, delivery::ChunkKey, device::DeviceSeq, notification::NotificationId, outcome::Cause,
-    push::CollapseId, topic::Topic,
+    clock::Timestamp,
+    delivery::ChunkKey,
+    device::DeviceSeq,
+    notification::{Lane, NotificationId},
+    outcome::Cause,
+    push::CollapseId,
+    topic::Topic,
 };
 use crate::store::{
     Accepted, BreakerId, Idempotency, Lease, Queue, QueueDepth, ReplicaId, Settled, StoreError, Submission,
@@ -74,6 +79,7 @@ on_both! {
 
         async fn claim(
             &self,
+            lanes: &[Lane],
             max: usize,
             passable: &[BreakerId],
             overdue: &[BreakerId],
@@ -81,10 +87,11 @@ on_both! {
             now: Timestamp,
         ) -> Result<Vec<Lease>, StoreError> {
             self.intern(&WORDS).await?;
+            let parked = claim::Parked { passable, overdue };
             let context = self.context();
             committed(Repeat::Deadlocks, || async {
                 let mut tx = self.begin().await?;
-                let leases = claim::claim(&mut Conn::from(&mut *tx), &context, max, passable, overdue, replica, now).await?;
+                let leases = claim::claim(&mut Conn::from(&mut *tx), &context, lanes, max, &parked, replica, now).await?;
                 Ok((tx, leases))
             })
             .await
