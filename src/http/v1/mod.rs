@@ -6,9 +6,10 @@ pub(super) mod users;
 
 use axum::{
     Json,
+    extract::FromRequestParts,
     response::{IntoResponse, Response},
 };
-use http::Uri;
+use http::{Uri, request::Parts};
 use serde::Serialize;
 
 use super::{
@@ -22,15 +23,13 @@ use crate::{
         clock::{NotATime, Timestamp},
         topic::Topic,
     },
-    store::{Page, PageRequest},
+    store::{List, NotACursor, Page, PageRequest},
 };
 
 /// How many items a list has when nobody says.
 const DEFAULT_LIMIT: usize = 100;
 /// How many it may have.
 const MAX_LIMIT: usize = 1_000;
-/// A longer cursor is none of ours.
-const MAX_CURSOR_BYTES: usize = 512;
 
 /// The answer to a path that does not exist.
 pub(super) async fn no_such_path(uri: Uri) -> Problem {
@@ -45,8 +44,21 @@ pub(super) async fn no_such_path(uri: Uri) -> Problem {
     Problem::new(Kind::NotFound, detail)
 }
 
+/// That a request has no query: what stands there would do nothing, and surprise whoever wrote it.
+pub(super) struct NoQuery;
+
+impl<S: Sync> FromRequestParts<S> for NoQuery {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
+        let mut faults = Faults::default();
+        Query::open(parts.uri.query(), &mut faults).finish(&mut faults);
+        faults.check().map(|()| Self)
+    }
+}
+
 /// `limit` and `cursor`.
-fn page(query: &mut Query, faults: &mut Faults) -> PageRequest {
+fn page(query: &mut Query, list: List, faults: &mut Faults) -> PageRequest {
     let limit = match query.take("limit") {
         None => DEFAULT_LIMIT,
         Some(text) => text.parse().ok().filter(|limit| (1..=MAX_LIMIT).contains(limit)).unwrap_or_else(|| {
@@ -55,8 +67,14 @@ fn page(query: &mut Query, faults: &mut Faults) -> PageRequest {
         }),
     };
     let cursor = query.take("cursor");
-    if cursor.as_ref().is_some_and(|cursor| cursor.is_empty() || cursor.len() > MAX_CURSOR_BYTES) {
-        faults.push(parameter("cursor", "invalid", "Take `next_cursor` of the page before."));
+    if let Some(cursor) = &cursor
+        && let Err(NotACursor) = list.check(cursor)
+    {
+        faults.push(parameter(
+            "cursor",
+            "invalid",
+            "This is not a cursor of this list. Take `next_cursor` of the page before, unchanged.",
+        ));
     }
     PageRequest { cursor, limit }
 }
