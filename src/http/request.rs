@@ -184,10 +184,8 @@ fn explain(response: &mut Response, request_id: &str, method: &Method) -> Option
         // `/health` answers 503 with a document of its own.
         return None;
     }
-    let problem = response
-        .extensions()
-        .get::<Told>()
-        .map_or_else(|| Arc::new(of_status(status)), |told| Arc::clone(&told.0));
+    let problem =
+        response.extensions().get::<Told>().map_or_else(|| Arc::new(of_status(status)), |told| Arc::clone(&told.0));
     *response.status_mut() = problem.kind().status();
     let body = problem.body(request_id);
     let headers = response.headers_mut();

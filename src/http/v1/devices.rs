@@ -119,7 +119,7 @@ fn read(text: &str, caller: &Caller, catalogue: &Catalogue) -> Result<Draft, Pro
 
 /// What a token is for.
 fn push_type(value: &Value<'_>, faults: &mut Faults) -> Option<PushType> {
-    let push_type = value.parse::<PushType>(faults)?;
+    let push_type = super::push_type(value, &[PushType::Background, PushType::Mdm], faults)?;
     match push_type {
         PushType::Background => {
             value.fault(faults, "invalid", "A token for `alert` also serves background pushes: write `alert`.");
@@ -377,7 +377,10 @@ mod tests {
         assert_eq!(registration.push_type, None);
         let id = DeviceId::new(Timestamp::from_seconds(1));
         assert_eq!(
-            Any::Object(sent(&Device { id, ..registration.into_device(Timestamp::from_seconds(1_795_000_000)) }, &registration)),
+            Any::Object(sent(
+                &Device { id, ..registration.into_device(Timestamp::from_seconds(1_795_000_000)) },
+                &registration
+            )),
             json!({
                 "id": id, "topic": "fr.ocpizza.livreur", "push_type": "alert", "token": "a1b2", "user_id": null,
                 "tags": ["paris-11", "a"], "environment": "sandbox", "locale": "fr-FR"

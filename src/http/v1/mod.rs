@@ -21,6 +21,7 @@ use super::{
 use crate::{
     domain::{
         clock::{NotATime, Timestamp},
+        push::PushType,
         topic::Topic,
     },
     store::{List, NotACursor, Page, PageRequest},
@@ -95,6 +96,18 @@ fn listed<'a, T, B: Serialize>(page: &'a Page<T>, body: impl Fn(&'a T) -> B) -> 
     }
     Json(List { items: page.items.iter().map(body).collect(), next_cursor: page.next_cursor.as_deref() })
         .into_response()
+}
+
+/// A push type that is offered: one of all but `refused`, which the caller of this explains by itself.
+fn push_type(value: &Value<'_>, refused: &[PushType], faults: &mut Faults) -> Option<PushType> {
+    let text = value.string(faults)?;
+    let found = text.parse().ok();
+    if found.is_none() {
+        let offered: Vec<&str> =
+            PushType::ALL.iter().filter(|known| !refused.contains(known)).map(|known| known.as_str()).collect();
+        value.fault(faults, "invalid", format!("Not a push type: {}.", offered.join(", ")));
+    }
+    found
 }
 
 /// The app that a body names: one the key is for, and one that is configured.

@@ -225,7 +225,7 @@ fn read(text: &str, caller: &Caller, catalogue: &Catalogue) -> Result<Draft, Pro
 }
 
 fn push_type(value: &Value<'_>, faults: &mut Faults) -> Option<PushType> {
-    let push_type = value.parse::<PushType>(faults)?;
+    let push_type = super::push_type(value, &[PushType::Mdm], faults)?;
     if push_type == PushType::Mdm {
         value.fault(faults, "invalid", "APNs takes MDM pushes by certificate only, which is not spoken here.");
         return None;
