@@ -3,7 +3,7 @@
 //! Promises: metric names live here and nowhere else; labels are bounded (a topic, a reason, a room), never a device, a
 //! user or a token. Logs go to standard error, one line an event.
 
-use std::sync::OnceLock;
+use std::{io::IsTerminal, sync::OnceLock};
 
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tracing_subscriber::EnvFilter;
@@ -25,7 +25,10 @@ pub fn start_logs(settings: &LogSettings) -> Result<(), String> {
     let filter = EnvFilter::try_new(&settings.level).map_err(|error| {
         format!("log.level: {error}; write a level such as `info`, or `info,sonnette::dispatch=debug`")
     })?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal());
     // Already started, as in tests: the first one stays.
     _ = if settings.json { builder.json().try_init() } else { builder.with_target(false).try_init() };
     Ok(())

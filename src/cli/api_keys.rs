@@ -64,7 +64,7 @@ pub async fn run(common: &Common, command: &Command) -> anyhow::Result<()> {
             say(presented.reveal());
         }
         Command::List => {
-            say("id                owner                 scopes                        state");
+            say("id                owner                 scopes                        topics                state");
             for key in store.api_keys().await? {
                 let scopes: Vec<_> = key.scopes.iter().map(Scope::to_string).collect();
                 let state = match (key.revoked_at, key.expires_at) {
@@ -73,7 +73,12 @@ pub async fn run(common: &Common, command: &Command) -> anyhow::Result<()> {
                     (None, Some(at)) => format!("until {at}"),
                     (None, None) => "active".to_owned(),
                 };
-                say(format_args!("{}  {:<20}  {:<28}  {state}", key.id, key.owner, scopes.join(",")));
+                let topics = key.topics.as_ref().map_or_else(
+                    || "all".to_owned(),
+                    |topics| topics.iter().map(Topic::to_string).collect::<Vec<_>>().join(","),
+                );
+                let (id, owner, scopes) = (&key.id, &key.owner, scopes.join(","));
+                say(format_args!("{id}  {owner:<20}  {scopes:<28}  {topics:<20}  {state}"));
             }
         }
         Command::Revoke { id } => {

@@ -20,6 +20,7 @@ pub(crate) struct Client {
     url: http::Uri,
     key: Option<String>,
     ca_pem: Option<Vec<u8>>,
+    hint: Option<&'static str>,
 }
 
 /// What it said.
@@ -40,17 +41,48 @@ impl Client {
         let ca_pem = ca_file
             .map(|path| std::fs::read(path).with_context(|| format!("{} cannot be read", path.display())))
             .transpose()?;
-        Ok(Self { url, key, ca_pem })
+        Ok(Self { url, key, ca_pem, hint: None })
+    }
+
+    /// With what to try when no answer comes.
+    pub(crate) fn with_hint(self, hint: Option<&'static str>) -> Self {
+        Self { hint, ..self }
+    }
+
+    /// The same without a key.
+    pub(crate) fn without_key(&self) -> Self {
+        Self { key: None, ..self.clone() }
     }
 
     /// Makes one request.
     pub(crate) async fn ask(&self, method: http::Method, path: &str, body: Option<Value>) -> anyhow::Result<Answer> {
-        tokio::time::timeout(PATIENCE, self.exchange(method, path, body))
-            .await
-            .map_err(|_| anyhow::anyhow!("{} did not answer within {} s", self.url, PATIENCE.as_secs()))?
+        self.ask_as(method, path, body, None).await
     }
 
-    async fn exchange(&self, method: http::Method, path: &str, body: Option<Value>) -> anyhow::Result<Answer> {
+    /// Makes one request, which may be repeated under the same idempotency key.
+    pub(crate) async fn ask_as(
+        &self,
+        method: http::Method,
+        path: &str,
+        body: Option<Value>,
+        idempotency_key: Option<&str>,
+    ) -> anyhow::Result<Answer> {
+        let answer = tokio::time::timeout(PATIENCE, self.exchange(method, path, body, idempotency_key))
+            .await
+            .unwrap_or_else(|_| bail!("{} did not answer within {} s", self.url, PATIENCE.as_secs()));
+        match (answer, self.hint) {
+            (Err(error), Some(hint)) => bail!("{error:#}\nhint: {hint}"),
+            (answer, _) => answer,
+        }
+    }
+
+    async fn exchange(
+        &self,
+        method: http::Method,
+        path: &str,
+        body: Option<Value>,
+        idempotency_key: Option<&str>,
+    ) -> anyhow::Result<Answer> {
         let host = self.url.host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
         let tls = self.url.scheme_str() == Some("https");
         let port = self.url.port_u16().unwrap_or(if tls { 443 } else { 80 });
@@ -64,6 +96,9 @@ impl Client {
             .header(http::header::CONTENT_TYPE, "application/json");
         if let Some(key) = &self.key {
             request = request.header(http::header::AUTHORIZATION, format!("Bearer {key}"));
+        }
+        if let Some(key) = idempotency_key {
+            request = request.header("idempotency-key", key);
         }
         let body = body.map(|b| b.to_string()).unwrap_or_default();
         let request = request.body(Full::new(Bytes::from(body)))?;

@@ -16,9 +16,15 @@ pub mod simulator;
 
 pub use api_keys::make as make_api_key;
 
-use std::{collections::BTreeMap, io::Write as _, path::PathBuf, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    io::Write as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use anyhow::Context;
+use client::Client;
 
 use crate::{
     app,
@@ -130,17 +136,48 @@ impl Common {
         if store.schema().await?.version == 0 {
             // The first thing that many people do is to make an API key.
             store.migrate().await?;
+            let url = self.config()?.database.url;
+            // Only a file's name is shown: the address of a server holds a password.
+            match url.expose().strip_prefix("sqlite://").map(|file| file.split('?').next().unwrap_or(file)) {
+                Some(file) => {
+                    let file = std::path::absolute(file).unwrap_or_else(|_| file.into());
+                    remark(format_args!("a new database was made: {}", file.display()));
+                }
+                None => remark("the empty database of `database.url` was set up"),
+            }
         }
         store.schema().await?.check()?;
         Ok(store)
     }
 
-    /// Where the service of this configuration listens.
-    fn service_url(config: &Config) -> String {
-        let scheme = if config.server.tls.is_some() { "https" } else { "http" };
-        let listen = config.server.listen.replace("0.0.0.0:", "127.0.0.1:").replace("[::]:", "[::1]:");
-        format!("{scheme}://{listen}")
+    /// A running service: the one at `url`, or the one of this configuration; `ops`: where it tells how it stands.
+    fn service(
+        &self,
+        url: Option<&str>,
+        key: Option<String>,
+        ca_file: Option<&Path>,
+        ops: bool,
+    ) -> anyhow::Result<(String, Client)> {
+        if let Some(url) = url {
+            return Ok((url.to_owned(), Client::new(url, key, ca_file)?));
+        }
+        let server = self.config()?.server;
+        let (listen, tls) = match server.ops_listen {
+            Some(address) if ops => (address, false),
+            _ => (server.listen, server.tls.is_some()),
+        };
+        let scheme = if tls { "https" } else { "http" };
+        let listen = listen.replace("0.0.0.0:", "127.0.0.1:").replace("[::]:", "[::1]:");
+        let url = format!("{scheme}://{listen}");
+        let hint = tls.then_some("the certificate is for a name: use `--url https://NAME`");
+        let client = Client::new(&url, key, ca_file)?.with_hint(hint);
+        Ok((url, client))
     }
+}
+
+/// Says something beside what was asked for, on standard error.
+pub(crate) fn remark(line: impl std::fmt::Display) {
+    _ = writeln!(std::io::stderr(), "sonnette: {line}");
 }
 
 /// Prints a line that was asked for. A reader that has gone away, as `head` does, is no fault.

@@ -6,7 +6,11 @@ use std::path::PathBuf;
 use anyhow::bail;
 use serde_json::{Value, json};
 
-use crate::cli::{Common, client::Client, say};
+use crate::cli::{
+    Common,
+    client::{Answer, Client},
+    say,
+};
 
 /// Sends one notification through a running service and waits for its outcome.
 #[derive(Debug, clap::Args)]
@@ -43,24 +47,25 @@ pub struct Args {
     pub no_wait: bool,
 }
 
+/// How often a request is made at most, and the time between.
+const TRIES: u32 = 3;
+const PAUSE: std::time::Duration = std::time::Duration::from_secs(1);
+
 /// How often, and how many times, the outcome is asked for.
 const LOOKS: u32 = 100;
 
 /// Runs the command.
 ///
 /// # Errors
-/// What is in the way; also if the notification ended without being accepted for every device.
+/// What is in the way; also if the notification is for no device, or ended without being accepted for every one. One
+/// that still waits is no error.
 pub async fn run(common: &Common, args: &Args) -> anyhow::Result<()> {
-    let url = match &args.url {
-        Some(url) => url.clone(),
-        None => Common::service_url(&common.config()?),
-    };
     let Some(key) = args.key.clone().or_else(|| common.variable("SONNETTE_API_KEY")) else {
         bail!(
             "an API key is needed: --key, or SONNETTE_API_KEY; make one with `sonnette api-keys create --owner me --scopes send,read`"
         );
     };
-    let client = Client::new(&url, Some(key), args.ca_file.as_deref())?;
+    let (_, client) = common.service(args.url.as_deref(), Some(key), args.ca_file.as_deref(), false)?;
     let mut alert = json!({ "title": args.title });
     if let Some(body) = &args.body {
         alert["body"] = json!(body);
@@ -74,13 +79,29 @@ pub async fn run(common: &Common, args: &Args) -> anyhow::Result<()> {
     if let Some(reference) = &args.reference {
         body["reference"] = json!(reference);
     }
-    let sent = client.ask(http::Method::POST, "/v1/notifications", Some(body)).await?.ok()?;
+    let sent = post(common, &client, &body).await?.ok()?;
     let id = sent.get("id").and_then(Value::as_str).unwrap_or_default().to_owned();
     say(format_args!("{id} is kept, for {} device(s)", sent["counts"]["targeted"]));
     if args.no_wait {
         return Ok(());
     }
     let seen = until_done(common, &client, &id).await?;
+    if !is_done(&seen) {
+        let reason = match seen["waiting_for"]["reason"].as_str() {
+            Some(reason) => format!("still waiting ({reason})"),
+            None => "still waiting".to_owned(),
+        };
+        say(format_args!(
+            "{reason}: it is kept and leaves by itself; do not send it again. GET /v1/notifications/{id} tells its outcome."
+        ));
+        return Ok(());
+    }
+    if seen["counts"]["targeted"] == json!(0) {
+        match &args.user {
+            Some(user) => bail!("no device of the user `{user}` is registered for {} and can be sent to", args.topic),
+            None => bail!("no such device of {} can be sent to", args.topic),
+        }
+    }
     say(format_args!("{}: {}", seen["status"].as_str().unwrap_or_default(), seen["counts"]));
     let deliveries = client.ask(http::Method::GET, &format!("/v1/notifications/{id}/deliveries"), None).await?.ok()?;
     for delivery in deliveries["items"].as_array().into_iter().flatten() {
@@ -91,10 +112,29 @@ pub async fn run(common: &Common, args: &Args) -> anyhow::Result<()> {
             delivery["reason"].as_str().unwrap_or_default()
         ));
     }
-    if seen["counts"]["accepted"] != seen["counts"]["targeted"] || seen["counts"]["targeted"] == json!(0) {
+    if seen["counts"]["accepted"] != seen["counts"]["targeted"] {
         bail!("not every device was accepted: see above");
     }
     Ok(())
+}
+
+fn is_done(seen: &Value) -> bool {
+    matches!(seen["status"].as_str(), Some("done" | "cancelled"))
+}
+
+/// Sends, and repeats while no answer comes or the service asks for it: the key makes it one notification.
+async fn post(common: &Common, client: &Client, body: &Value) -> anyhow::Result<Answer> {
+    let key = uuid::Uuid::new_v4().to_string();
+    let mut tries = 1;
+    loop {
+        let answer = client.ask_as(http::Method::POST, "/v1/notifications", Some(body.clone()), Some(&key)).await;
+        let again = answer.as_ref().map_or(true, |answer| matches!(answer.status.as_u16(), 429 | 503));
+        if !again || tries >= TRIES {
+            return answer;
+        }
+        tries += 1;
+        common.clock().sleep(PAUSE).await;
+    }
 }
 
 /// Asks until the notification is done, or patience ends: then the last answer.
@@ -103,7 +143,7 @@ pub(crate) async fn until_done(common: &Common, client: &Client, id: &str) -> an
     loop {
         let seen = client.ask(http::Method::GET, &format!("/v1/notifications/{id}"), None).await?.ok()?;
         looks += 1;
-        if matches!(seen["status"].as_str(), Some("done" | "cancelled")) || looks >= LOOKS {
+        if is_done(&seen) || looks >= LOOKS {
             return Ok(seen);
         }
         common.clock().sleep(std::time::Duration::from_millis(100)).await;

@@ -9,6 +9,7 @@ use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
+    cli::say,
     domain::clock::SystemClock,
     sim::{self, Environment, Settings, Simulator},
 };
@@ -94,37 +95,37 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     }
     let accepted = simulator.ledger().counters().accepted;
     simulator.shutdown().await;
-    println!("\nStopped. Pushes accepted: {accepted}");
+    say(format_args!("\nStopped. Pushes accepted: {accepted}"));
     Ok(())
 }
 
 /// Says what listens where and what to try.
 fn introduce(simulator: &Simulator, key_names: &[String]) {
-    println!("The APNs simulator runs. Ctrl-C stops it.\n");
+    say("The APNs simulator runs. Ctrl-C stops it.\n");
     for environment in Environment::ALL {
-        println!("{:<12}https://{}", format!("{environment}:"), simulator.address(environment));
+        say(format_args!("{:<12}https://{}", format!("{environment}:"), simulator.address(environment)));
     }
-    println!("control:    http://{}", simulator.control());
-    println!("CA file:    {}", simulator.ca_file().display());
+    say(format_args!("control:    http://{}", simulator.control()));
+    say(format_args!("CA file:    {}", simulator.ca_file().display()));
     if key_names.is_empty() {
-        println!(
+        say(format_args!(
             "keys:       none, so every push is `InvalidProviderToken`: start with `--keys FOLDER` or `POST /keys`"
-        );
+        ));
     } else {
-        println!("keys:       {}", key_names.join(", "));
+        say(format_args!("keys:       {}", key_names.join(", ")));
     }
-    println!("\nTry:");
-    println!("  curl --http2 --cacert {} \\", simulator.ca_file().display());
-    println!("    -H \"authorization: bearer $JWT\" -H 'apns-topic: com.example.app' -H 'apns-push-type: alert' \\");
-    println!(
+    say("\nTry:");
+    say(format_args!("  curl --http2 --cacert {} \\", simulator.ca_file().display()));
+    say("    -H \"authorization: bearer $JWT\" -H 'apns-topic: com.example.app' -H 'apns-push-type: alert' \\");
+    say(format_args!(
         "    -d '{{\"aps\":{{\"alert\":\"Ding dong\"}}}}' https://localhost:{}/3/device/00aa11bb",
         simulator.sandbox().port()
-    );
-    println!("  curl http://{}/ledger", simulator.control());
-    println!(
+    ));
+    say(format_args!("  curl http://{}/ledger", simulator.control()));
+    say(format_args!(
         "\nA device token that begins with {}4100 is answered `410 Unregistered`; docs/simulator.md has the others.",
         sim::PREFIX
-    );
+    ));
 }
 
 /// An error with what to do about it.

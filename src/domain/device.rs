@@ -293,7 +293,8 @@ pub enum Proof {
 pub struct Registration {
     pub topic: Topic,
     pub token: DeviceToken,
-    pub push_type: PushType,
+    /// `None`: unchanged; `alert` for a token that nobody knew.
+    pub push_type: Option<PushType>,
     pub activity_id: Option<ActivityId>,
     pub proof: Proof,
     pub user_id: Field<UserId>,
@@ -315,7 +316,7 @@ impl Registration {
             id: DeviceId::new(now),
             topic: self.topic.clone(),
             token: self.token.clone(),
-            push_type: self.push_type,
+            push_type: self.push_type.unwrap_or(PushType::Alert),
             activity_id: self.activity_id.clone(),
             user_id: None,
             generation: Generation(0),
@@ -367,7 +368,7 @@ impl Device {
                 self.environment_named = Some(named);
             }
         }
-        self.push_type = registration.push_type;
+        self.push_type = registration.push_type.unwrap_or(self.push_type);
         if registration.activity_id.is_some() {
             self.activity_id.clone_from(&registration.activity_id);
         }
@@ -448,7 +449,7 @@ mod tests {
         Registration {
             topic: "fr.ocpizza.livreur".parse().unwrap(),
             token: token.parse().unwrap(),
-            push_type: PushType::Alert,
+            push_type: None,
             activity_id: None,
             proof: Proof::Server,
             user_id: Field::Absent,

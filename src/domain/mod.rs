@@ -81,6 +81,19 @@ macro_rules! text_value {
     };
 }
 
+/// A text that is no id of the kind that is named, a type of this module's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NotAnId(&'static str);
+
+impl std::fmt::Display for NotAnId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let kind = self.0.strip_suffix("Id").unwrap_or(self.0).to_ascii_lowercase();
+        write!(f, "not a {kind} id: a UUID")
+    }
+}
+
+impl std::error::Error for NotAnId {}
+
 /// A `UUIDv7` with a type of its own.
 macro_rules! uuid_value {
     ($(#[$doc:meta])* $type:ident) => {
@@ -123,10 +136,10 @@ macro_rules! uuid_value {
         }
 
         impl std::str::FromStr for $type {
-            type Err = uuid::Error;
+            type Err = $crate::domain::NotAnId;
 
-            fn from_str(text: &str) -> Result<Self, uuid::Error> {
-                text.parse().map(Self)
+            fn from_str(text: &str) -> Result<Self, $crate::domain::NotAnId> {
+                text.parse().map(Self).map_err(|_| $crate::domain::NotAnId(stringify!($type)))
             }
         }
 

@@ -12,6 +12,7 @@ use std::{
 
 use axum::extract::FromRequestParts;
 use http::{HeaderMap, header, request::Parts};
+use tokio::sync::OnceCell;
 
 use super::{
     Shared,
@@ -100,10 +101,33 @@ impl Caller {
     }
 }
 
+/// What a first read found; nothing if it failed.
+type Flight = Arc<OnceCell<Option<Option<Arc<ApiKey>>>>>;
+
+/// A part in a flight. The last to leave, and whoever leaves after it has ended, takes it off the list.
+struct Passenger<'a> {
+    flights: &'a Mutex<HashMap<ApiKeyId, Flight>>,
+    id: &'a ApiKeyId,
+    flight: Flight,
+}
+
+impl Drop for Passenger<'_> {
+    fn drop(&mut self) {
+        let mut flights = self.flights.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_this = flights.get(self.id).is_some_and(|flight| Arc::ptr_eq(flight, &self.flight));
+        // The list and this passenger hold it.
+        if is_this && (self.flight.initialized() || Arc::strong_count(&self.flight) <= 2) {
+            flights.remove(self.id);
+        }
+    }
+}
+
 /// Keys that were read lately.
 pub(super) struct Keys {
     known: Mutex<HashMap<ApiKeyId, (Arc<ApiKey>, Duration)>>,
     misses: Mutex<Bucket>,
+    /// First reads of keys, under way: one for all who wait for the same id.
+    flights: Mutex<HashMap<ApiKeyId, Flight>>,
     /// One read for all who wait for one.
     reading: tokio::sync::Mutex<Option<Duration>>,
 }
@@ -113,6 +137,7 @@ impl Keys {
         Self {
             known: Mutex::default(),
             misses: Mutex::new(Bucket { left: MISSES, filled_at: Duration::ZERO }),
+            flights: Mutex::default(),
             reading: tokio::sync::Mutex::new(None),
         }
     }
@@ -141,66 +166,95 @@ impl Keys {
     async fn look_up(&self, id: &ApiKeyId, api: &Shared, staleness: Staleness) -> Result<Option<Arc<ApiKey>>, Problem> {
         let store: &dyn Store = api.services.store.as_ref();
         let now = || api.services.clock.monotonic();
-        let remembered = self.remembered(id);
-        if let Some((key, read_at)) = &remembered {
-            if now().saturating_sub(*read_at) < KEY_LIFE {
-                return Ok(Some(Arc::clone(key)));
-            }
-        } else if !self.misses.lock().unwrap_or_else(PoisonError::into_inner).take(now()) {
-            return Err(Problem::new(
-                Kind::TooManyRequests,
-                "Too many requests with unknown API keys. Send this one again.",
-            )
-            .retry_after(1));
-        }
-        let read = if remembered.is_none() {
-            let began = now();
-            store.api_key(id).await.map(|key| (key, began))
-        } else {
-            let mut failed_at = self.reading.lock().await;
-            // While this one waited, another may have read it, or found that it cannot be read.
-            if let Some((key, read_at)) = self.remembered(id)
-                && now().saturating_sub(read_at) < KEY_LIFE
-            {
-                return Ok(Some(key));
-            }
-            if failed_at.is_some_and(|at| now().saturating_sub(at) < AFTER_FAILURE) {
-                return stale(remembered, staleness).map(Some).ok_or_else(unavailable);
-            }
-            let began = now();
-            let read = store.api_key(id).await;
-            *failed_at = read.is_err().then(now);
-            read.map(|key| (key, began))
+        let Some((key, read_at)) = self.remembered(id) else {
+            return self.first_look(id, api).await;
         };
-        match read {
-            Ok((key, began)) => {
-                let key = key.map(Arc::new);
-                let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-                match &key {
-                    Some(key) => {
-                        if known.len() >= MAX_KEYS {
-                            known.clear();
-                        }
-                        known.insert(id.clone(), (Arc::clone(key), began));
-                    }
-                    None => {
-                        known.remove(id);
-                    }
-                }
-                Ok(key)
-            }
-            Err(error) => stale(remembered, staleness).map(Some).ok_or_else(|| error.into()),
+        if now().saturating_sub(read_at) < KEY_LIFE {
+            return Ok(Some(key));
         }
+        let mut failed_at = self.reading.lock().await;
+        // While this one waited, another may have read it, or found that it cannot be read.
+        if let Some((key, read_at)) = self.remembered(id)
+            && now().saturating_sub(read_at) < KEY_LIFE
+        {
+            return Ok(Some(key));
+        }
+        let stale = (staleness == Staleness::Any).then_some(key);
+        if failed_at.is_some_and(|at| now().saturating_sub(at) < AFTER_FAILURE) {
+            return stale.map(Some).ok_or_else(unavailable);
+        }
+        let began = now();
+        let read = store.api_key(id).await;
+        *failed_at = read.is_err().then(now);
+        match read {
+            Ok(key) => Ok(self.remember(id, key, began)),
+            Err(error) => stale.map(Some).ok_or_else(|| error.into()),
+        }
+    }
+
+    /// Reads a key that is not remembered, once for all who ask for it meanwhile.
+    async fn first_look(&self, id: &ApiKeyId, api: &Shared) -> Result<Option<Arc<ApiKey>>, Problem> {
+        let now = || api.services.clock.monotonic();
+        let passenger = self.board(id, now()).ok_or_else(|| {
+            Problem::new(Kind::TooManyRequests, "Too many requests with unknown API keys. Send this one again.")
+                .retry_after(1)
+        })?;
+        let mut failure = None;
+        let read = async {
+            // The flight before this one may have landed in between.
+            if let Some((key, _)) = self.remembered(id) {
+                return Some(Some(key));
+            }
+            let began = now();
+            match api.services.store.api_key(id).await {
+                Ok(key) => Some(self.remember(id, key, began)),
+                Err(error) => {
+                    failure = Some(error);
+                    None
+                }
+            }
+        };
+        let found = passenger.flight.get_or_init(|| read).await.clone();
+        found.ok_or_else(|| failure.map_or_else(unavailable, Into::into))
+    }
+
+    /// A part in the first read of a key; none if it would be one too many.
+    fn board<'a>(&'a self, id: &'a ApiKeyId, now: Duration) -> Option<Passenger<'a>> {
+        let mut flights = self.flights.lock().unwrap_or_else(PoisonError::into_inner);
+        let flight = match flights.get(id) {
+            Some(flight) => Arc::clone(flight),
+            None => {
+                // Who comes just behind a flight that has landed costs nothing.
+                let known = self.remembered(id).is_some();
+                if !known && !self.misses.lock().unwrap_or_else(PoisonError::into_inner).take(now) {
+                    return None;
+                }
+                Arc::clone(flights.entry(id.clone()).or_default())
+            }
+        };
+        Some(Passenger { flights: &self.flights, id, flight })
+    }
+
+    fn remember(&self, id: &ApiKeyId, key: Option<ApiKey>, began: Duration) -> Option<Arc<ApiKey>> {
+        let key = key.map(Arc::new);
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        match &key {
+            Some(key) => {
+                if known.len() >= MAX_KEYS {
+                    known.clear();
+                }
+                known.insert(id.clone(), (Arc::clone(key), began));
+            }
+            None => {
+                known.remove(id);
+            }
+        }
+        key
     }
 
     fn remembered(&self, id: &ApiKeyId) -> Option<(Arc<ApiKey>, Duration)> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner).get(id).cloned()
     }
-}
-
-/// The remembered key where any age will do.
-fn stale(remembered: Option<(Arc<ApiKey>, Duration)>, staleness: Staleness) -> Option<Arc<ApiKey>> {
-    remembered.filter(|_| staleness == Staleness::Any).map(|(key, _)| key)
 }
 
 fn unavailable() -> Problem {

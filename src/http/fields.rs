@@ -139,8 +139,12 @@ impl<'a> Value<'a> {
         match self.raw.parse() {
             Ok(number) if self.kind() == "a number" => Some(number),
             _ => {
-                let found = if self.kind() == "a number" { "this number" } else { self.kind() };
-                self.fault(faults, "type", format!("Must be a whole number, not {found}."));
+                if self.kind() == "a number" {
+                    let detail = "Must be a whole number of at most 19 digits, without a decimal point or an exponent.";
+                    self.fault(faults, "type", detail);
+                } else {
+                    self.wrong_type(faults, "a whole number");
+                }
                 None
             }
         }

@@ -3,14 +3,28 @@
 //! Promises: connections at once are bounded; a client that is slow to say what it wants is closed; at shutdown
 //! nothing new is accepted and requests in flight are answered.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
+use http::Request;
+use hyper::{body::Incoming, service::Service};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
-    server::{conn::auto, graceful::GracefulShutdown},
+    server::{
+        conn::auto,
+        graceful::{GracefulShutdown, Watcher},
+    },
     service::TowerToHyperService,
 };
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},
 };
@@ -94,45 +108,73 @@ impl Listener {
 struct Connection {
     service: TowerToHyperService<axum::Router>,
     tls: Option<TlsAcceptor>,
-    watcher: hyper_util::server::graceful::Watcher,
+    watcher: Watcher,
     permit: OwnedSemaphorePermit,
 }
 
 impl Connection {
     async fn serve(self, stream: TcpStream) {
         _ = stream.set_nodelay(true);
-        if !matches!(tokio::time::timeout(HEAD_TIMEOUT, stream.readable()).await, Ok(Ok(()))) {
-            return;
-        }
-        let mut builder = auto::Builder::new(TokioExecutor::new());
-        builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT);
-        builder
-            .http2()
-            .timer(TokioTimer::new())
-            .keep_alive_interval(KEEP_ALIVE)
-            .keep_alive_timeout(HEAD_TIMEOUT)
-            .max_concurrent_streams(STREAMS)
-            .max_header_list_size(16 * 1024);
-        let ended = match &self.tls {
-            None => {
-                let connection = builder.serve_connection_with_upgrades(TokioIo::new(stream), self.service);
-                self.watcher.watch(connection.into_owned()).await
-            }
+        match &self.tls {
+            None => speak(stream, self.service, self.watcher).await,
             Some(tls) => match tokio::time::timeout(HEAD_TIMEOUT, tls.accept(stream)).await {
-                Ok(Ok(stream)) => {
-                    let connection = builder.serve_connection_with_upgrades(TokioIo::new(stream), self.service);
-                    self.watcher.watch(connection.into_owned()).await
-                }
+                Ok(Ok(stream)) => speak(stream, self.service, self.watcher).await,
                 Ok(Err(error)) => {
                     tracing::debug!(error = &error as &dyn std::error::Error, "a TLS handshake failed");
-                    return;
                 }
-                Err(_) => return,
+                Err(_) => tracing::debug!("a TLS handshake took too long"),
             },
-        };
-        if let Err(error) = ended {
-            tracing::debug!(error = error.as_ref() as &dyn std::error::Error, "a connection ended early");
         }
         drop(self.permit);
+    }
+}
+
+/// Speaks HTTP until the connection ends; one whose first request does not come in time is dropped.
+async fn speak<S>(stream: S, router: TowerToHyperService<axum::Router>, watcher: Watcher)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let mut builder = auto::Builder::new(TokioExecutor::new());
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .keep_alive_interval(KEEP_ALIVE)
+        .keep_alive_timeout(HEAD_TIMEOUT)
+        .max_concurrent_streams(STREAMS)
+        .max_header_list_size(16 * 1024);
+    let asked = Arc::new(AtomicBool::new(false));
+    let service = Asked { router, asked: Arc::clone(&asked) };
+    let connection = builder.serve_connection_with_upgrades(TokioIo::new(stream), service);
+    let connection = watcher.watch(connection.into_owned());
+    tokio::pin!(connection);
+    // hyper's own bound begins only once it knows which HTTP is spoken, and there is none for HTTP/2.
+    let ended = match tokio::time::timeout(HEAD_TIMEOUT, &mut connection).await {
+        Ok(ended) => ended,
+        Err(_) if asked.load(Ordering::Relaxed) => connection.await,
+        Err(_) => {
+            tracing::debug!("a connection was dropped: it asked nothing in time");
+            return;
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(error = error.as_ref() as &dyn std::error::Error, "a connection ended early");
+    }
+}
+
+/// The router of one connection; remembers whether it was asked anything.
+struct Asked {
+    router: TowerToHyperService<axum::Router>,
+    asked: Arc<AtomicBool>,
+}
+
+impl Service<Request<Incoming>> for Asked {
+    type Response = <TowerToHyperService<axum::Router> as Service<Request<Incoming>>>::Response;
+    type Error = <TowerToHyperService<axum::Router> as Service<Request<Incoming>>>::Error;
+    type Future = <TowerToHyperService<axum::Router> as Service<Request<Incoming>>>::Future;
+
+    fn call(&self, request: Request<Incoming>) -> Self::Future {
+        self.asked.store(true, Ordering::Relaxed);
+        self.router.call(request)
     }
 }

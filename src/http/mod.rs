@@ -154,9 +154,11 @@ fn health() -> Router<Shared> {
 }
 
 fn framed(router: Router<Shared>, api: Shared) -> Router {
-    router
+    let router = router
         .fallback(v1::no_such_path)
         .layer(CatchPanicLayer::custom(request::panicked))
         .layer(axum::middleware::from_fn_with_state(Arc::clone(&api), request::frame))
-        .with_state(api)
+        .with_state(api);
+    // `Allow` is added to what the layers of a router's own paths have answered.
+    Router::new().fallback_service(router).layer(axum::middleware::map_response(request::name_methods))
 }

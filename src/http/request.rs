@@ -147,6 +147,21 @@ pub(super) async fn frame(State(api): State<Shared>, mut request: Request, next:
     response
 }
 
+/// Names the methods that a path knows in the document that refuses another one.
+pub(super) async fn name_methods(mut response: Response) -> Response {
+    if response.status() != StatusCode::METHOD_NOT_ALLOWED {
+        return response;
+    }
+    let text = |name| response.headers().get(name).and_then(|value: &HeaderValue| value.to_str().ok());
+    let (Some(allowed), Some(id)) = (text(header::ALLOW), text(REQUEST_ID)) else { return response };
+    let methods = allowed.replace(',', ", ");
+    let problem = Problem::new(Kind::MethodNotAllowed, format!("This path knows {methods}."));
+    let body = problem.body(id);
+    response.headers_mut().insert(header::CONTENT_LENGTH, HeaderValue::from(body.len()));
+    *response.body_mut() = Body::from(body);
+    response
+}
+
 /// `OPTIONS` of a path that exists: which methods it knows.
 fn allowed(response: Response) -> Response {
     if response.status() != StatusCode::METHOD_NOT_ALLOWED {
@@ -169,10 +184,8 @@ fn explain(response: &mut Response, request_id: &str, method: &Method) -> Option
         // `/health` answers 503 with a document of its own.
         return None;
     }
-    let problem = response
-        .extensions()
-        .get::<Told>()
-        .map_or_else(|| Arc::new(of_status(status, response.headers())), |told| Arc::clone(&told.0));
+    let problem =
+        response.extensions().get::<Told>().map_or_else(|| Arc::new(of_status(status)), |told| Arc::clone(&told.0));
     *response.status_mut() = problem.kind().status();
     let body = problem.body(request_id);
     let headers = response.headers_mut();
@@ -191,13 +204,10 @@ fn is_document(response: &Response) -> bool {
 }
 
 /// What the framework refused by itself.
-fn of_status(status: StatusCode, headers: &HeaderMap) -> Problem {
+fn of_status(status: StatusCode) -> Problem {
     match status {
         StatusCode::NOT_FOUND => Problem::new(Kind::NotFound, "There is no such path."),
-        StatusCode::METHOD_NOT_ALLOWED => {
-            let allowed = headers.get(header::ALLOW).and_then(|value| value.to_str().ok()).unwrap_or("none");
-            Problem::new(Kind::MethodNotAllowed, format!("This path knows {}.", allowed.replace(',', ", ")))
-        }
+        StatusCode::METHOD_NOT_ALLOWED => Problem::new(Kind::MethodNotAllowed, "This path does not know this method."),
         StatusCode::REQUEST_TIMEOUT => Problem::new(Kind::Timeout, "The request did not arrive in time."),
         StatusCode::PAYLOAD_TOO_LARGE => Problem::new(Kind::TooLarge, "The body is too large."),
         StatusCode::UNSUPPORTED_MEDIA_TYPE => {

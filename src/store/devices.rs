@@ -20,6 +20,7 @@ use crate::domain::{
         ActivityId, Address, Device, DeviceId, DeviceSeq, DeviceStatus, DeviceToken, Field, InstallationId,
         Registration, Tag,
     },
+    push::PushType,
     topic::{Environment, Topic},
 };
 
@@ -67,15 +68,22 @@ impl Known {
         self.slots.iter().position(|slot| slot.is.token == *token && slot.is.topic == *topic)
     }
 
+    /// What the token is for, by this registration's word or as it is known.
+    fn push_type(&self, registration: &Registration) -> PushType {
+        let known = || self.slots.get(self.position(&registration.topic, &registration.token)?);
+        registration.push_type.or_else(|| Some(known()?.is.push_type)).unwrap_or(PushType::Alert)
+    }
+
     /// Positions of the devices whose place this registration takes, the one seen last first.
     fn older(&self, registration: &Registration, activity: Option<&ActivityId>) -> Vec<usize> {
         let Field::Set(installation) = &registration.installation_id else { return Vec::new() };
+        let push_type = self.push_type(registration);
         let mut older: Vec<_> = (0..)
             .zip(&self.slots)
             .filter(|(_, slot)| {
                 slot.is.installation_id.as_ref() == Some(installation)
                     && slot.is.topic == registration.topic
-                    && slot.is.push_type == registration.push_type
+                    && slot.is.push_type == push_type
                     && slot.is.activity_id.as_ref() == activity
                     && slot.is.token != registration.token
                     && !slot.is_replaced()
@@ -169,6 +177,16 @@ fn installations<'a>(group: &'a [Registration], found: &'a [Slot]) -> ByTopic<'a
     installations
 }
 
+/// Behind which device a cursor goes on.
+fn cursor_of(text: &str) -> Option<i64> {
+    cursor::read("devices", text)?.parse().ok()
+}
+
+/// Whether this is a cursor of the list of devices.
+pub(super) fn is_cursor(text: &str) -> bool {
+    cursor_of(text).is_some()
+}
+
 /// The columns of a [`DeviceRow`].
 const COLUMNS: &str = "d.seq, d.id, d.topic, d.token, d.push_type, d.activity_id, d.user_id, d.generation, \
     d.installation_id, d.environment, d.environment_named, d.locale, d.time_zone, d.app_version, d.os_version, d.model, \
@@ -204,8 +222,7 @@ on_both! {
 
         async fn devices(&self, filter: &DeviceFilter, page: &PageRequest) -> Result<Page<Device>, StoreError> {
             let limit = page.limit.clamp(1, 1_000);
-            let before: Option<i64> =
-                page.cursor.as_deref().and_then(|text| cursor::read("devices", text)).and_then(|seq| seq.parse().ok());
+            let before = page.cursor.as_deref().and_then(cursor_of);
             let mut found = read(|| async {
                 let mut tx = self.snapshot().await?;
                 let mut select = QueryBuilder::<Db>::new(format!("-- devices.devices\nSELECT {COLUMNS} FROM devices d"));

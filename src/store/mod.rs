@@ -155,6 +155,32 @@ pub struct Page<T> {
 #[error("not a cursor of this list: take `next_cursor` of the page before")]
 pub struct NotACursor;
 
+/// The lists that go on page by page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum List {
+    /// [`Devices::devices`].
+    Devices,
+    /// [`Notifications::notifications`].
+    Notifications,
+    /// [`Notifications::deliveries`] of this one.
+    Deliveries(NotificationId),
+}
+
+impl List {
+    /// Nothing, if this text is a cursor of this list. A list itself begins anew at what is none.
+    ///
+    /// # Errors
+    /// If it is not.
+    pub fn check(self, text: &str) -> Result<(), NotACursor> {
+        let known = match self {
+            Self::Devices => devices::is_cursor(text),
+            Self::Notifications => notifications::is_cursor(text),
+            Self::Deliveries(id) => notifications::is_cursor_of(id, text),
+        };
+        if known { Ok(()) } else { Err(NotACursor) }
+    }
+}
+
 /// Which devices. All that is set must match.
 #[derive(Debug, Clone, Default)]
 pub struct DeviceFilter {

@@ -502,6 +502,16 @@ async fn unique_ids(conn: &mut Conn<'_>, key: ChunkKey) -> Result<HashMap<usize,
     Ok(found)
 }
 
+/// Whether this is a cursor of the list of notifications.
+pub(super) fn is_cursor(text: &str) -> bool {
+    matches!(Cursor::parse(text), Some(Cursor::Notification(_)))
+}
+
+/// Whether this is a cursor of the deliveries of this notification.
+pub(super) fn is_cursor_of(id: NotificationId, text: &str) -> bool {
+    matches!(Cursor::parse(text), Some(Cursor::Delivery { of, .. }) if of == id)
+}
+
 /// Where a list goes on. A text that is none, or of another list, starts the list anew.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Cursor {

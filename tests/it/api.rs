@@ -56,6 +56,29 @@ on_both_stores! {
         let answer = send(server, Method::PUT, "/v1/devices", &[], "{}").await;
         refused(&answer, 405, "method-not-allowed");
         assert!(answer.header("allow").unwrap().contains("POST"));
+        assert_eq!(answer.body["detail"], "This path knows POST, GET, HEAD.");
+        for (method, path) in [
+            (Method::POST, "/v1/notifications?dry_run=true"),
+            (Method::POST, "/v1/devices?x=1"),
+            (Method::GET, "/v1/devices/0193515e-8f00-7abc-8def-0123456789ab?x=1"),
+            (Method::DELETE, "/v1/devices/0193515e-8f00-7abc-8def-0123456789ab?x=1"),
+            (Method::DELETE, "/v1/devices/0193515e-8f00-7abc-8def-0123456789ab/user?x=1"),
+            (Method::GET, "/v1/notifications/0193515e-8f00-7abc-8def-0123456789ab?x=1"),
+            (Method::POST, "/v1/users/anna/identity-tokens?x=1"),
+        ] {
+            let body = if method == Method::POST { request(&json!({})).to_string() } else { String::new() };
+            let answer = send(server, method, path, &[], &body).await;
+            refused(&answer, 422, "invalid-fields");
+            assert_eq!(answer.body["errors"][0]["code"], "unknown_parameter", "{path}");
+        }
+        let id = world.send(json!({"user_ids": ["nobody"]})).await;
+        let other = world.server.get("/v1/notifications?limit=1").await.ok()["next_cursor"].clone();
+        assert_eq!(other, Value::Null);
+        for path in ["/v1/devices".to_owned(), "/v1/notifications".to_owned(), format!("/v1/notifications/{id}/deliveries")] {
+            let answer = server.get(&format!("{path}?cursor=b3RoZXI")).await;
+            refused(&answer, 422, "invalid-fields");
+            assert_eq!(answer.body["errors"][0]["parameter"], "cursor", "{path}");
+        }
         let answer = send(server, Method::OPTIONS, "/v1/notifications", &[], "").await;
         assert_eq!(answer.status, 204);
         assert!(answer.header("allow").unwrap().contains("POST"));
@@ -174,6 +197,61 @@ on_both_stores! {
             assert_eq!(world.server.delete(&path).await.status, 204, "whether it exists or not");
         }
         refused(&world.server.get(&path).await, 404, "not-found");
+    }
+
+    async fn a_registration_that_leaves_the_push_type_out_leaves_it_unchanged(database) {
+        let world = World::start(database).await;
+        let app = world.caller(&[Scope::Register]).await;
+        let first = json!({"token": TOKEN, "topic": TOPIC, "push_type": "voip", "installation_id": "phone"});
+        let id = app.post("/v1/devices", &first).await.ok()["id"].clone();
+        let alert = json!({"token": "a1b2", "topic": TOPIC, "installation_id": "phone"});
+        let alert = app.post("/v1/devices", &alert).await.ok();
+        assert_eq!(alert["push_type"], "alert");
+        assert_ne!(alert["id"], id, "another kind of token takes no place");
+        for body in [
+            json!({"token": TOKEN, "topic": TOPIC}),
+            json!({"token": TOKEN, "topic": TOPIC, "installation_id": "phone"}),
+        ] {
+            let again = app.post("/v1/devices", &body).await.ok();
+            assert_eq!((&again["id"], &again["push_type"]), (&id, &json!("voip")));
+        }
+        for (token, push_type) in [(TOKEN, "voip"), ("a1b2", "alert")] {
+            let devices = world.server.get("/v1/devices").await.ok();
+            let device = devices["items"].as_array().unwrap().iter().find(|d| d["token"] == token).unwrap();
+            assert_eq!((&device["push_type"], &device["status"]), (&json!(push_type), &json!("active")));
+        }
+    }
+
+    async fn a_burst_of_first_requests_with_a_new_key_is_served(database) {
+        let world = World::start(database).await;
+        let caller = world.caller(&[Scope::Read]).await;
+        let requests = (0..100).map(|_| {
+            let caller = caller.clone();
+            tokio::spawn(async move { caller.get("/v1/devices?limit=1").await.status.as_u16() })
+        });
+        for answer in requests.collect::<Vec<_>>() {
+            assert_eq!(answer.await.unwrap(), 200);
+        }
+    }
+
+    async fn a_client_that_asks_nothing_does_not_keep_its_place(database) {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let world = World::start(database).await;
+        let address = world.app().address();
+        let mut waiting = Vec::new();
+        for said in [&b""[..], b"P", b"PRI * HT", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"GET / HT"] {
+            waiting.push(tokio::spawn(async move {
+                let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+                stream.write_all(said).await.unwrap();
+                let mut heard = Vec::new();
+                let ended = tokio::time::timeout(Duration::from_secs(15), stream.read_to_end(&mut heard)).await;
+                assert!(ended.is_ok(), "{said:?} keeps its place");
+            }));
+        }
+        for client in waiting {
+            client.await.unwrap();
+        }
+        assert_eq!(world.server.get("/v1/devices").await.status, 200, "a client that has asked stays");
     }
 
     async fn a_notification_is_accepted_sent_and_read_back(database) {

@@ -12,7 +12,7 @@ use http::StatusCode;
 use serde::Serialize;
 use serde_json::{Map, Value as Any, json};
 
-use super::{known_topic, listed, page};
+use super::{NoQuery, known_topic, listed, page};
 use crate::{
     domain::{
         api_key::Scope,
@@ -33,7 +33,7 @@ use crate::{
         identity::{self, Own, Refused},
         problem::{Fault, Faults, Kind, Place, Problem},
     },
-    store::DeviceFilter,
+    store::{DeviceFilter, List},
 };
 
 /// What guessed names are called here.
@@ -78,9 +78,10 @@ fn read(text: &str, caller: &Caller, catalogue: &Catalogue) -> Result<Draft, Pro
     let topic = object.required("topic", &mut faults);
     let topic = known_topic(topic.as_ref(), caller, catalogue, &mut faults)?;
     let token = object.required("token", &mut faults).and_then(|value| value.parse::<DeviceToken>(&mut faults));
-    let push_type = object.optional("push_type").map_or(Some(PushType::Alert), |value| push_type(&value, &mut faults));
+    let push_type = object.optional("push_type").map(|value| push_type(&value, &mut faults));
     let activity_id = object.optional("activity_id").and_then(|value| {
-        if push_type.is_some_and(|push_type| push_type != PushType::LiveActivity) {
+        // Where the push type cannot be read there is a fault already.
+        if !matches!(push_type, Some(Some(PushType::LiveActivity) | None)) {
             value.fault(&mut faults, "conflict", "`activity_id` is for tokens whose `push_type` is `liveactivity`.");
         }
         value.parse::<ActivityId>(&mut faults)
@@ -94,13 +95,13 @@ fn read(text: &str, caller: &Caller, catalogue: &Catalogue) -> Result<Draft, Pro
     let (locale, time_zone) = (attribute("locale"), attribute("time_zone"));
     let (app_version, os_version, model) = (attribute("app_version"), attribute("os_version"), attribute("model"));
     object.finish(PLACES, &mut faults);
-    let (Some(topic), Some(token), Some(push_type), true) = (topic, token, push_type, faults.is_empty()) else {
+    let (Some(topic), Some(token), true) = (topic, token, faults.is_empty()) else {
         return Err(faults.into());
     };
     let registration = Registration {
         topic,
         token,
-        push_type,
+        push_type: push_type.flatten(),
         activity_id,
         proof: Proof::None,
         user_id,
@@ -118,7 +119,7 @@ fn read(text: &str, caller: &Caller, catalogue: &Catalogue) -> Result<Draft, Pro
 
 /// What a token is for.
 fn push_type(value: &Value<'_>, faults: &mut Faults) -> Option<PushType> {
-    let push_type = value.parse::<PushType>(faults)?;
+    let push_type = super::push_type(value, &[PushType::Background, PushType::Mdm], faults)?;
     match push_type {
         PushType::Background => {
             value.fault(faults, "invalid", "A token for `alert` also serves background pushes: write `alert`.");
@@ -171,6 +172,7 @@ fn refuse(refused: Refused) -> Problem {
 pub(in crate::http) async fn register(
     State(api): State<Shared>,
     caller: Caller,
+    _: NoQuery,
     incoming: Incoming,
 ) -> Result<Response, Problem> {
     caller.require(&[Scope::Register])?;
@@ -188,11 +190,11 @@ pub(in crate::http) async fn register(
     if caller.0.may(Scope::Read) {
         return Ok(Json(Shown::of(&device)).into_response());
     }
-    Ok(Json(sent(device.id, &draft.registration)).into_response())
+    Ok(Json(sent(&device, &draft.registration)).into_response())
 }
 
-/// What a caller without `read` is told: the id, and what it said itself.
-fn sent(id: DeviceId, registration: &Registration) -> Map<String, Any> {
+/// What a caller without `read` is told: the id, what the token is for, and what it said itself.
+fn sent(device: &Device, registration: &Registration) -> Map<String, Any> {
     fn field<T: Serialize>(body: &mut Map<String, Any>, name: &str, field: &Field<T>) {
         match field {
             Field::Absent => {}
@@ -205,9 +207,9 @@ fn sent(id: DeviceId, registration: &Registration) -> Map<String, Any> {
         }
     }
     let mut body = Map::new();
-    body.insert("id".to_owned(), json!(id));
+    body.insert("id".to_owned(), json!(device.id));
     body.insert("topic".to_owned(), json!(registration.topic));
-    body.insert("push_type".to_owned(), json!(registration.push_type));
+    body.insert("push_type".to_owned(), json!(device.push_type));
     body.insert("token".to_owned(), json!(registration.token.as_hex()));
     if let Some(activity_id) = &registration.activity_id {
         body.insert("activity_id".to_owned(), json!(activity_id));
@@ -290,7 +292,7 @@ pub(in crate::http) async fn list(
         topics: caller.0.topics.clone(),
         status: query.parse("status", &mut faults),
     };
-    let page = page(&mut query, &mut faults);
+    let page = page(&mut query, List::Devices, &mut faults);
     query.finish(&mut faults);
     faults.check()?;
     if let Some(topic) = &filter.topic {
@@ -304,6 +306,7 @@ pub(in crate::http) async fn list(
 pub(in crate::http) async fn one(
     State(api): State<Shared>,
     caller: Caller,
+    _: NoQuery,
     Path(id): Path<String>,
 ) -> Result<Response, Problem> {
     caller.require(&[Scope::Read])?;
@@ -330,6 +333,7 @@ async fn changeable(api: &Shared, caller: &Caller, id: &str) -> Result<Option<De
 pub(in crate::http) async fn forget(
     State(api): State<Shared>,
     caller: Caller,
+    _: NoQuery,
     Path(id): Path<String>,
 ) -> Result<StatusCode, Problem> {
     if let Some(id) = changeable(&api, &caller, &id).await? {
@@ -342,6 +346,7 @@ pub(in crate::http) async fn forget(
 pub(in crate::http) async fn log_out(
     State(api): State<Shared>,
     caller: Caller,
+    _: NoQuery,
     Path(id): Path<String>,
 ) -> Result<StatusCode, Problem> {
     if let Some(id) = changeable(&api, &caller, &id).await? {
@@ -369,10 +374,13 @@ mod tests {
         assert_eq!(registration.user_id, Field::Clear);
         assert_eq!(registration.installation_id, Field::Absent);
         assert_eq!(registration.environment, Field::Set(Environment::Sandbox));
-        assert_eq!(registration.push_type, PushType::Alert);
+        assert_eq!(registration.push_type, None);
         let id = DeviceId::new(Timestamp::from_seconds(1));
         assert_eq!(
-            Any::Object(sent(id, &registration)),
+            Any::Object(sent(
+                &Device { id, ..registration.into_device(Timestamp::from_seconds(1_795_000_000)) },
+                &registration
+            )),
             json!({
                 "id": id, "topic": "fr.ocpizza.livreur", "push_type": "alert", "token": "a1b2", "user_id": null,
                 "tags": ["paris-11", "a"], "environment": "sandbox", "locale": "fr-FR"

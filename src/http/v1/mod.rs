@@ -7,9 +7,10 @@ pub(super) mod users;
 
 use axum::{
     Json,
+    extract::FromRequestParts,
     response::{IntoResponse, Response},
 };
-use http::Uri;
+use http::{Uri, request::Parts};
 use serde::Serialize;
 
 use super::{
@@ -21,17 +22,16 @@ use super::{
 use crate::{
     domain::{
         clock::{NotATime, Timestamp},
+        push::PushType,
         topic::Topic,
     },
-    store::{Page, PageRequest},
+    store::{List, NotACursor, Page, PageRequest},
 };
 
 /// How many items a list has when nobody says.
 const DEFAULT_LIMIT: usize = 100;
 /// How many it may have.
 const MAX_LIMIT: usize = 1_000;
-/// A longer cursor is none of ours.
-const MAX_CURSOR_BYTES: usize = 512;
 
 /// The answer to a path that does not exist.
 pub(super) async fn no_such_path(uri: Uri) -> Problem {
@@ -46,8 +46,21 @@ pub(super) async fn no_such_path(uri: Uri) -> Problem {
     Problem::new(Kind::NotFound, detail)
 }
 
+/// That a request has no query: what stands there would do nothing, and surprise whoever wrote it.
+pub(super) struct NoQuery;
+
+impl<S: Sync> FromRequestParts<S> for NoQuery {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
+        let mut faults = Faults::default();
+        Query::open(parts.uri.query(), &mut faults).finish(&mut faults);
+        faults.check().map(|()| Self)
+    }
+}
+
 /// `limit` and `cursor`.
-fn page(query: &mut Query, faults: &mut Faults) -> PageRequest {
+fn page(query: &mut Query, list: List, faults: &mut Faults) -> PageRequest {
     let limit = match query.take("limit") {
         None => DEFAULT_LIMIT,
         Some(text) => text.parse().ok().filter(|limit| (1..=MAX_LIMIT).contains(limit)).unwrap_or_else(|| {
@@ -56,8 +69,14 @@ fn page(query: &mut Query, faults: &mut Faults) -> PageRequest {
         }),
     };
     let cursor = query.take("cursor");
-    if cursor.as_ref().is_some_and(|cursor| cursor.is_empty() || cursor.len() > MAX_CURSOR_BYTES) {
-        faults.push(parameter("cursor", "invalid", "Take `next_cursor` of the page before."));
+    if let Some(cursor) = &cursor
+        && let Err(NotACursor) = list.check(cursor)
+    {
+        faults.push(parameter(
+            "cursor",
+            "invalid",
+            "This is not a cursor of this list. Take `next_cursor` of the page before, unchanged.",
+        ));
     }
     PageRequest { cursor, limit }
 }
@@ -78,6 +97,18 @@ fn listed<'a, T, B: Serialize>(page: &'a Page<T>, body: impl Fn(&'a T) -> B) -> 
     }
     Json(List { items: page.items.iter().map(body).collect(), next_cursor: page.next_cursor.as_deref() })
         .into_response()
+}
+
+/// A push type that is offered: one of all but `refused`, which the caller of this explains by itself.
+fn push_type(value: &Value<'_>, refused: &[PushType], faults: &mut Faults) -> Option<PushType> {
+    let text = value.string(faults)?;
+    let found = text.parse().ok();
+    if found.is_none() {
+        let offered: Vec<&str> =
+            PushType::ALL.iter().filter(|known| !refused.contains(known)).map(|known| known.as_str()).collect();
+        value.fault(faults, "invalid", format!("Not a push type: {}.", offered.join(", ")));
+    }
+    found
 }
 
 /// The app that a body names: one the key is for, and one that is configured.

@@ -14,7 +14,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
-use super::{known_topic, listed, page, time};
+use super::{NoQuery, known_topic, listed, page, time};
 use crate::{
     domain::{
         api_key::Scope,
@@ -37,7 +37,7 @@ use crate::{
         fields::{self, Object, Query, Value},
         problem::{Fault, Faults, Kind, Place, Problem},
     },
-    store::{Accepted, DeliveryView, Idempotency, NotificationFilter, intake::Noted},
+    store::{Accepted, DeliveryView, Idempotency, List, NotificationFilter, intake::Noted},
 };
 
 /// How long a notification lives when nobody says.
@@ -225,7 +225,7 @@ fn read(text: &str, caller: &Caller, catalogue: &Catalogue) -> Result<Draft, Pro
 }
 
 fn push_type(value: &Value<'_>, faults: &mut Faults) -> Option<PushType> {
-    let push_type = value.parse::<PushType>(faults)?;
+    let push_type = super::push_type(value, &[PushType::Mdm], faults)?;
     if push_type == PushType::Mdm {
         value.fault(faults, "invalid", "APNs takes MDM pushes by certificate only, which is not spoken here.");
         return None;
@@ -456,6 +456,7 @@ fn promise(owner: &str, key: &[u8], body: &[u8]) -> Idempotency {
 pub(in crate::http) async fn send(
     State(api): State<Shared>,
     caller: Caller,
+    _: NoQuery,
     incoming: Incoming,
 ) -> Result<Response, Problem> {
     caller.require(&[Scope::Send, Scope::Broadcast])?;
@@ -538,9 +539,8 @@ impl<'a> Shown<'a> {
 }
 
 /// The notification of a path, if this key may see it.
-async fn visible(api: &Shared, caller: &Caller, id: &str) -> Result<NotificationView, Problem> {
+async fn visible(api: &Shared, caller: &Caller, id: NotificationId) -> Result<NotificationView, Problem> {
     let missing = || Problem::not_found("notification");
-    let id: NotificationId = id.parse().map_err(|_| missing())?;
     let view = api.services.store.notification(id).await?;
     view.filter(|view| caller.0.is_for(&view.topic)).ok_or_else(missing)
 }
@@ -549,10 +549,12 @@ async fn visible(api: &Shared, caller: &Caller, id: &str) -> Result<Notification
 pub(in crate::http) async fn one(
     State(api): State<Shared>,
     caller: Caller,
+    _: NoQuery,
     Path(id): Path<String>,
 ) -> Result<Response, Problem> {
     caller.require(&[Scope::Read])?;
-    Ok(Json(Shown::of(&visible(&api, &caller, &id).await?)).into_response())
+    let id = id.parse().map_err(|_| Problem::not_found("notification"))?;
+    Ok(Json(Shown::of(&visible(&api, &caller, id).await?)).into_response())
 }
 
 /// `GET /v1/notifications`
@@ -574,7 +576,7 @@ pub(in crate::http) async fn list(
         since: time(&mut query, "since", &mut faults),
         until: time(&mut query, "until", &mut faults),
     };
-    let page = page(&mut query, &mut faults);
+    let page = page(&mut query, List::Notifications, &mut faults);
     query.finish(&mut faults);
     faults.check()?;
     if let Some(topic) = &filter.topic {
@@ -628,17 +630,17 @@ pub(in crate::http) async fn deliveries(
     RawQuery(query): RawQuery,
 ) -> Result<Response, Problem> {
     caller.require(&[Scope::Read])?;
+    let missing = || Problem::not_found("notification");
+    let id: NotificationId = id.parse().map_err(|_| missing())?;
     let mut faults = Faults::default();
     let mut query = Query::open(query.as_deref(), &mut faults);
     let status: Option<DeliveryStatus> = query.parse("status", &mut faults);
-    let page = page(&mut query, &mut faults);
+    let page = page(&mut query, List::Deliveries(id), &mut faults);
     query.finish(&mut faults);
     faults.check()?;
     if caller.0.topics.is_some() {
-        visible(&api, &caller, &id).await?;
+        visible(&api, &caller, id).await?;
     }
-    let missing = || Problem::not_found("notification");
-    let id: NotificationId = id.parse().map_err(|_| missing())?;
     let deliveries = api.services.store.deliveries(id, status, &page).await?.ok_or_else(missing)?;
     Ok(listed(&deliveries, Outcome::of))
 }

@@ -9,7 +9,7 @@ use axum::{
 };
 use serde_json::json;
 
-use super::known_topic;
+use super::{NoQuery, known_topic};
 use crate::{
     domain::{api_key::Scope, device::UserId},
     http::{
@@ -31,6 +31,7 @@ const MIN_TTL_SECONDS: i64 = 60;
 pub(in crate::http) async fn mint(
     State(api): State<Shared>,
     caller: Caller,
+    _: NoQuery,
     Path(user): Path<String>,
     incoming: Incoming,
 ) -> Result<Response, Problem> {

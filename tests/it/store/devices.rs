@@ -19,7 +19,7 @@ pub(crate) fn registration(token: &str) -> Registration {
     Registration {
         topic: "fr.ocpizza.livreur".parse().unwrap(),
         token: token.parse().unwrap(),
-        push_type: PushType::Alert,
+        push_type: None,
         activity_id: None,
         proof: Proof::Server,
         user_id: Field::Absent,
@@ -71,7 +71,7 @@ on_both_stores! {
     async fn every_field_is_read_back_as_it_was_registered(database) {
         let store = store(&database).await;
         let full = Registration {
-            push_type: PushType::LiveActivity,
+            push_type: Some(PushType::LiveActivity),
             activity_id: Some("activité-1".parse().unwrap()),
             environment: Field::Set(Environment::Sandbox),
             locale: Field::Set("fr-FR".parse().unwrap()),
@@ -171,13 +171,13 @@ on_both_stores! {
     async fn only_a_token_of_the_same_kind_is_replaced(database) {
         let store = store(&database).await;
         let live = |token, activity: &str| Registration {
-            push_type: PushType::LiveActivity,
+            push_type: Some(PushType::LiveActivity),
             activity_id: Some(activity.parse().unwrap()),
             ..on("phone", registration(token))
         };
         let group = [
             on("phone", registration("a1")),
-            Registration { push_type: PushType::Voip, ..on("phone", registration("a2")) },
+            Registration { push_type: Some(PushType::Voip), ..on("phone", registration("a2")) },
             live("a3", "one"),
             live("a4", "two"),
             Registration { topic: "fr.ocpizza.client".parse().unwrap(), ..on("phone", registration("a5")) },
@@ -230,7 +230,7 @@ on_both_stores! {
 
     async fn a_phone_that_changes_hands_does_so_with_all_its_tokens(database) {
         let store = store(&database).await;
-        let voip = |registration| Registration { push_type: PushType::Voip, ..registration };
+        let voip = |registration| Registration { push_type: Some(PushType::Voip), ..registration };
         let alert = one(&store, on("phone", of("a1", "anna"))).await;
         let call = one(&store, tagged(&["paris-11"], voip(on("phone", of("a2", "anna"))))).await;
         let other_app = Registration { topic: "fr.ocpizza.client".parse().unwrap(), ..on("phone", of("a3", "anna")) };
@@ -248,14 +248,14 @@ on_both_stores! {
         assert_eq!((alert.user_id, alert.generation.0), (None, 3));
         one(&store, on("phone, reinstalled", of("a1", "bruno"))).await;
         assert_eq!(read(&store, call.id).await.user_id, Some(user("bruno")), "it is the same phone under its new name");
-        let fresh = one(&store, Registration { push_type: PushType::Widgets, ..on("phone", of("a5", "chloé")) }).await;
+        let fresh = one(&store, Registration { push_type: Some(PushType::Widgets), ..on("phone", of("a5", "chloé")) }).await;
         assert_eq!(fresh.generation.0, 1);
         assert_eq!(read(&store, call.id).await.user_id, Some(user("chloé")), "a token never seen before speaks for the phone too");
     }
 
     async fn a_log_out_takes_the_user_off_all_tokens_of_the_phone(database) {
         let store = store(&database).await;
-        let voip = Registration { push_type: PushType::Voip, ..tagged(&["paris-11"], on("phone", of("a2", "anna"))) };
+        let voip = Registration { push_type: Some(PushType::Voip), ..tagged(&["paris-11"], on("phone", of("a2", "anna"))) };
         let group = [on("phone", of("a1", "anna")), voip, of("a3", "anna")];
         let devices = store.register(&group, NOW).await.unwrap();
         assert!(store.log_out(devices[0].id, later(1)).await.unwrap());
