@@ -297,7 +297,8 @@ on_both_stores! {
     async fn health_and_metrics_are_for_whom_they_are(database) {
         let world = World::start(database).await;
         let url = format!("http://{}", world.app().address());
-        for (key, remarks) in [("hunter2", true), (&world.caller(&[Scope::Read]).await.key().to_owned(), false)] {
+        let reader = world.caller(&[Scope::Read]).await;
+        for (key, remarks) in [("hunter2", true), (reader.key(), false)] {
             let folder = world.folder.path().to_owned();
             let arguments = ["health", "--url", &url, "--key", key].map(str::to_owned);
             let ran = tokio::task::spawn_blocking(move || {
