@@ -1,7 +1,6 @@
 //! `sonnette simulator`: the APNs simulator alone, for whoever tests a provider.
 //!
 //! Promises: says what listens where before the first connection, and ends kindly on Ctrl-C or SIGTERM.
-#![expect(clippy::print_stdout, reason = "standard output is this command's user interface")]
 
 use std::{io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 

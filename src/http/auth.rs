@@ -221,17 +221,14 @@ impl Keys {
     /// A part in the first read of a key; none if it would be one too many.
     fn board<'a>(&'a self, id: &'a ApiKeyId, now: Duration) -> Option<Passenger<'a>> {
         let mut flights = self.flights.lock().unwrap_or_else(PoisonError::into_inner);
-        let flight = match flights.get(id) {
-            Some(flight) => Arc::clone(flight),
-            None => {
-                // Who comes just behind a flight that has landed costs nothing.
-                let known = self.remembered(id).is_some();
-                if !known && !self.misses.lock().unwrap_or_else(PoisonError::into_inner).take(now) {
-                    return None;
-                }
-                Arc::clone(flights.entry(id.clone()).or_default())
-            }
-        };
+        if let Some(flight) = flights.get(id) {
+            return Some(Passenger { flights: &self.flights, id, flight: Arc::clone(flight) });
+        }
+        // Who comes just behind a flight that has landed costs nothing.
+        if self.remembered(id).is_none() && !self.misses.lock().unwrap_or_else(PoisonError::into_inner).take(now) {
+            return None;
+        }
+        let flight = Arc::clone(flights.entry(id.clone()).or_default());
         Some(Passenger { flights: &self.flights, id, flight })
     }
 

@@ -288,6 +288,7 @@ on_both_stores! {
         assert_eq!((again.status, &again.text), (first.status, &first.text));
         assert_eq!(again.header("idempotency-replayed"), Some("true"));
         refused(&post("k-1", format!("{body} ")).await, 409, "idempotency-conflict");
+        refused(&post("k-1", "{}".to_owned()).await, 409, "idempotency-conflict");
         let right = request(&json!({})).to_string();
         refused(&post("k-1", right).await, 409, "idempotency-conflict");
         refused(&post("a b", body).await, 422, "invalid-fields");
@@ -295,6 +296,18 @@ on_both_stores! {
 
     async fn health_and_metrics_are_for_whom_they_are(database) {
         let world = World::start(database).await;
+        let url = format!("http://{}", world.app().address());
+        let reader = world.caller(&[Scope::Read]).await;
+        for (key, remarks) in [("hunter2", true), (reader.key(), false)] {
+            let folder = world.folder.path().to_owned();
+            let arguments = ["health", "--url", &url, "--key", key].map(str::to_owned);
+            let ran = tokio::task::spawn_blocking(move || {
+                crate::support::service::run(&folder, &arguments.each_ref().map(String::as_str))
+            });
+            let (status, out, err) = ran.await.unwrap();
+            assert!(status.success() && !out.is_empty(), "{out}{err}");
+            assert_eq!(err.contains("the key is refused: no details"), remarks, "{out}{err}");
+        }
         let anonymous = Client::new(world.app().address(), None);
         for path in ["/health", "/health/live", "/health/ready"] {
             let answer = anonymous.get(path).await;

@@ -465,12 +465,14 @@ pub(in crate::http) async fn send(
     let key = idempotency_key(&incoming.headers)?;
     let body = incoming.read(NOTIFICATION_BYTES).await?;
     let idempotency = key.map(|key| promise(owner, &key, &body.bytes));
-    let draft = read(fields::json(&body.bytes)?, &caller, &services.catalogue)?;
+    let draft = fields::json(&body.bytes).and_then(|text| read(text, &caller, &services.catalogue));
     drop(body);
-    let noted = match draft.at(owner, services.clock.now()) {
-        Ok(notification) => services.intake.notify(notification, draft.audience, idempotency).await?,
-        // It may have been right when it came first.
-        Err(faults) => {
+    let ready = draft.and_then(|draft| Ok((draft.at(owner, services.clock.now())?, draft.audience)));
+    let noted = match ready {
+        Ok((notification, audience)) => services.intake.notify(notification, audience, idempotency).await?,
+        Err(problem) if !matches!(problem.kind(), Kind::NotJson | Kind::InvalidFields) => return Err(problem),
+        // It may have been right when it came first; and another body under its key is told as that.
+        Err(problem) => {
             let seen = match &idempotency {
                 Some(idempotency) => services.store.seen(idempotency).await?,
                 None => None,
@@ -478,7 +480,7 @@ pub(in crate::http) async fn send(
             match seen {
                 Some(Accepted::Seen(view) | Accepted::New { view, .. }) => Noted::Seen(view),
                 Some(Accepted::Conflict) => Noted::Conflict,
-                None => return Err(faults.into()),
+                None => return Err(problem),
             }
         }
     };

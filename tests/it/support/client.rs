@@ -61,6 +61,11 @@ impl Client {
         Self { http, base: format!("http://{address}"), key: None }
     }
 
+    /// Its key.
+    pub(crate) fn key(&self) -> &str {
+        self.key.as_deref().unwrap_or_default()
+    }
+
     /// The same caller with another key.
     pub(crate) fn with_key(&self, key: &str) -> Self {
         Self { key: Some(key.to_owned()), ..self.clone() }
