@@ -75,9 +75,7 @@ pub enum AppError {
     #[error("[server.tls]: {0}")]
     Tls(String),
     /// An address is taken.
-    #[error(
-        "{key} = \"{address}\" cannot be listened on: {source}. Is another service there? Stop it, or choose another port"
-    )]
+    #[error("{key} = \"{address}\" cannot be listened on: stop what is there, or choose another port")]
     Listen {
         /// Which key of the configuration.
         key: &'static str,
@@ -187,7 +185,9 @@ impl App {
         let (address, ops_address) = (address_of(&listener)?, ops_listener.as_ref().map(address_of).transpose()?);
         if let Some(listener) = ops_listener {
             tasks.spawn("http.ops", listener.serve(http::ops_router(services.clone()), tasks.clone()));
-            tracing::info!(address = ?ops_address, "operations on their own listener");
+            if let Some(address) = ops_address {
+                tracing::info!(address = %address, "operations on {address}");
+            }
         }
         tasks.spawn("http", listener.serve(http::router(services), tasks.clone()));
         tracing::info!(

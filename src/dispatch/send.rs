@@ -156,6 +156,7 @@ impl Sender {
                     Settlement::Done => {}
                     Settlement::Lost | Settlement::GivenUp => return,
                 }
+                let began = self.guard.clock.monotonic();
                 let round = self.round(&mut work, &head, &due, &mut addresses, read_at).await;
                 left = round.left;
                 blocked = round.blocked;
@@ -163,9 +164,11 @@ impl Sender {
                 if round.over {
                     return;
                 }
+                let waited = self.guard.clock.monotonic().saturating_sub(began);
                 if let Left::Open = left
-                    && unsent > UNSENT_RETRIES
+                    && (unsent > UNSENT_RETRIES || unsent > 0 && waited >= PUT_BACK_FOR)
                 {
+                    // No connection is to be had: let it show that it waits, and others have the room.
                     left = Left::Later(PUT_BACK_FOR);
                 }
                 work.probe = None;
