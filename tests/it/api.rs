@@ -105,6 +105,25 @@ on_both_stores! {
         assert_eq!(answer.header("x-request-id"), Some("order-1042"));
     }
 
+    async fn a_notification_with_many_faults_is_told_all_of_them(database) {
+        let world = World::start(database).await;
+        let answer = world
+            .server
+            .post(
+                "/v1/notifications",
+                &json!({
+                    "topic": TOPIC, "to": {"tokens": ["a1b2", "xyz"]}, "title": "Bonjour", "priority": 7,
+                    "payload": {"aps": {"alert": {"title": "x".repeat(5_000)}}},
+                }),
+            )
+            .await;
+        refused(&answer, 422, "invalid-fields");
+        let pointers: BTreeSet<&str> = answer.pointers().into_iter().collect();
+        assert_eq!(pointers, BTreeSet::from(["/payload", "/priority", "/title", "/to/tokens/1"]), "{}", answer.text);
+        assert!(answer.text.contains("4096") && answer.text.contains("/payload/aps/alert/title"), "{}", answer.text);
+        assert_eq!(world.sim.ledger().counters().requests, 0, "nothing was sent");
+    }
+
     async fn a_key_does_what_its_scopes_and_topics_say(database) {
         let world = World::start(database).await;
         let anonymous = Client::new(world.app().address(), None);
