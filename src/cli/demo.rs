@@ -1,6 +1,6 @@
 //! `sonnette demo`: the main job on this machine, with no account.
 //!
-//! Promises: SQLite, a fresh key, the APNs simulator and sample devices, all in a folder of its own; a push goes from
+//! Promises: SQLite (or the database that `DATABASE_URL` names), a fresh key, the APNs simulator and sample devices, all in a folder of its own; a push goes from
 //! an HTTP request over real TLS and HTTP/2 to the simulator and its outcome is read back; then it keeps serving. A
 //! second start finds its folder and goes on; a port that is taken is replaced by a free one, and said.
 #![expect(clippy::indexing_slicing, reason = "an index into a JSON value answers null for what is absent")]
@@ -68,7 +68,8 @@ pub async fn run(common: &Common, args: Args) -> anyhow::Result<()> {
     .await?;
     step(format_args!("an APNs of our own listens on {} (TLS, HTTP/2)", simulator.production()));
     let app = start(common, &args, &simulator).await?;
-    step(format_args!("the service listens on http://{} and keeps everything in SQLite", app.address()));
+    let database = app.store().server().await?;
+    step(format_args!("the service listens on http://{} and keeps everything in {database}", app.address()));
     let (presented, key) = api_keys::make(
         "demo",
         [Scope::Register, Scope::Send, Scope::Read, Scope::Metrics, Scope::Admin],
