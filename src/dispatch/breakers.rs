@@ -2,8 +2,8 @@
 //!
 //! Promises: the first answer that blames our own key, topic or environment opens the breaker of that app, environment
 //! and credential, in memory at once and in the database for all replicas; while it is open nothing of it leaves but
-//! one probe at a time, by one elected replica, rarely; no device is touched. A probe that gets any other answer closes
-//! it and sets the work free.
+//! one probe at a time, by one elected replica, rarely; no device is touched. A probe whose answer shows that APNs looked
+//! at the push itself closes it and sets the work free; a server's trouble or silence does not.
 
 use std::{
     collections::HashMap,

@@ -75,7 +75,6 @@ pub struct Dispatcher {
     identity: Identity,
     /// The heart beats longer than everything else: what is in flight must stay ours until it is settled.
     heart: Tasks,
-    in_memory: Arc<InMemory>,
 }
 
 impl Dispatcher {
@@ -105,7 +104,6 @@ impl Dispatcher {
         });
         let board = Arc::new(Board::new(Arc::clone(&store), Arc::clone(&clock), Arc::clone(&gateway)));
         board.refresh().await?;
-        let in_memory = Arc::new(InMemory::default());
         let sender = Arc::new(Sender {
             store: Arc::clone(&store),
             gateway,
@@ -127,11 +125,11 @@ impl Dispatcher {
             settings,
             sender,
             board,
-            in_memory: Arc::clone(&in_memory),
+            in_memory: Arc::default(),
             tasks: tasks.clone(),
         };
         tasks.spawn("dispatch", desk.run(handover));
-        Ok(Self { store, identity, heart, in_memory })
+        Ok(Self { store, identity, heart })
     }
 
     /// Leaves in good order: what is still owned is given back. Call once every other task has ended, or was given up.
@@ -142,12 +140,6 @@ impl Dispatcher {
         self.heart.stop();
         self.heart.ended().await;
         self.store.leave(self.identity.get()).await
-    }
-
-    /// Open targets of claimed chunks in memory now.
-    #[must_use]
-    pub fn in_memory(&self) -> usize {
-        Lane::ALL.into_iter().map(|lane| self.in_memory.of(lane).load(Ordering::Relaxed)).sum()
     }
 }
 

@@ -266,14 +266,6 @@ impl Intake {
     pub async fn register(&self, registration: Registration) -> Result<Device, IntakeError> {
         ask(&self.registrations, registration).await
     }
-
-    /// Requests of both kinds that wait for a commit.
-    #[must_use]
-    pub fn waiting(&self) -> usize {
-        let of = |capacity: usize, max: usize| max - capacity;
-        of(self.notifications.capacity(), self.notifications.max_capacity())
-            + of(self.registrations.capacity(), self.registrations.max_capacity())
-    }
 }
 
 async fn ask<T, A>(queue: &mpsc::Sender<Waiting<T, A>>, what: T) -> Result<A, IntakeError> {
