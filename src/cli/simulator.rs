@@ -45,7 +45,7 @@ pub struct Args {
     /// Every answer waits this long.
     #[arg(long, value_name = "MILLISECONDS", default_value_t = 0)]
     pub latency_ms: u64,
-    /// Count pushes without keeping them one by one.
+    /// Only count: keep neither the truth about every push nor accepted pushes.
     #[arg(long)]
     pub no_ledger: bool,
     /// How many accepted pushes the ledger keeps, the newest.
@@ -80,6 +80,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         initial_stream_limit: args.initial_stream_limit,
         stream_limit: args.stream_limit,
         latency: Duration::from_millis(args.latency_ms),
+        record_attempts: !args.no_ledger,
         record_pushes: !args.no_ledger,
         max_recorded_pushes: args.ledger_pushes,
         registered_devices_only: args.registered_devices_only,

@@ -30,8 +30,13 @@ pub(super) static ID: HeaderName = HeaderName::from_static("apns-id");
 
 /// Checks 3: the path and then the method. Gives the device token's place in the path, unchecked.
 pub(super) fn route<'a>(method: &Method, path: &'a str) -> Result<&'a str, Reason> {
-    let token = path.strip_prefix(PATH).ok_or(Reason::BadPath)?;
+    let token = place(path).ok_or(Reason::BadPath)?;
     if *method == Method::POST { Ok(token) } else { Err(Reason::MethodNotAllowed) }
+}
+
+/// The device token's place in a path, unchecked.
+pub(super) fn place(path: &str) -> Option<&str> {
+    path.strip_prefix(PATH)
 }
 
 /// Check 4: no `apns-*` header and no `authorization` stands twice.

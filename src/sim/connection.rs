@@ -3,7 +3,8 @@
 //! Promises: a push that nothing delays is answered in the same turn in which its body was complete, without a task, a
 //! lock or a timer. The stream limit is counted here, from the moment a stream's headers are read until its answer is
 //! handed to `h2`; streams beyond it get what APNs gives them. A push is in the ledger as accepted exactly when its 200
-//! was handed over, or when a script said so.
+//! was handed over, or when a script said so; how every request received whole ended is in the ledger too, also when
+//! the connection ends first.
 
 use std::{
     collections::BTreeMap,
@@ -15,7 +16,7 @@ use std::{
 use bytes::{Bytes, BytesMut};
 use futures_util::future::poll_fn;
 use h2::{
-    RecvStream,
+    Ping, PingPong, RecvStream,
     server::{self, SendResponse},
 };
 use http::{HeaderName, HeaderValue, Method, Response, StatusCode, header, request::Parts};
@@ -30,9 +31,10 @@ use super::{
     frames::{Completing, GoAway, Orders},
     gate::Command,
     identifiers::{self, Identifiers},
-    ledger::{ConnectionRecord, Entry, Tally, TokenRecord, count},
+    ledger::{Attempt, ConnectionRecord, Entry, Tally, TokenRecord, count},
     provider_token::{ConnectionTokens, Judge},
     reason::Reason,
+    receipts::Receipts,
 };
 use crate::domain::clock::{Timer, Timestamp};
 
@@ -97,17 +99,37 @@ impl Received {
 }
 
 /// A request received whole.
-struct Whole {
+struct Whole<'a> {
     head: Parts,
     body: Bytes,
     respond: SendResponse<Bytes>,
     stream: u32,
+    /// Its `apns-id`: its own, or one made for it.
+    id: Uuid,
+    id_made: bool,
+    attempt: Attempt<'a>,
 }
 
 /// A request whose answer waits.
-struct Waiting {
-    request: Whole,
+struct Waiting<'a> {
+    request: Whole<'a>,
     action: FaultAction,
+}
+
+/// Asks the client what it has read.
+struct Prover {
+    ping: Option<PingPong>,
+    receipts: Arc<Receipts>,
+}
+
+impl Prover {
+    /// Sends a PING behind what was written and is not proved. Says whether there is one to write.
+    fn ask(&mut self, cx: &mut Context<'_>) -> bool {
+        let Some(ping) = &mut self.ping else { return false };
+        // Its acknowledgement is seen by `frames`; here it frees the way for the next, and wakes us for it.
+        let _acknowledged = ping.poll_pong(cx);
+        self.receipts.wants_ping() && ping.send_ping(Ping::opaque()).is_ok()
+    }
 }
 
 /// Whether the connection goes on.
@@ -125,7 +147,9 @@ pub(super) async fn serve(state: Arc<State>, environment: Environment, stream: T
     let initial = gate.initial_stream_limit();
     let limit = initial.min(gate.stream_limit());
     let orders = Orders::new(limit);
-    let stream = Completing::new(stream, Arc::clone(&orders), Arc::clone(&state.ledger.tally(environment).traffic));
+    let receipts = Receipts::new(state.ledger.clone());
+    let traffic = Arc::clone(&state.ledger.tally(environment).traffic);
+    let stream = Completing::new(stream, Arc::clone(&orders), Arc::clone(&receipts), traffic);
     let mut builder = server::Builder::new();
     builder
         .header_table_size(HEADER_TABLE_BYTES)
@@ -141,12 +165,14 @@ pub(super) async fn serve(state: Arc<State>, environment: Environment, stream: T
         done = builder.handshake::<_, Bytes>(stream) => Some(done),
     };
     match handshake {
-        Some(Ok(h2)) => {
+        Some(Ok(mut h2)) => {
+            let prover = Prover { ping: h2.ping_pong(), receipts };
             let connection = Connection {
                 environment,
                 record: Arc::clone(&record),
                 orders,
                 h2,
+                prover,
                 commands,
                 tokens: ConnectionTokens::default(),
                 token_record: None,
@@ -187,6 +213,7 @@ struct Connection<'a> {
     record: Arc<ConnectionRecord>,
     orders: Arc<Orders>,
     h2: server::Connection<Completing, Bytes>,
+    prover: Prover,
     commands: mpsc::UnboundedReceiver<Command>,
     tokens: ConnectionTokens,
     token_record: Option<Arc<TokenRecord>>,
@@ -210,9 +237,9 @@ struct Connection<'a> {
     arriving: Vec<Arriving>,
     /// Kept only for its allocation.
     still_arriving: Vec<Arriving>,
-    held: Vec<Waiting>,
+    held: Vec<Waiting<'a>>,
     /// By the time when they are due, on the monotonic clock, and by order.
-    due: BTreeMap<(Duration, u64), Waiting>,
+    due: BTreeMap<(Duration, u64), Waiting<'a>>,
     due_count: u64,
     timer: Option<(Duration, Timer)>,
     /// Streams that are never answered and keep their slots.
@@ -231,7 +258,7 @@ enum Event {
     Batch(Flow),
 }
 
-impl Connection<'_> {
+impl<'a> Connection<'a> {
     async fn run(mut self) {
         let state = self.state;
         let mut whole = Vec::new();
@@ -242,7 +269,7 @@ impl Connection<'_> {
                 () = state.stop.cancelled() => Event::Stop,
                 command = self.commands.recv() => Event::Command(command),
                 () = async { match &mut self.timer { Some((_, timer)) => timer.await, None => std::future::pending().await } } => Event::Due,
-                flow = poll_fn(|cx| poll_batch(&mut self.h2, &mut self.arriving, &mut self.wanted_limit, &self.orders, &mut self.limit, cx)) => Event::Batch(flow),
+                flow = poll_fn(|cx| poll_batch(&mut self.h2, &mut self.arriving, &mut self.wanted_limit, &self.orders, &mut self.limit, &mut self.prover, cx)) => Event::Batch(flow),
             };
             let flow = match event {
                 Event::Stop => {
@@ -277,7 +304,7 @@ impl Connection<'_> {
     }
 
     /// Admits new streams against the limit and reads what has come of every body.
-    fn read_bodies(&mut self, cx: &mut Context<'_>, whole: &mut Vec<Whole>) {
+    fn read_bodies(&mut self, cx: &mut Context<'_>, whole: &mut Vec<Whole<'a>>) {
         let mut arriving = std::mem::take(&mut self.arriving);
         let mut still = std::mem::take(&mut self.still_arriving);
         for mut request in arriving.drain(..) {
@@ -292,8 +319,7 @@ impl Connection<'_> {
             }
             match poll_body(&mut request, cx) {
                 Poll::Ready(true) => {
-                    let Arriving { head, respond, received, stream, .. } = request;
-                    whole.push(Whole { head, body: received.into_bytes(), respond, stream });
+                    whole.push(self.receive(request));
                 }
                 Poll::Ready(false) => {
                     self.open -= 1;
@@ -304,6 +330,16 @@ impl Connection<'_> {
         }
         self.arriving = still;
         self.still_arriving = arriving;
+    }
+
+    /// Enters a request into the ledger.
+    fn receive(&mut self, request: Arriving) -> Whole<'a> {
+        let Arriving { head, respond, received, stream, .. } = request;
+        let own = head.headers.get(&check::ID).and_then(|id| identifiers::canonical(id.as_bytes()));
+        let (id, id_made) = own.map_or_else(|| (self.identifiers.next(), true), |id| (id, false));
+        let token = check::place(head.uri.path());
+        let attempt = self.state.ledger.records().receive(self.environment, token, id, id_made);
+        Whole { head, body: received.into_bytes(), respond, stream, id, id_made, attempt }
     }
 
     /// Counts a new stream. `false`: it is not processed, and has been told so.
@@ -357,7 +393,7 @@ impl Connection<'_> {
     }
 
     /// Judges every complete request and answers those that need not wait.
-    fn take_batch(&mut self, whole: &mut Vec<Whole>) -> Flow {
+    fn take_batch(&mut self, whole: &mut Vec<Whole<'a>>) -> Flow {
         let arrived = whole.len() as u64;
         self.tally().requests.fetch_add(arrived, Ordering::Relaxed);
         self.record.requests.fetch_add(arrived, Ordering::Relaxed);
@@ -382,14 +418,14 @@ impl Connection<'_> {
     }
 
     /// Checks 3 to 9.
-    fn judge(&mut self, request: &Whole, now: Timestamp) -> Fault {
+    fn judge(&mut self, request: &Whole<'_>, now: Timestamp) -> Fault {
         match self.check(request, now) {
             Ok(fault) => fault.unwrap_or(Fault { delay_ms: 0, action: FaultAction::Answer(Answer::Accepted) }),
             Err(answer) => Fault { delay_ms: 0, action: FaultAction::Answer(answer) },
         }
     }
 
-    fn check(&mut self, request: &Whole, now: Timestamp) -> Result<Option<Fault>, Answer> {
+    fn check(&mut self, request: &Whole<'_>, now: Timestamp) -> Result<Option<Fault>, Answer> {
         let headers = &request.head.headers;
         let token = check::route(&request.head.method, request.head.uri.path()).map_err(Answer::refusal)?;
         check::duplicates(headers).map_err(Answer::refusal)?;
@@ -432,7 +468,7 @@ impl Connection<'_> {
     }
 
     /// Does to a request what was decided.
-    fn perform(&mut self, mut request: Whole, action: FaultAction, now: Timestamp) -> Flow {
+    fn perform(&mut self, mut request: Whole<'_>, action: FaultAction, now: Timestamp) -> Flow {
         match action {
             FaultAction::Answer(answer) => {
                 self.answer(request, &answer, now);
@@ -443,6 +479,7 @@ impl Connection<'_> {
             }
             FaultAction::Stall { accepted } => {
                 self.accept_unanswered(&request, accepted, now);
+                request.attempt.unanswered(accepted);
                 self.silent.push(request.respond);
             }
             FaultAction::Reset { code, accepted } => {
@@ -450,9 +487,15 @@ impl Connection<'_> {
                 self.open -= 1;
                 count(&self.tally().reset);
                 request.respond.send_reset(h2::Reason::from(code));
+                if h2::Reason::from(code) == h2::Reason::REFUSED_STREAM && !accepted {
+                    self.prover.receipts.expect(request.stream, request.attempt.unprocessed());
+                } else {
+                    request.attempt.unanswered(accepted);
+                }
             }
             FaultAction::Close { accepted } => {
                 self.accept_unanswered(&request, accepted, now);
+                request.attempt.unanswered(accepted);
                 self.orders.cut();
                 return Flow::End;
             }
@@ -466,28 +509,27 @@ impl Connection<'_> {
                 if last.is_none_or(|last| request.stream <= last) {
                     self.answer(request, &Answer::Accepted, now);
                 } else {
-                    self.silent.push(request.respond);
+                    self.exclude(request);
                 }
             }
         }
         Flow::Continue
     }
 
-    fn accept_unanswered(&mut self, request: &Whole, accepted: bool, now: Timestamp) {
+    /// A request lies behind the last stream that a GOAWAY names.
+    fn exclude(&mut self, request: Whole<'_>) {
+        self.prover.receipts.expect(request.stream, request.attempt.unprocessed());
+        self.silent.push(request.respond);
+    }
+
+    fn accept_unanswered(&mut self, request: &Whole<'_>, accepted: bool, now: Timestamp) {
         if accepted {
             count(&self.tally().accepted_unanswered);
-            let (id, made) = self.message_id(request);
-            self.accept(request, id, made, now);
+            self.accept(request, now);
         }
     }
 
-    /// The `apns-id` of a request: its own, or a new one.
-    fn message_id(&mut self, request: &Whole) -> (Uuid, bool) {
-        let own = request.head.headers.get(&check::ID).and_then(|id| identifiers::canonical(id.as_bytes()));
-        own.map_or_else(|| (self.identifiers.next(), true), |id| (id, false))
-    }
-
-    fn accept(&mut self, request: &Whole, apns_id: Uuid, apns_id_made: bool, at: Timestamp) {
+    fn accept(&mut self, request: &Whole<'_>, at: Timestamp) {
         if !self.state.ledger.is_recording() {
             count(&self.tally().accepted);
             return;
@@ -510,8 +552,8 @@ impl Connection<'_> {
             priority: push.priority,
             expiration: push.expiration,
             collapse_id: push.collapse_id,
-            apns_id,
-            apns_id_made,
+            apns_id: request.id,
+            apns_id_made: request.id_made,
             connection: self.record.number,
             stream: request.stream,
             body: &request.body,
@@ -519,12 +561,11 @@ impl Connection<'_> {
     }
 
     /// Sends an answer. If the client no longer wants it, the push was not accepted.
-    fn answer(&mut self, mut request: Whole, answer: &Answer, now: Timestamp) {
+    fn answer(&mut self, mut request: Whole<'_>, answer: &Answer, now: Timestamp) {
         self.open -= 1;
-        let (id, made) = self.message_id(&request);
         let mut id_value = match request.head.headers.get(&check::ID) {
-            Some(own) if !made => own.clone(),
-            _ => identifiers::upper_case(id),
+            Some(own) if !request.id_made => own.clone(),
+            _ => identifiers::upper_case(request.id),
         };
         id_value.set_sensitive(true); // never indexed: it fills no header table
         let mut response = Response::new(());
@@ -547,11 +588,7 @@ impl Connection<'_> {
         if body.is_some() {
             headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         }
-        *response.status_mut() = match answer {
-            Answer::Accepted => StatusCode::OK,
-            Answer::Refused(reason, _) => StatusCode::from_u16(reason.status()).unwrap_or_default(),
-            Answer::Other { status, .. } => StatusCode::from_u16(*status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR),
-        };
+        *response.status_mut() = StatusCode::from_u16(answer.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         let sent = request.respond.send_response(response, body.is_none()).and_then(|mut stream| match body {
             Some(body) => stream.send_data(body, true),
             None => Ok(()),
@@ -562,9 +599,10 @@ impl Connection<'_> {
             return;
         }
         if *answer == Answer::Accepted {
-            self.accept(&request, id, made, now);
+            self.accept(&request, now);
         }
         self.tally().answered(answer);
+        self.prover.receipts.expect(request.stream, request.attempt.answered(answer));
     }
 
     fn go_away(&mut self, last_stream: Option<u32>, code: u32, debug: String) {
@@ -578,14 +616,14 @@ impl Connection<'_> {
             if waiting.request.stream <= last {
                 self.held.push(waiting);
             } else {
-                self.silent.push(waiting.request.respond);
+                self.exclude(waiting.request);
             }
         }
         for (place, waiting) in due {
             if waiting.request.stream <= last {
                 self.due.insert(place, waiting);
             } else {
-                self.silent.push(waiting.request.respond);
+                self.exclude(waiting.request);
             }
         }
         for request in arriving {
@@ -643,6 +681,7 @@ fn poll_batch(
     wanted_limit: &mut Option<u32>,
     orders: &Orders,
     limit: &mut u32,
+    prover: &mut Prover,
     cx: &mut Context<'_>,
 ) -> Poll<Flow> {
     let before = arriving.len();
@@ -664,6 +703,7 @@ fn poll_batch(
                     *limit = wanted;
                     *wanted_limit = None;
                 }
+                _ if prover.ask(cx) => {}
                 _ => break,
             },
         }

@@ -8,6 +8,10 @@
 //! | `GET /` | this list, as text |
 //! | `GET /ca.pem` | the certificate to trust |
 //! | `GET /ledger` | [`Counters`](super::Counters): `{"total", "production", "sandbox"}` |
+//! | `GET /ledger/truth?after=&limit=&environment=&token=&verdict=` | `{"items": [Truth], "last": sequence}`: what became of every push |
+//! | `GET /ledger/truth/lines?…` | the same as lines of JSON, without a limit if none is given |
+//! | `DELETE /ledger/truth` | forgets it |
+//! | `GET /ledger/summary` | [`Summary`](super::Summary) |
 //! | `GET /ledger/pushes?after=&limit=&environment=&token=&topic=` | `{"items": [Push], "last": sequence}`: pass `last` as `after` for the next page |
 //! | `DELETE /ledger/pushes` | forgets them; counters stay |
 //! | `PUT /ledger/recording` `{"record_pushes": false}` | stops or starts keeping pushes one by one |
@@ -37,6 +41,7 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{delete, get, post, put},
 };
+use futures_util::stream;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
@@ -48,8 +53,11 @@ use super::{
     fault::Script,
     gate::{GateState, GoAwayOrder},
     keys::{KeyError, ProviderKey},
-    ledger::PushQuery,
+    ledger::{PushQuery, TruthQuery},
 };
+
+/// Lines of the ledger's truth that are read at a time.
+const LINES_PER_PAGE: usize = 10_000;
 
 type Shared = Extract<Arc<State>>;
 
@@ -67,6 +75,9 @@ fn router(state: Arc<State>) -> Router {
         .route("/", get(async || OVERVIEW))
         .route("/ca.pem", get(ca))
         .route("/ledger", get(counters))
+        .route("/ledger/truth", get(truth).delete(clear_truth))
+        .route("/ledger/truth/lines", get(truth_lines))
+        .route("/ledger/summary", get(async |Extract(state): Shared| Json(state.ledger.summary())))
         .route("/ledger/pushes", get(pushes).delete(clear_pushes))
         .route("/ledger/recording", put(recording))
         .route("/ledger/repeats", get(async |Extract(state): Shared| items(&state.ledger.repeats())))
@@ -95,6 +106,10 @@ The APNs simulator's control API.
 
 GET    /ca.pem                                 the certificate to trust
 GET    /ledger                                 counters
+GET    /ledger/truth?after=&limit=&environment=&token=&verdict=
+GET    /ledger/truth/lines?                    the same, one a line, without a limit
+DELETE /ledger/truth
+GET    /ledger/summary
 GET    /ledger/pushes?after=&limit=&environment=&token=&topic=
 DELETE /ledger/pushes
 PUT    /ledger/recording                       {\"record_pushes\": false}
@@ -184,11 +199,54 @@ async fn counters(Extract(state): Shared) -> Json<Value> {
     )
 }
 
+async fn truth(Extract(state): Shared, query: Filter<TruthQuery>) -> Answer<Json<Value>> {
+    let Query(query) = query?;
+    hex_or_absent(query.token.as_deref())?;
+    let (items, last) = state.ledger.truth(&query);
+    Ok(Json(json!({ "items": items, "last": last })))
+}
+
+/// Pages are read while the client takes them, so a slow one costs a page of memory.
+async fn truth_lines(Extract(state): Shared, query: Filter<TruthQuery>) -> Answer<Response> {
+    let Query(query) = query?;
+    hex_or_absent(query.token.as_deref())?;
+    let left = query.limit.unwrap_or(usize::MAX);
+    let pages = stream::unfold((state, query, left), async |(state, mut query, mut left)| {
+        query.limit = Some(left.min(LINES_PER_PAGE));
+        let (items, last) = state.ledger.truth(&query);
+        if items.is_empty() {
+            return None;
+        }
+        left -= items.len();
+        query.after = last;
+        let mut page = Vec::with_capacity(items.len() * 256);
+        for item in items {
+            if let Err(error) = serde_json::to_writer(&mut page, &item) {
+                return Some((Err(error), (state, query, 0)));
+            }
+            page.push(b'\n');
+        }
+        Some((Ok(page), (state, query, left)))
+    });
+    Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], axum::body::Body::from_stream(pages)).into_response())
+}
+
+async fn clear_truth(Extract(state): Shared) -> StatusCode {
+    state.ledger.clear_truth();
+    StatusCode::NO_CONTENT
+}
+
+fn hex_or_absent(token: Option<&str>) -> Answer<()> {
+    if token.is_some_and(|token| hex::decode(token).is_err()) {
+        Err(Problem::new(StatusCode::UNPROCESSABLE_ENTITY, "`token` is no hex"))
+    } else {
+        Ok(())
+    }
+}
+
 async fn pushes(Extract(state): Shared, query: Filter<PushQuery>) -> Answer<Json<Value>> {
     let Query(query) = query?;
-    if query.token.as_deref().is_some_and(|token| hex::decode(token).is_err()) {
-        return Err(Problem::new(StatusCode::UNPROCESSABLE_ENTITY, "`token` is no hex"));
-    }
+    hex_or_absent(query.token.as_deref())?;
     let pushes = state.ledger.pushes(&query);
     let last = pushes.last().map_or(query.after, |push| push.sequence);
     Ok(Json(json!({ "items": pushes, "last": last })))

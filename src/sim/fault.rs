@@ -45,6 +45,24 @@ impl Answer {
     pub(super) const fn refusal(reason: Reason) -> Self {
         Self::Refused(reason, None)
     }
+
+    /// The HTTP status.
+    pub(super) const fn status(&self) -> u16 {
+        match self {
+            Self::Accepted => 200,
+            Self::Refused(reason, _) => reason.status(),
+            Self::Other { status, .. } => *status,
+        }
+    }
+
+    /// The reason in the body, if there is one.
+    pub(super) fn reason(&self) -> Option<&str> {
+        match self {
+            Self::Accepted => None,
+            Self::Refused(reason, _) => Some(reason.name()),
+            Self::Other { reason, .. } => reason.as_deref(),
+        }
+    }
 }
 
 /// The last stream a scripted GOAWAY names.

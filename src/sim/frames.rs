@@ -3,8 +3,9 @@
 //! Promises: every other frame passes unchanged, in order. Why it exists: `h2` 0.4.20 has no way to change
 //! `MAX_CONCURRENT_STREAMS` on a living connection and none to put debug data or a chosen last stream into GOAWAY. `h2`
 //! can send a second SETTINGS (`set_initial_window_size`) and keeps the books of its acknowledgement; here the limit is
-//! written into each SETTINGS that passes. What is read is passed on untouched; it is looked at until the client has
-//! acknowledged the first SETTINGS, because before that it cannot know of any limit.
+//! written into each SETTINGS that passes. What is read is passed on untouched; it is looked at for the acknowledgement
+//! of the first SETTINGS, because before that the client cannot know of any limit. [`Receipts`] is told of the frames, of
+//! both directions, by which answers are given, given up, and proved to be read.
 
 use std::{
     io,
@@ -14,24 +15,35 @@ use std::{
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
+    time::Sleep,
 };
 use tokio_rustls::server::TlsStream;
 
+use super::receipts::Receipts;
+
 const HEADER_BYTES: usize = 9;
 const PREFACE_BYTES: usize = 24;
+const TYPE_DATA: u8 = 0;
 const TYPE_HEADERS: u8 = 1;
+const TYPE_RST_STREAM: u8 = 3;
 const TYPE_SETTINGS: u8 = 4;
+const TYPE_PING: u8 = 6;
 const TYPE_GOAWAY: u8 = 7;
 const FLAG_ACK: u8 = 1;
+const FLAG_END_STREAM: u8 = 1;
+const PING_BYTES: usize = 8;
 const MAX_CONCURRENT_STREAMS: u16 = 3;
 /// Above this the peer must read before more is taken from `h2`.
 const MAX_BUFFERED_BYTES: usize = 64 * 1024;
+/// How long the client may take to end TLS once it was ended here.
+const LINGER: Duration = Duration::from_secs(1);
 
 /// What a GOAWAY shall say.
 #[derive(Debug, Clone)]
@@ -103,6 +115,7 @@ pub(super) struct Traffic {
 #[derive(Debug)]
 struct Rewriter {
     orders: Arc<Orders>,
+    receipts: Arc<Receipts>,
     /// The frame header being collected.
     header: BytesMut,
     /// Payload bytes of the current frame that are still to come.
@@ -113,9 +126,10 @@ struct Rewriter {
 }
 
 impl Rewriter {
-    fn new(orders: Arc<Orders>) -> Self {
+    fn new(orders: Arc<Orders>, receipts: Arc<Receipts>) -> Self {
         Self {
             orders,
+            receipts,
             header: BytesMut::with_capacity(HEADER_BYTES),
             left: 0,
             held: None,
@@ -152,22 +166,31 @@ impl Rewriter {
     }
 
     fn begin(&mut self, header: [u8; HEADER_BYTES]) {
-        let [l0, l1, l2, kind, flags, ..] = header;
+        let [l0, l1, l2, kind, flags, stream @ ..] = header;
         self.left = usize::from(l0) << 16 | usize::from(l1) << 8 | usize::from(l2);
-        if kind == TYPE_GOAWAY || (kind == TYPE_SETTINGS && flags & FLAG_ACK == 0) {
+        if kind == TYPE_GOAWAY || (matches!(kind, TYPE_SETTINGS | TYPE_PING) && flags & FLAG_ACK == 0) {
             self.held = Some((header, BytesMut::new()));
-        } else {
-            self.out.extend_from_slice(&header);
+            return;
+        }
+        self.out.extend_from_slice(&header);
+        let is_last = matches!(kind, TYPE_HEADERS | TYPE_DATA) && flags & FLAG_END_STREAM != 0;
+        if is_last || kind == TYPE_RST_STREAM {
+            self.receipts.stream_ended(u32::from_be_bytes(stream));
         }
     }
 
     fn complete(&mut self, header: [u8; HEADER_BYTES], payload: &[u8]) {
         let [_, _, _, kind, rest @ ..] = header;
-        let payload = if kind == TYPE_SETTINGS {
-            settings(payload, self.orders.stream_limit())
-        } else {
-            go_away(payload, self.orders.go_away())
+        let payload = match kind {
+            TYPE_SETTINGS => settings(payload, self.orders.stream_limit()),
+            TYPE_GOAWAY => go_away(payload, self.orders.go_away()),
+            _ => BytesMut::from(payload),
         };
+        match (kind, payload.first_chunk(), payload.first_chunk()) {
+            (TYPE_GOAWAY, Some(last_stream), _) => self.receipts.excluded(u32::from_be_bytes(*last_stream)),
+            (TYPE_PING, _, Some(payload)) => self.receipts.ping_sent(*payload),
+            _ => {}
+        }
         let length = u32::try_from(payload.len()).unwrap_or(0).to_be_bytes(); // a few dozen bytes: it fits
         self.out.extend_from_slice(length.get(1..).unwrap_or_default());
         self.out.put_u8(kind);
@@ -193,40 +216,67 @@ fn go_away(mut payload: &[u8], order: Option<GoAway>) -> BytesMut {
     whole
 }
 
-/// Walks over incoming frames up to the first acknowledgement of SETTINGS.
+/// Walks over incoming frames.
 #[derive(Debug)]
 struct Reader {
     /// Bytes to pass over: the preface, or a payload.
     left: usize,
     header: BytesMut,
+    /// The payload of the acknowledgement of a PING, being collected.
+    acknowledged: Option<BytesMut>,
     highest: u32,
-    is_done: bool,
+    is_aware: bool,
 }
 
 impl Reader {
     fn new() -> Self {
-        Self { left: PREFACE_BYTES, header: BytesMut::with_capacity(HEADER_BYTES), highest: 0, is_done: false }
+        Self {
+            left: PREFACE_BYTES,
+            header: BytesMut::with_capacity(HEADER_BYTES),
+            acknowledged: None,
+            highest: 0,
+            is_aware: false,
+        }
     }
 
-    fn look(&mut self, mut input: &[u8], orders: &Orders) {
-        while !self.is_done && !input.is_empty() {
-            let passed = self.left.min(input.len());
-            self.left -= passed;
-            input = input.get(passed..).unwrap_or_default();
+    fn look(&mut self, mut input: &[u8], orders: &Orders, receipts: &Receipts) {
+        while !input.is_empty() {
+            let (payload, later) = input.split_at(self.left.min(input.len()));
+            self.left -= payload.len();
+            input = later;
+            if let Some(collected) = &mut self.acknowledged {
+                collected.extend_from_slice(payload);
+                if let Ok(payload) = <[u8; PING_BYTES]>::try_from(collected.as_ref()) {
+                    self.acknowledged = None;
+                    receipts.ping_acknowledged(payload);
+                }
+            }
             let missing = if self.left == 0 { HEADER_BYTES - self.header.len() } else { 0 };
             let (now, later) = input.split_at(missing.min(input.len()));
             self.header.extend_from_slice(now);
             input = later;
-            if let Ok([l0, l1, l2, kind, flags, stream @ ..]) = <[u8; HEADER_BYTES]>::try_from(self.header.as_ref()) {
+            if let Ok(header) = <[u8; HEADER_BYTES]>::try_from(self.header.as_ref()) {
                 self.header.clear();
-                self.left = usize::from(l0) << 16 | usize::from(l1) << 8 | usize::from(l2);
-                if kind == TYPE_HEADERS {
-                    self.highest = self.highest.max(u32::from_be_bytes(stream));
-                } else if kind == TYPE_SETTINGS && flags & FLAG_ACK != 0 {
-                    orders.unaware.store(self.highest, Ordering::Relaxed);
-                    self.is_done = true;
-                }
+                self.begin(header, orders, receipts);
             }
+        }
+    }
+
+    fn begin(&mut self, header: [u8; HEADER_BYTES], orders: &Orders, receipts: &Receipts) {
+        let [l0, l1, l2, kind, flags, stream @ ..] = header;
+        self.left = usize::from(l0) << 16 | usize::from(l1) << 8 | usize::from(l2);
+        let stream = u32::from_be_bytes(stream);
+        match kind {
+            TYPE_HEADERS if !self.is_aware => self.highest = self.highest.max(stream),
+            TYPE_SETTINGS if flags & FLAG_ACK != 0 && !self.is_aware => {
+                orders.unaware.store(self.highest, Ordering::Relaxed);
+                self.is_aware = true;
+            }
+            TYPE_PING if flags & FLAG_ACK != 0 && self.left == PING_BYTES => {
+                self.acknowledged = Some(BytesMut::with_capacity(PING_BYTES));
+            }
+            TYPE_RST_STREAM => receipts.given_up(stream),
+            _ => {}
         }
     }
 }
@@ -238,14 +288,24 @@ pub(super) struct Completing {
     rewriter: Rewriter,
     reader: Reader,
     traffic: Arc<Traffic>,
+    /// How long the client may still take to end its side.
+    linger: Option<Pin<Box<Sleep>>>,
 }
 
 impl Completing {
-    pub(super) fn new(stream: TlsStream<TcpStream>, orders: Arc<Orders>, traffic: Arc<Traffic>) -> Self {
-        Self { stream, rewriter: Rewriter::new(orders), reader: Reader::new(), traffic }
+    pub(super) fn new(
+        stream: TlsStream<TcpStream>,
+        orders: Arc<Orders>,
+        receipts: Arc<Receipts>,
+        traffic: Arc<Traffic>,
+    ) -> Self {
+        Self { stream, rewriter: Rewriter::new(orders, receipts), reader: Reader::new(), traffic, linger: None }
     }
 
     fn poll_drain(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.rewriter.out.is_empty() {
+            return Poll::Ready(Ok(()));
+        }
         while !self.rewriter.out.is_empty() {
             let written = ready!(Pin::new(&mut self.stream).poll_write(cx, &self.rewriter.out))?;
             if written == 0 {
@@ -254,6 +314,7 @@ impl Completing {
             self.rewriter.out.advance(written);
             self.traffic.written.fetch_add(written as u64, Ordering::Relaxed);
         }
+        self.rewriter.receipts.flushed();
         Poll::Ready(Ok(()))
     }
 }
@@ -265,9 +326,10 @@ impl AsyncRead for Completing {
         ready!(Pin::new(&mut this.stream).poll_read(cx, buffer))?;
         let new = buffer.filled().get(before..).unwrap_or_default();
         this.traffic.read.fetch_add(new.len() as u64, Ordering::Relaxed);
-        if !this.reader.is_done {
-            this.reader.look(new, &this.rewriter.orders);
+        if new.is_empty() && buffer.remaining() > 0 {
+            this.rewriter.receipts.closed_in_order(); // rustls calls an end without `close_notify` an error
         }
+        this.reader.look(new, &this.rewriter.orders, &this.rewriter.receipts);
         Poll::Ready(Ok(()))
     }
 }
@@ -286,9 +348,24 @@ impl AsyncWrite for Completing {
         Pin::new(&mut self.stream).poll_flush(cx)
     }
 
+    /// Ends TLS and waits, at most [`LINGER`], until the client has ended it too: else what it still sends would make
+    /// the kernel reset the connection, and answers that it has not read would be lost.
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        ready!(self.poll_drain(cx))?;
-        Pin::new(&mut self.stream).poll_shutdown(cx)
+        if self.linger.is_none() {
+            ready!(self.poll_drain(cx))?;
+            ready!(Pin::new(&mut self.stream).poll_shutdown(cx))?;
+            self.linger = Some(Box::pin(tokio::time::sleep(LINGER)));
+        }
+        let mut passed_over = [0; 1024];
+        loop {
+            let mut buffer = ReadBuf::new(&mut passed_over);
+            match self.as_mut().poll_read(cx, &mut buffer) {
+                Poll::Ready(Ok(())) if !buffer.filled().is_empty() => {}
+                Poll::Ready(_) => return Poll::Ready(Ok(())),
+                Poll::Pending => break,
+            }
+        }
+        self.linger.as_mut().map_or(Poll::Ready(()), |timer| timer.as_mut().poll(cx)).map(Ok)
     }
 }
 
@@ -304,7 +381,18 @@ impl Drop for Completing {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{
+        super::ledger::{Ledger, Limits},
+        *,
+    };
+
+    fn receipts() -> Arc<Receipts> {
+        Receipts::new(Ledger::new(Limits { record_attempts: true, record_pushes: false, max_pushes: 0 }))
+    }
+
+    fn rewriter(orders: Arc<Orders>) -> Rewriter {
+        Rewriter::new(orders, receipts())
+    }
 
     const SETTINGS: &[u8] = &[0, 0, 6, 4, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0xff, 0xff]; // INITIAL_WINDOW_SIZE 65535
     const ACK: &[u8] = &[0, 0, 0, 4, 1, 0, 0, 0, 0];
@@ -317,7 +405,7 @@ mod tests {
         let completed: &[u8] = &[0, 0, 12, 4, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0xff, 0xff, 0, 3, 0, 0, 3, 0xe8];
         let expected = [completed, ACK, DATA, completed].concat();
         for size in 1..=input.len() {
-            let mut rewriter = Rewriter::new(Orders::new(1000));
+            let mut rewriter = rewriter(Orders::new(1000));
             input.chunks(size).for_each(|chunk| rewriter.take(chunk));
             assert_eq!(rewriter.out, expected.as_slice(), "in pieces of {size} bytes");
         }
@@ -325,7 +413,7 @@ mod tests {
 
     #[test]
     fn empty_settings_get_the_limit_too() {
-        let mut rewriter = Rewriter::new(Orders::new(1));
+        let mut rewriter = rewriter(Orders::new(1));
         rewriter.take(&[0, 0, 0, 4, 0, 0, 0, 0, 0]);
         assert_eq!(rewriter.out, [0, 0, 6, 4, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 1].as_slice());
     }
@@ -340,7 +428,7 @@ mod tests {
             let orders = Orders::new(1);
             let mut reader = Reader::new();
             assert!(orders.is_unaware(9));
-            input.chunks(size).for_each(|chunk| reader.look(chunk, &orders));
+            input.chunks(size).for_each(|chunk| reader.look(chunk, &orders, &receipts()));
             assert!(orders.is_unaware(7) && !orders.is_unaware(9), "in pieces of {size} bytes");
         }
     }
@@ -348,7 +436,7 @@ mod tests {
     #[test]
     fn a_goaway_says_what_was_ordered() {
         let orders = Orders::new(1);
-        let mut rewriter = Rewriter::new(Arc::clone(&orders));
+        let mut rewriter = rewriter(Arc::clone(&orders));
         rewriter.take(GOAWAY);
         assert_eq!(rewriter.out, GOAWAY, "without an order it passes");
         rewriter.out.clear();

@@ -15,7 +15,8 @@
 //! | `keys` | provider keys |
 //! | `fault` | scripted answers, and device tokens that force an answer |
 //! | `gate` | holding, slowing and sending away a whole environment |
-//! | `ledger` | what arrived |
+//! | `ledger`, `ledger/truth` | what arrived; what became of every push |
+//! | `receipts` | which answers the client has certainly read |
 //! | `control` | all of it over plain HTTP |
 //!
 //! Known gaps: broadcasts (`/4/broadcasts/…`) and channel management are answered `404 BadPath`; there is no
@@ -36,6 +37,7 @@ mod ledger;
 mod provider_token;
 mod push_type;
 mod reason;
+mod receipts;
 mod server;
 
 use std::{
@@ -58,7 +60,10 @@ pub use self::{
     fault::{ANY_TOKEN, Action, Behaviour, LastStream, PREFIX, PREFIXES, Script, Scripts},
     gate::{GateState, Gates, GoAwayOrder},
     keys::{KeyError, Keys, ProviderKey, Topics, read_folder},
-    ledger::{ConnectionSeen, Counters, Ledger, ProviderTokenSeen, Push, PushQuery, Repeat, TokenSwitch},
+    ledger::{
+        ConnectionSeen, Counters, Ledger, ProviderTokenSeen, Push, PushQuery, Repeat, Summary, TokenSwitch, Truth,
+        TruthQuery, Verdict,
+    },
     provider_token::{MAX_AGE, MIN_TIME_BETWEEN_CHANGES},
     push_type::{MAX_BODY_BYTES, MAX_VOIP_BODY_BYTES, PushType, bundle_id},
     reason::Reason,
@@ -67,6 +72,7 @@ use crate::domain::clock::Clock;
 
 /// How a simulator is set up.
 #[derive(Debug, Clone)]
+#[expect(clippy::struct_excessive_bools, reason = "independent switches, as on the command line")]
 pub struct Settings {
     /// Where production listens; port 0 takes a free one.
     pub production: SocketAddr,
@@ -86,6 +92,9 @@ pub struct Settings {
     pub stream_limit: u32,
     /// How long every answer waits.
     pub latency: Duration,
+    /// Whether the ledger keeps the truth about every push: about 125 bytes each until it is cleared, and a PING for
+    /// every round trip with answers. Else it only counts, and finds no repeats.
+    pub record_attempts: bool,
     /// Whether the ledger keeps accepted pushes one by one; counters are kept in any case.
     pub record_pushes: bool,
     /// How many it keeps, the newest; each costs about 120 bytes and its token and body.
@@ -111,6 +120,7 @@ impl Default for Settings {
             initial_stream_limit: 1,
             stream_limit: 1000,
             latency: Duration::ZERO,
+            record_attempts: true,
             record_pushes: true,
             max_recorded_pushes: 100_000,
             registered_devices_only: false,
@@ -200,6 +210,7 @@ impl Simulator {
             scripts: Scripts::default(),
             gates: Gates::new(settings.initial_stream_limit, settings.stream_limit, settings.latency),
             ledger: Ledger::new(ledger::Limits {
+                record_attempts: settings.record_attempts,
                 record_pushes: settings.record_pushes,
                 max_pushes: settings.max_recorded_pushes,
             }),

@@ -1,0 +1,136 @@
+//! What a client has certainly read of the answers on one connection.
+//!
+//! Promises: an answer is certain only on proof. Bytes that TLS has taken may still be lost, so behind what was answered
+//! goes a PING: HTTP/2 is read in order, so its acknowledgement says that everything before it was read. A client that
+//! ends TLS in good order (`close_notify`) and gave up no stream has read what was flushed to it until then. A stream that
+//! the client resets before the proof was given up: its answer stays uncertain, as does all that is unproved when the
+//! connection ends. One PING is under way at a time, and none while there is nothing to prove.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use super::ledger::{Ledger, Unproved};
+
+/// The frames of one connection, as far as they carry or prove answers.
+#[derive(Debug)]
+pub(super) struct Receipts {
+    ledger: Ledger,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    /// What was told on which stream.
+    told: HashMap<u32, Unproved>,
+    /// Streams whose last frame was written, in order.
+    written: VecDeque<u32>,
+    /// How many were taken off the front of `written`.
+    passed: u64,
+    /// How many, counted from the connection's start, TLS has taken.
+    flushed: u64,
+    /// The PINGs under way, and how many lie before each.
+    pings: VecDeque<([u8; 8], u64)>,
+    /// How many lie before the last PING.
+    asked: u64,
+}
+
+impl Inner {
+    fn written(&self) -> u64 {
+        self.passed + self.written.len() as u64
+    }
+}
+
+impl Receipts {
+    pub(super) fn new(ledger: Ledger) -> Arc<Self> {
+        Arc::new(Self { ledger, inner: Mutex::default() })
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The client is told something on `stream`, in a frame that is not written yet.
+    pub(super) fn expect(&self, stream: u32, told: Option<Unproved>) {
+        if let Some(told) = told {
+            self.inner().told.insert(stream, told);
+        }
+    }
+
+    /// The last frame of `stream` is written.
+    pub(super) fn stream_ended(&self, stream: u32) {
+        let mut inner = self.inner();
+        if inner.told.contains_key(&stream) {
+            inner.written.push_back(stream);
+        }
+    }
+
+    /// A GOAWAY is written that excludes the streams above `last`.
+    pub(super) fn excluded(&self, last: u32) {
+        let mut inner = self.inner();
+        let Inner { told, written, .. } = &mut *inner;
+        written.extend(
+            told.iter().filter(|(stream, told)| **stream > last && !told.is_answer()).map(|(stream, _)| stream),
+        );
+    }
+
+    /// Everything written was taken by TLS.
+    pub(super) fn flushed(&self) {
+        let mut inner = self.inner();
+        inner.flushed = inner.written();
+    }
+
+    /// A PING is written.
+    pub(super) fn ping_sent(&self, payload: [u8; 8]) {
+        let mut inner = self.inner();
+        inner.asked = inner.written();
+        let asked = inner.asked;
+        inner.pings.push_back((payload, asked));
+    }
+
+    /// Whether another PING would prove something.
+    pub(super) fn wants_ping(&self) -> bool {
+        let inner = self.inner();
+        inner.written() > inner.asked
+    }
+
+    /// The client has acknowledged a PING.
+    pub(super) fn ping_acknowledged(&self, payload: [u8; 8]) {
+        let mut inner = self.inner();
+        if let Some(answered) = inner.pings.iter().position(|(sent, _)| *sent == payload) {
+            let before = inner.pings.drain(..=answered).next_back().map_or(0, |(_, before)| before);
+            self.prove(&mut inner, before);
+        }
+    }
+
+    /// The client has reset `stream`.
+    pub(super) fn given_up(&self, stream: u32) {
+        let mut inner = self.inner();
+        if inner.told.get(&stream).is_some_and(|told| told.is_answer()) {
+            inner.told.remove(&stream);
+            self.ledger.records().never_proved(1);
+        }
+    }
+
+    /// The client has ended TLS in good order.
+    pub(super) fn closed_in_order(&self) {
+        let mut inner = self.inner();
+        let flushed = inner.flushed;
+        self.prove(&mut inner, flushed);
+    }
+
+    fn prove(&self, inner: &mut Inner, before: u64) {
+        let count = usize::try_from(before.saturating_sub(inner.passed)).unwrap_or(0).min(inner.written.len());
+        inner.passed += count as u64;
+        let Inner { told, written, .. } = inner;
+        self.ledger.records().proved(written.drain(..count).filter_map(|stream| told.remove(&stream)));
+    }
+}
+
+impl Drop for Receipts {
+    fn drop(&mut self) {
+        let never = self.inner().told.len();
+        self.ledger.records().never_proved(never);
+    }
+}
