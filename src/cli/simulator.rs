@@ -10,7 +10,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::{
     cli::say,
     domain::clock::SystemClock,
-    sim::{self, Environment, Settings, Simulator},
+    sim::{self, Conduct, Environment, Settings, Simulator},
 };
 
 /// Runs an APNs of our own: real TLS and HTTP/2, Apple's checks, scripted answers, a ledger of what arrived.
@@ -57,6 +57,9 @@ pub struct Args {
     /// Spell one reason as others saw it on the wire: `BadEnvironmentKeyInToken`.
     #[arg(long)]
     pub wire_spelling: bool,
+    /// How both environments conduct themselves, such as `{"adaptive_streams": true}`: see docs/simulator.md.
+    #[arg(long, value_name = "JSON", value_parser = Conduct::parse, default_value = "{}")]
+    pub conduct: Conduct,
 }
 
 /// Runs the simulator until it is told to stop.
@@ -85,6 +88,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         max_recorded_pushes: args.ledger_pushes,
         registered_devices_only: args.registered_devices_only,
         wire_spelling: args.wire_spelling,
+        conduct: args.conduct,
     };
     let mut terminate = signal(SignalKind::terminate())?;
     let simulator = Simulator::start(settings, Arc::new(SystemClock::new())).await.map_err(advise)?;

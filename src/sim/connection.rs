@@ -6,6 +6,9 @@
 //! was handed over, or when a script said so; how every request received whole ended is in the ledger too, also when
 //! the connection ends first.
 
+mod silence;
+mod streams;
+
 use std::{
     collections::BTreeMap,
     sync::{Arc, atomic::Ordering},
@@ -24,12 +27,14 @@ use tokio::{net::TcpStream, sync::mpsc};
 use tokio_rustls::server::TlsStream;
 use uuid::Uuid;
 
+use self::streams::StreamLimit;
 use super::{
     State, check,
+    conduct::Conduct,
     environment::Environment,
-    fault::{Answer, Fault, FaultAction, LastStream},
+    fault::{Answer, Fault, FaultAction, LastStream, SHUTDOWN_DEBUG},
     frames::{Completing, GoAway, Orders},
-    gate::Command,
+    gate::{Command, GoAwayOrder},
     identifiers::{self, Identifiers},
     ledger::{Attempt, ConnectionRecord, Entry, Tally, TokenRecord, count},
     provider_token::{ConnectionTokens, Judge},
@@ -143,13 +148,12 @@ enum Flow {
 pub(super) async fn serve(state: Arc<State>, environment: Environment, stream: TlsStream<TcpStream>) {
     let record = state.ledger.connection_opened(environment, state.clock.now());
     let gate = state.gates.of(environment);
-    let commands = gate.enter(record.number);
+    let mut commands = gate.enter(record.number);
+    let conduct = gate.conduct();
     let initial = gate.initial_stream_limit();
     let limit = initial.min(gate.stream_limit());
     let orders = Orders::new(limit);
     let receipts = Receipts::new(state.ledger.clone());
-    let traffic = Arc::clone(&state.ledger.tally(environment).traffic);
-    let stream = Completing::new(stream, Arc::clone(&orders), Arc::clone(&receipts), traffic);
     let mut builder = server::Builder::new();
     builder
         .header_table_size(HEADER_TABLE_BYTES)
@@ -160,9 +164,17 @@ pub(super) async fn serve(state: Arc<State>, environment: Environment, stream: T
         .max_concurrent_reset_streams(10_000)
         .max_pending_accept_reset_streams(10_000)
         .max_local_error_reset_streams(None);
-    let handshake = tokio::select! {
-        () = state.stop.cancelled() => None,
-        done = builder.handshake::<_, Bytes>(stream) => Some(done),
+    let greeted = silence::before_settings(&state, conduct.settings, stream, &mut commands).await;
+    let handshake = match greeted {
+        Some(stream) => {
+            let traffic = Arc::clone(&state.ledger.tally(environment).traffic);
+            let stream = Completing::new(stream, Arc::clone(&orders), Arc::clone(&receipts), traffic);
+            tokio::select! {
+                () = state.stop.cancelled() => None,
+                done = builder.handshake::<_, Bytes>(stream) => Some(done),
+            }
+        }
+        None => None,
     };
     match handshake {
         Some(Ok(mut h2)) => {
@@ -177,11 +189,9 @@ pub(super) async fn serve(state: Arc<State>, environment: Environment, stream: T
                 tokens: ConnectionTokens::default(),
                 token_record: None,
                 identifiers: Identifiers::new(),
-                initial,
-                limit,
-                wanted_limit: None,
-                is_raised: false,
-                has_fallen: false,
+                conduct,
+                limit: StreamLimit::new(initial, limit),
+                highest: 0,
                 is_violated: false,
                 last_processed: None,
                 open: 0,
@@ -218,16 +228,10 @@ struct Connection<'a> {
     tokens: ConnectionTokens,
     token_record: Option<Arc<TokenRecord>>,
     identifiers: Identifiers,
-    /// The stream limit before the first accepted provider token.
-    initial: u32,
-    /// The stream limit that the client was told.
-    limit: u32,
-    /// The stream limit it is to be told as soon as the last SETTINGS is acknowledged.
-    wanted_limit: Option<u32>,
-    /// Whether a provider token was accepted, so that the limit is the full one.
-    is_raised: bool,
-    /// Whether the limit was ever lowered: the client may not have heard, so the surplus is refused, not punished.
-    has_fallen: bool,
+    conduct: Arc<Conduct>,
+    limit: StreamLimit,
+    /// The highest stream the client has opened.
+    highest: u32,
     /// The client has broken the limit; the connection is on its way out.
     is_violated: bool,
     /// GOAWAY has named this stream: those above are not processed.
@@ -269,7 +273,7 @@ impl<'a> Connection<'a> {
                 () = state.stop.cancelled() => Event::Stop,
                 command = self.commands.recv() => Event::Command(command),
                 () = async { match &mut self.timer { Some((_, timer)) => timer.await, None => std::future::pending().await } } => Event::Due,
-                flow = poll_fn(|cx| poll_batch(&mut self.h2, &mut self.arriving, &mut self.wanted_limit, &self.orders, &mut self.limit, &mut self.prover, cx)) => Event::Batch(flow),
+                flow = poll_fn(|cx| poll_batch(&mut self.h2, &mut self.arriving, &mut self.limit, &self.orders, &mut self.prover, cx)) => Event::Batch(flow),
             };
             let flow = match event {
                 Event::Stop => {
@@ -281,6 +285,7 @@ impl<'a> Connection<'a> {
                 Event::Due => self.answer_due(),
                 Event::Command(None) | Event::Batch(Flow::End) => Flow::End,
                 Event::Batch(Flow::Continue) => {
+                    self.refuse_surplus();
                     poll_fn(|cx| {
                         self.read_bodies(cx, &mut whole);
                         Poll::Ready(())
@@ -347,23 +352,24 @@ impl<'a> Connection<'a> {
         if self.is_violated || self.last_processed.is_some_and(|last| request.stream > last) {
             return false;
         }
+        self.highest = self.highest.max(request.stream);
         self.open += 1;
-        if self.open <= self.limit as usize {
+        if self.limit.allows(self.open) {
             return true;
         }
         self.sweep(cx);
-        if self.open <= self.limit as usize {
+        if self.limit.allows(self.open) {
             return true;
         }
         self.open -= 1;
-        if self.has_fallen || self.orders.is_unaware(request.stream) {
+        if self.limit.has_fallen || self.orders.is_unaware(request.stream) {
             count(&self.tally().reset);
             request.respond.send_reset(h2::Reason::REFUSED_STREAM);
         } else {
             count(&self.tally().stream_limit_violations);
             tracing::info!(
                 connection = self.record.number,
-                limit = self.limit,
+                limit = self.limit.told,
                 "the client opened more streams than allowed"
             );
             self.is_violated = true;
@@ -455,16 +461,10 @@ impl<'a> Connection<'a> {
         if let Some(record) = &self.token_record {
             record.used(now);
         }
-        if !self.is_raised && self.tokens.is_authenticated() {
-            self.is_raised = true;
-            self.want_limit(self.state.gates.of(self.environment).stream_limit());
+        if !self.limit.is_raised && self.tokens.is_authenticated() {
+            self.limit.is_raised = true;
+            self.limit.want(self.state.gates.of(self.environment).stream_limit());
         }
-    }
-
-    fn want_limit(&mut self, limit: u32) {
-        let limit = if self.is_raised { limit } else { limit.min(self.initial) };
-        self.has_fallen |= limit < self.limit;
-        self.wanted_limit = Some(limit);
     }
 
     /// Does to a request what was decided.
@@ -603,11 +603,20 @@ impl<'a> Connection<'a> {
         }
         self.tally().answered(answer);
         self.prover.receipts.expect(request.stream, request.attempt.answered(answer));
+        if self.conduct.adaptive_streams || self.limit.is_shrunk {
+            let full = self.state.gates.of(self.environment).stream_limit();
+            self.limit.adapt(answer, full, self.conduct.adaptive_streams);
+        }
     }
 
     fn go_away(&mut self, last_stream: Option<u32>, code: u32, debug: String) {
         self.orders.set_go_away(GoAway { last_stream, code: Some(code), debug: Bytes::from(debug) });
         self.h2.graceful_shutdown();
+        self.exclude_above(last_stream);
+    }
+
+    /// Streams above `last_stream` are not processed and never answered.
+    fn exclude_above(&mut self, last_stream: Option<u32>) {
         let Some(last) = last_stream else { return };
         self.last_processed = Some(last);
         let (held, due, arriving) =
@@ -642,14 +651,32 @@ impl<'a> Connection<'a> {
                     }
                 }
             }
-            Command::StreamLimit(limit) => self.want_limit(limit),
-            Command::GoAway { last_stream, code, debug } => self.go_away(last_stream, code, debug),
+            Command::StreamLimit(limit) => self.limit.want(limit),
+            Command::Conduct(conduct) => self.conduct = conduct,
+            Command::GoAway(order) => self.obey_go_away(order),
             Command::Close => {
                 self.orders.cut();
                 return Flow::End;
             }
         }
         Flow::Continue
+    }
+
+    /// Sends a GOAWAY from outside: once or more, and perhaps nothing follows it.
+    fn obey_go_away(&mut self, order: GoAwayOrder) {
+        let debug = order.debug.unwrap_or_else(|| SHUTDOWN_DEBUG.to_owned());
+        let last_stream =
+            if order.linger { Some(order.last_stream.unwrap_or(self.highest)) } else { order.last_stream };
+        let itself = u32::from(!order.linger);
+        let frame = GoAway { last_stream, code: Some(order.code), debug: Bytes::from(debug.clone()) };
+        for _ in itself..order.times.unwrap_or(1) {
+            self.orders.add_go_away(&frame);
+        }
+        if order.linger {
+            self.exclude_above(last_stream);
+        } else {
+            self.go_away(last_stream, order.code, debug);
+        }
     }
 
     fn answer_due(&mut self) -> Flow {
@@ -674,17 +701,18 @@ impl<'a> Connection<'a> {
     }
 }
 
-/// Takes every new stream that has arrived. Ready if there is something to read or the connection has ended.
+/// Takes every new stream that has arrived. Ready if there is something to read, the limit is another, or the
+/// connection has ended.
 fn poll_batch(
     h2: &mut server::Connection<Completing, Bytes>,
     arriving: &mut Vec<Arriving>,
-    wanted_limit: &mut Option<u32>,
+    limit: &mut StreamLimit,
     orders: &Orders,
-    limit: &mut u32,
     prover: &mut Prover,
     cx: &mut Context<'_>,
 ) -> Poll<Flow> {
     let before = arriving.len();
+    let mut is_limit_new = false;
     loop {
         match h2.poll_accept(cx) {
             Poll::Ready(Some(Ok((request, respond)))) => {
@@ -696,12 +724,13 @@ fn poll_batch(
                 return Poll::Ready(Flow::End);
             }
             Poll::Ready(None) => return Poll::Ready(Flow::End),
-            Poll::Pending => match *wanted_limit {
+            Poll::Pending => match limit.wanted {
                 // Refused as long as the client has not acknowledged the last SETTINGS: its acknowledgement wakes us.
                 Some(wanted) if h2.set_initial_window_size(WINDOW_BYTES).is_ok() => {
                     orders.set_stream_limit(wanted);
-                    *limit = wanted;
-                    *wanted_limit = None;
+                    limit.told = wanted;
+                    limit.wanted = None;
+                    is_limit_new = true;
                 }
                 _ if prover.ask(cx) => {}
                 _ => break,
@@ -709,7 +738,7 @@ fn poll_batch(
         }
     }
     let has_body = |request: &mut Arriving| poll_body(request, cx).is_ready();
-    if arriving.len() > before || arriving.iter_mut().any(has_body) {
+    if is_limit_new || arriving.len() > before || arriving.iter_mut().any(has_body) {
         Poll::Ready(Flow::Continue)
     } else {
         Poll::Pending

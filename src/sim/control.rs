@@ -26,6 +26,7 @@
 //! | `POST /environments/{environment}/hold` · `/release` | holds answers, answers |
 //! | `PUT /environments/{environment}/latency` `{"latency_ms": 50}` | slows every answer |
 //! | `PUT /environments/{environment}/stream-limit` `{"stream_limit": 10}` | another SETTINGS; `initial_stream_limit`: for new connections |
+//! | `GET /environments/{environment}/conduct` · `PUT` [`Conduct`] · `PATCH` | how it conducts itself: all of it · what is named |
 //! | `POST /environments/{environment}/go-away` [`GoAwayOrder`] | `{"connections": n}` |
 //! | `POST /environments/{environment}/close` `{"connection": 3}` | `{"connections": n}`; `{}` for all |
 
@@ -43,11 +44,12 @@ use axum::{
 };
 use futures_util::stream;
 use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use tokio::net::TcpListener;
 
 use super::{
     State,
+    conduct::{Conduct, ConductError},
     devices::Device,
     environment::Environment,
     fault::Script,
@@ -95,6 +97,7 @@ fn router(state: Arc<State>) -> Router {
         .route("/environments/{environment}/release", post(release))
         .route("/environments/{environment}/latency", put(latency))
         .route("/environments/{environment}/stream-limit", put(stream_limit))
+        .route("/environments/{environment}/conduct", get(conduct).put(set_conduct).patch(change_conduct))
         .route("/environments/{environment}/go-away", post(go_away))
         .route("/environments/{environment}/close", post(close))
         .fallback(async || Problem::not_found("nothing is here: `GET /` lists what is"))
@@ -128,7 +131,8 @@ GET    /environments/{environment}             production or sandbox
 POST   /environments/{environment}/hold        and /release
 PUT    /environments/{environment}/latency     {\"latency_ms\": 50}
 PUT    /environments/{environment}/stream-limit {\"stream_limit\"?, \"initial_stream_limit\"?}
-POST   /environments/{environment}/go-away     {\"connection\"?, \"last_stream\"?, \"code\"?, \"debug\"?}
+GET    /environments/{environment}/conduct     PUT: all of it, PATCH: what is named
+POST   /environments/{environment}/go-away     {\"connection\"?, \"last_stream\"?, \"code\"?, \"debug\"?, \"times\"?, \"linger\"?}
 POST   /environments/{environment}/close       {\"connection\"?}
 ";
 
@@ -165,6 +169,12 @@ impl From<KeyError> for Problem {
             | KeyError::Contradiction { .. } => StatusCode::UNPROCESSABLE_ENTITY,
         };
         Self::new(status, error.to_string())
+    }
+}
+
+impl From<ConductError> for Problem {
+    fn from(error: ConductError) -> Self {
+        Self::new(StatusCode::UNPROCESSABLE_ENTITY, error.to_string())
     }
 }
 
@@ -385,6 +395,26 @@ async fn stream_limit(Extract(state): Shared, environment: Place<Environment>, b
         state.gates.set_stream_limit(environment, limit);
     }
     Ok(StatusCode::NO_CONTENT)
+}
+
+async fn conduct(Extract(state): Shared, environment: Place<Environment>) -> Answer<Json<Conduct>> {
+    let Path(environment) = environment?;
+    Ok(Json(state.gates.conduct(environment)))
+}
+
+async fn set_conduct(Extract(state): Shared, environment: Place<Environment>, body: Body<Conduct>) -> Answer {
+    let (Path(environment), Json(conduct)) = (environment?, body?);
+    state.gates.set_conduct(environment, conduct);
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn change_conduct(
+    Extract(state): Shared,
+    environment: Place<Environment>,
+    body: Body<Map<String, Value>>,
+) -> Answer<Json<Conduct>> {
+    let (Path(environment), Json(changes)) = (environment?, body?);
+    Ok(Json(state.gates.change_conduct(environment, changes)?))
 }
 
 async fn go_away(

@@ -60,6 +60,9 @@ pub(super) struct GoAway {
 #[derive(Debug)]
 pub(super) struct Orders {
     inner: Mutex<(u32, Option<GoAway>)>,
+    /// Whole frames of our own that shall leave between those of `h2`.
+    additional: Mutex<BytesMut>,
+    has_additional: AtomicBool,
     cut: AtomicBool,
     /// The highest stream that was opened before the first SETTINGS was acknowledged; as yet all, if it is not.
     unaware: AtomicU32,
@@ -70,6 +73,8 @@ impl Orders {
     pub(super) fn new(stream_limit: u32) -> Arc<Self> {
         Arc::new(Self {
             inner: Mutex::new((stream_limit, None)),
+            additional: Mutex::default(),
+            has_additional: AtomicBool::new(false),
             cut: AtomicBool::new(false),
             unaware: AtomicU32::new(u32::MAX),
         })
@@ -83,6 +88,17 @@ impl Orders {
     /// Every GOAWAY from now on shall say this.
     pub(super) fn set_go_away(&self, go_away: GoAway) {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner).1 = Some(go_away);
+    }
+
+    /// This GOAWAY shall leave now, unknown to `h2`, when that is next polled. One that names no last stream excludes none.
+    pub(super) fn add_go_away(&self, go_away: &GoAway) {
+        let mut frames = self.additional.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut payload = BytesMut::with_capacity(8 + go_away.debug.len());
+        payload.put_u32(go_away.last_stream.unwrap_or(u32::MAX >> 1));
+        payload.put_u32(go_away.code.unwrap_or(0));
+        payload.extend_from_slice(&go_away.debug);
+        put_frame(&mut frames, TYPE_GOAWAY, [0; 5], &payload);
+        self.has_additional.store(true, Ordering::Release);
     }
 
     /// When the connection is dropped, TCP shall be reset.
@@ -191,12 +207,31 @@ impl Rewriter {
             (TYPE_PING, _, Some(payload)) => self.receipts.ping_sent(*payload),
             _ => {}
         }
-        let length = u32::try_from(payload.len()).unwrap_or(0).to_be_bytes(); // a few dozen bytes: it fits
-        self.out.extend_from_slice(length.get(1..).unwrap_or_default());
-        self.out.put_u8(kind);
-        self.out.extend_from_slice(&rest);
-        self.out.extend_from_slice(&payload);
+        put_frame(&mut self.out, kind, rest, &payload);
+        self.add(); // a GOAWAY that is doubled stands right behind the first
     }
+
+    /// Puts in frames of our own, if this is between two of `h2`'s.
+    fn add(&mut self) {
+        if self.orders.has_additional.load(Ordering::Acquire)
+            && self.left == 0
+            && self.header.is_empty()
+            && self.held.is_none()
+        {
+            self.orders.has_additional.store(false, Ordering::Relaxed);
+            let mut frames = self.orders.additional.lock().unwrap_or_else(PoisonError::into_inner);
+            self.out.extend_from_slice(&frames.split());
+        }
+    }
+}
+
+/// Writes a frame whose payload is a few dozen bytes; `rest` is flags and stream.
+fn put_frame(out: &mut BytesMut, kind: u8, rest: [u8; 5], payload: &[u8]) {
+    let length = u32::try_from(payload.len()).unwrap_or(0).to_be_bytes();
+    out.extend_from_slice(length.get(1..).unwrap_or_default());
+    out.put_u8(kind);
+    out.extend_from_slice(&rest);
+    out.extend_from_slice(payload);
 }
 
 fn settings(payload: &[u8], stream_limit: u32) -> BytesMut {
@@ -344,6 +379,7 @@ impl AsyncWrite for Completing {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.rewriter.add();
         ready!(self.poll_drain(cx))?;
         Pin::new(&mut self.stream).poll_flush(cx)
     }

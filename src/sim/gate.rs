@@ -5,17 +5,18 @@
 use std::{
     collections::HashMap,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, PoisonError, RwLock,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
 
+use serde_json::{Map, Value};
 use tokio::sync::mpsc;
 
 use super::{
+    conduct::{Conduct, ConductError},
     environment::{Environment, PerEnvironment},
-    fault::SHUTDOWN_DEBUG,
 };
 
 /// A word to one connection.
@@ -26,7 +27,9 @@ pub(super) enum Command {
     /// Tell the client this many streams.
     StreamLimit(u32),
     /// Send GOAWAY.
-    GoAway { last_stream: Option<u32>, code: u32, debug: String },
+    GoAway(GoAwayOrder),
+    /// Conduct yourself so.
+    Conduct(Arc<Conduct>),
     /// Reset the TCP connection.
     Close,
 }
@@ -44,9 +47,16 @@ pub struct GoAwayOrder {
     /// The HTTP/2 error code.
     #[serde(default)]
     pub code: u32,
-    /// The debug data; absent: `{"reason":"Shutdown"}`.
+    /// The debug data, JSON or not; absent: `{"reason":"Shutdown"}`.
     #[serde(default)]
     pub debug: Option<String>,
+    /// How often it is sent, in a row; absent: once. (A graceful one is followed by another in any case, as soon as the
+    /// client has acknowledged a PING.)
+    #[serde(default)]
+    pub times: Option<u32>,
+    /// The connection stays open afterwards, without ever processing another stream.
+    #[serde(default)]
+    pub linger: bool,
 }
 
 /// How an environment is set now.
@@ -71,6 +81,7 @@ pub(super) struct Gate {
     latency_ms: AtomicU64,
     stream_limit: AtomicU32,
     initial_stream_limit: AtomicU32,
+    conduct: RwLock<Arc<Conduct>>,
     open: Mutex<HashMap<u64, mpsc::UnboundedSender<Command>>>,
 }
 
@@ -89,6 +100,11 @@ impl Gate {
 
     pub(super) fn initial_stream_limit(&self) -> u32 {
         self.initial_stream_limit.load(Ordering::Acquire)
+    }
+
+    /// The conduct of now.
+    pub(super) fn conduct(&self) -> Arc<Conduct> {
+        Arc::clone(&self.conduct.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// A connection opens: what is said to it arrives in the channel.
@@ -117,13 +133,15 @@ pub struct Gates {
 }
 
 impl Gates {
-    pub(super) fn new(initial_stream_limit: u32, stream_limit: u32, latency: Duration) -> Self {
+    pub(super) fn new(initial_stream_limit: u32, stream_limit: u32, latency: Duration, conduct: Conduct) -> Self {
         let latency_ms = u64::try_from(latency.as_millis()).unwrap_or(u64::MAX);
+        let conduct = Arc::new(conduct);
         let gate = |_| Gate {
             held: AtomicBool::new(false),
             latency_ms: AtomicU64::new(latency_ms),
             stream_limit: AtomicU32::new(stream_limit),
             initial_stream_limit: AtomicU32::new(initial_stream_limit),
+            conduct: RwLock::new(Arc::clone(&conduct)),
             open: Mutex::default(),
         };
         Self { gates: Arc::new(PerEnvironment::new(gate)) }
@@ -168,15 +186,44 @@ impl Gates {
     /// Sends GOAWAY. Says to how many connections.
     #[expect(clippy::must_use_candidate, reason = "the effect is what it is called for")]
     pub fn go_away(&self, environment: Environment, order: &GoAwayOrder) -> usize {
-        let debug = order.debug.clone().unwrap_or_else(|| SHUTDOWN_DEBUG.to_owned());
-        self.of(environment)
-            .tell(order.connection, &Command::GoAway { last_stream: order.last_stream, code: order.code, debug })
+        self.of(environment).tell(order.connection, &Command::GoAway(order.clone()))
     }
 
     /// Resets the TCP connection `connection`, or all. Says how many.
     #[expect(clippy::must_use_candidate, reason = "the effect is what it is called for")]
     pub fn close(&self, environment: Environment, connection: Option<u64>) -> usize {
         self.of(environment).tell(connection, &Command::Close)
+    }
+
+    /// How the environment conducts itself.
+    #[must_use]
+    pub fn conduct(&self, environment: Environment) -> Conduct {
+        Conduct::clone(&self.of(environment).conduct())
+    }
+
+    /// The environment shall conduct itself so, in every respect.
+    pub fn set_conduct(&self, environment: Environment, conduct: Conduct) {
+        let gate = self.of(environment);
+        let mut current = gate.conduct.write().unwrap_or_else(PoisonError::into_inner);
+        *current = Arc::new(conduct);
+        gate.tell(None, &Command::Conduct(Arc::clone(&current)));
+    }
+
+    /// The environment shall conduct itself so in what `changes` names; `null` gives a field its default back.
+    ///
+    /// # Errors
+    /// [`ConductError`] if a field or value is unknown; nothing is changed then.
+    pub fn change_conduct(
+        &self,
+        environment: Environment,
+        changes: Map<String, Value>,
+    ) -> Result<Conduct, ConductError> {
+        let gate = self.of(environment);
+        let mut conduct = gate.conduct.write().unwrap_or_else(PoisonError::into_inner);
+        let new = conduct.with(changes)?;
+        *conduct = Arc::new(new.clone());
+        gate.tell(None, &Command::Conduct(Arc::clone(&conduct)));
+        Ok(new)
     }
 
     /// How the environment is set now.

@@ -14,6 +14,7 @@
 //! | `reason`, `push_type` | the tables |
 //! | `keys` | provider keys |
 //! | `fault` | scripted answers, and device tokens that force an answer |
+//! | `conduct` | how an environment conducts itself on a bad day |
 //! | `gate` | holding, slowing and sending away a whole environment |
 //! | `ledger`, `ledger/truth` | what arrived; what became of every push |
 //! | `receipts` | which answers the client has certainly read |
@@ -24,6 +25,7 @@
 
 mod certificate;
 mod check;
+mod conduct;
 mod connection;
 mod control;
 mod devices;
@@ -55,6 +57,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 pub use self::{
     certificate::CertificateError,
     check::{MAX_COLLAPSE_ID_BYTES, MAX_EXPIRATION_SECONDS},
+    conduct::{Conduct, ConductError, FirstSettings},
     devices::{Device, Devices, MAX_TOKEN_BYTES, is_well_formed},
     environment::Environment,
     fault::{ANY_TOKEN, Action, Behaviour, LastStream, PREFIX, PREFIXES, Script, Scripts},
@@ -104,6 +107,8 @@ pub struct Settings {
     /// Whether a key of the other environment is refused with `BadEnvironmentKeyInToken`, as others saw it on the wire,
     /// and not with the documented `BadEnvironmentKeyIdInToken`.
     pub wire_spelling: bool,
+    /// How both environments conduct themselves at first.
+    pub conduct: Conduct,
 }
 
 impl Default for Settings {
@@ -125,6 +130,7 @@ impl Default for Settings {
             max_recorded_pushes: 100_000,
             registered_devices_only: false,
             wire_spelling: false,
+            conduct: Conduct::default(),
         }
     }
 }
@@ -208,7 +214,7 @@ impl Simulator {
             keys,
             devices,
             scripts: Scripts::default(),
-            gates: Gates::new(settings.initial_stream_limit, settings.stream_limit, settings.latency),
+            gates: Gates::new(settings.initial_stream_limit, settings.stream_limit, settings.latency, settings.conduct),
             ledger: Ledger::new(ledger::Limits {
                 record_attempts: settings.record_attempts,
                 record_pushes: settings.record_pushes,

@@ -23,6 +23,7 @@ mod ownership;
 mod process;
 mod provider_token;
 mod simulator;
+mod simulator_behaviour;
 mod store;
 mod support;
 mod tour;

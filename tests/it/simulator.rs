@@ -29,25 +29,25 @@ use tokio::{
 };
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
-const START: i64 = 1_795_372_500;
-const TOPIC: &str = "fr.ocpizza.livreur";
-const TOKEN: &str = "00a1b2c3d4e5f60718293a4b5c6d7e8f00a1b2c3d4e5f60718293a4b5c6d7e8f";
+pub(super) const START: i64 = 1_795_372_500;
+pub(super) const TOPIC: &str = "fr.ocpizza.livreur";
+pub(super) const TOKEN: &str = "00a1b2c3d4e5f60718293a4b5c6d7e8f00a1b2c3d4e5f60718293a4b5c6d7e8f";
 
 /// A simulator on its own clock, with the keys of two teams, and what a test needs to talk to it.
-struct World {
-    simulator: Simulator,
-    clock: Arc<ManualClock>,
-    signing: SigningKey,
-    tasks: JoinSet<()>,
-    folder: std::path::PathBuf,
+pub(super) struct World {
+    pub(super) simulator: Simulator,
+    pub(super) clock: Arc<ManualClock>,
+    pub(super) signing: SigningKey,
+    pub(super) tasks: JoinSet<()>,
+    pub(super) folder: std::path::PathBuf,
 }
 
 impl World {
-    async fn start() -> Self {
+    pub(super) async fn start() -> Self {
         Self::with(|_| {}).await
     }
 
-    async fn with(change: impl FnOnce(&mut Settings)) -> Self {
+    pub(super) async fn with(change: impl FnOnce(&mut Settings)) -> Self {
         let signing = SigningKey::from_slice(&[7; 32]).unwrap();
         let public_key_pem = signing.verifying_key().to_public_key_pem(LineEnding::LF).unwrap();
         let key = |key_id: &str, environments: &[Environment], topics: Topics| ProviderKey {
@@ -75,7 +75,7 @@ impl World {
     }
 
     /// A provider token issued `age` seconds ago.
-    fn jwt(&self, key_id: &str, age: i64) -> String {
+    pub(super) fn jwt(&self, key_id: &str, age: i64) -> String {
         let url = base64::engine::general_purpose::URL_SAFE_NO_PAD;
         let header = url.encode(format!(r#"{{"alg":"ES256","kid":"{key_id}"}}"#));
         let claims = url.encode(format!(r#"{{"iss":"TEAM000001","iat":{}}}"#, self.clock.now().as_seconds() - age));
@@ -83,7 +83,7 @@ impl World {
         format!("{header}.{claims}.{}", url.encode(signature.to_bytes()))
     }
 
-    fn connector(&self, protocols: &[&[u8]]) -> TlsConnector {
+    pub(super) fn connector(&self, protocols: &[&[u8]]) -> TlsConnector {
         let mut roots = rustls::RootCertStore::empty();
         roots.add(CertificateDer::from_pem_slice(self.simulator.ca_pem().as_bytes()).unwrap()).unwrap();
         let mut config =
@@ -96,16 +96,16 @@ impl World {
         TlsConnector::from(Arc::new(config))
     }
 
-    async fn tls(&self, protocols: &[&[u8]]) -> std::io::Result<TlsStream<TcpStream>> {
+    pub(super) async fn tls(&self, protocols: &[&[u8]]) -> std::io::Result<TlsStream<TcpStream>> {
         let stream = TcpStream::connect(self.simulator.sandbox()).await.unwrap();
         self.connector(protocols).connect(ServerName::try_from("localhost").unwrap(), stream).await
     }
 
-    async fn connect(&mut self) -> Client {
+    pub(super) async fn connect(&mut self) -> Client {
         self.connect_to(Environment::Sandbox).await
     }
 
-    async fn connect_to(&mut self, environment: Environment) -> Client {
+    pub(super) async fn connect_to(&mut self, environment: Environment) -> Client {
         let stream = TcpStream::connect(self.simulator.address(environment)).await.unwrap();
         let stream =
             self.connector(&[b"h2"]).connect(ServerName::try_from("localhost").unwrap(), stream).await.unwrap();
@@ -120,7 +120,7 @@ impl World {
     }
 
     /// Waits, at most ten seconds, until the simulator is as `is` says.
-    async fn until(&self, what: &str, is: impl Fn(&Self) -> bool) {
+    pub(super) async fn until(&self, what: &str, is: impl Fn(&Self) -> bool) {
         for _ in 0..2000 {
             if is(self) {
                 return;
@@ -130,33 +130,33 @@ impl World {
         panic!("never happened: {what}; {:?}", self.simulator.ledger().counters());
     }
 
-    async fn end(self) {
+    pub(super) async fn end(self) {
         self.simulator.shutdown().await;
         std::fs::remove_dir_all(self.folder).unwrap();
     }
 }
 
 /// One HTTP/2 connection.
-struct Client {
-    send: SendRequest<Bytes>,
-    jwt: String,
-    end: Option<tokio::sync::oneshot::Receiver<Result<(), String>>>,
+pub(super) struct Client {
+    pub(super) send: SendRequest<Bytes>,
+    pub(super) jwt: String,
+    pub(super) end: Option<tokio::sync::oneshot::Receiver<Result<(), String>>>,
 }
 
-struct Answer {
-    status: u16,
-    headers: HeaderMap,
-    body: Value,
+pub(super) struct Answer {
+    pub(super) status: u16,
+    pub(super) headers: HeaderMap,
+    pub(super) body: Value,
 }
 
 impl Answer {
-    fn reason(&self) -> (u16, &str) {
+    pub(super) fn reason(&self) -> (u16, &str) {
         (self.status, self.body["reason"].as_str().unwrap_or(""))
     }
 }
 
 impl Client {
-    fn request(&self, token: &str) -> http::request::Builder {
+    pub(super) fn request(&self, token: &str) -> http::request::Builder {
         Request::builder()
             .method(Method::POST)
             .uri(format!("https://localhost/3/device/{token}"))
@@ -166,7 +166,11 @@ impl Client {
     }
 
     /// Waits for a stream and sends; the answer comes by the future.
-    async fn begin(&mut self, request: http::request::Builder, body: &str) -> Result<ResponseFuture, h2::Error> {
+    pub(super) async fn begin(
+        &mut self,
+        request: http::request::Builder,
+        body: &str,
+    ) -> Result<ResponseFuture, h2::Error> {
         let mut ready = self.send.clone().ready().await?;
         let (response, mut stream) = ready.send_request(request.body(()).unwrap(), body.is_empty())?;
         if !body.is_empty() {
@@ -175,16 +179,16 @@ impl Client {
         Ok(response)
     }
 
-    async fn ask(&mut self, request: http::request::Builder, body: &str) -> Result<Answer, h2::Error> {
+    pub(super) async fn ask(&mut self, request: http::request::Builder, body: &str) -> Result<Answer, h2::Error> {
         finish(self.begin(request, body).await?).await
     }
 
-    async fn push(&mut self, token: &str) -> Answer {
+    pub(super) async fn push(&mut self, token: &str) -> Answer {
         self.ask(self.request(token), "{}").await.unwrap()
     }
 
     /// How the connection ended.
-    async fn ended(&mut self) -> Result<(), String> {
+    pub(super) async fn ended(&mut self) -> Result<(), String> {
         tokio::time::timeout(Duration::from_secs(10), self.end.take().unwrap())
             .await
             .expect("the connection never ended")
@@ -192,14 +196,15 @@ impl Client {
     }
 }
 
-async fn finish(response: ResponseFuture) -> Result<Answer, h2::Error> {
+pub(super) async fn finish(response: ResponseFuture) -> Result<Answer, h2::Error> {
     let waited = async {
         let (head, mut stream) = response.await?.into_parts();
         let mut body = Vec::new();
         while let Some(bytes) = stream.data().await {
             body.extend_from_slice(&bytes?);
         }
-        let body = if body.is_empty() { Value::Null } else { serde_json::from_slice(&body).unwrap() };
+        let text = || Value::String(String::from_utf8_lossy(&body).into_owned());
+        let body = if body.is_empty() { Value::Null } else { serde_json::from_slice(&body).unwrap_or_else(|_| text()) };
         Ok(Answer { status: head.status.as_u16(), headers: head.headers, body })
     };
     tokio::time::timeout(Duration::from_secs(10), waited).await.expect("no answer in ten seconds")
@@ -497,19 +502,19 @@ async fn one_stream_is_allowed_before_the_first_accepted_token_and_a_thousand_af
 }
 
 /// The frames of a connection as bytes: type, flags, stream, payload.
-struct RawFrames {
-    stream: TlsStream<TcpStream>,
+pub(super) struct RawFrames {
+    pub(super) stream: TlsStream<TcpStream>,
 }
 
 impl RawFrames {
-    async fn open(world: &World) -> Self {
+    pub(super) async fn open(world: &World) -> Self {
         let mut stream = world.tls(&[b"h2"]).await.unwrap();
         stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
         stream.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await.unwrap();
         Self { stream }
     }
 
-    async fn next(&mut self) -> (u8, u8, u32, Vec<u8>) {
+    pub(super) async fn next(&mut self) -> (u8, u8, u32, Vec<u8>) {
         let read = async {
             let mut head = [0; 9];
             self.stream.read_exact(&mut head).await.unwrap();
@@ -522,7 +527,7 @@ impl RawFrames {
     }
 
     /// The next frame of this type, past others.
-    async fn next_of(&mut self, kind: u8) -> (u8, u32, Vec<u8>) {
+    pub(super) async fn next_of(&mut self, kind: u8) -> (u8, u32, Vec<u8>) {
         loop {
             let (found, flags, stream, payload) = self.next().await;
             if found == kind && !(kind == 4 && flags & 1 == 1) {
@@ -532,15 +537,24 @@ impl RawFrames {
     }
 
     /// A complete request.
-    async fn post(&mut self, stream: u32, jwt: &str) {
-        self.begin(stream, jwt).await;
+    pub(super) async fn post(&mut self, stream: u32, jwt: &str) {
+        self.post_to(stream, jwt, TOKEN).await;
+    }
+
+    /// A complete request for this device token.
+    pub(super) async fn post_to(&mut self, stream: u32, jwt: &str, token: &str) {
+        self.begin_to(stream, jwt, token).await;
         self.frame(0, 1, stream, b"{}").await;
     }
 
     /// The HEADERS of a request, with literal, never Huffman-coded fields.
-    async fn begin(&mut self, stream: u32, jwt: &str) {
+    pub(super) async fn begin(&mut self, stream: u32, jwt: &str) {
+        self.begin_to(stream, jwt, TOKEN).await;
+    }
+
+    async fn begin_to(&mut self, stream: u32, jwt: &str, token: &str) {
         let mut block = vec![0x83, 0x87]; // :method POST, :scheme https
-        let path = format!("/3/device/{TOKEN}");
+        let path = format!("/3/device/{token}");
         let authorization = format!("bearer {jwt}");
         for (name, value) in [
             (":path", path.as_str()),
@@ -570,7 +584,7 @@ impl RawFrames {
         self.frame(1, 4, stream, &block).await;
     }
 
-    async fn frame(&mut self, kind: u8, flags: u8, stream: u32, payload: &[u8]) {
+    pub(super) async fn frame(&mut self, kind: u8, flags: u8, stream: u32, payload: &[u8]) {
         let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
         let mut bytes = vec![length[1], length[2], length[3], kind, flags];
         bytes.extend_from_slice(&stream.to_be_bytes());
@@ -580,7 +594,7 @@ impl RawFrames {
 }
 
 /// The entries of a SETTINGS payload, sorted by id.
-fn settings(payload: &[u8]) -> Vec<(u16, u32)> {
+pub(super) fn settings(payload: &[u8]) -> Vec<(u16, u32)> {
     let entry = |entry: &[u8]| {
         (u16::from_be_bytes([entry[0], entry[1]]), u32::from_be_bytes([entry[2], entry[3], entry[4], entry[5]]))
     };
@@ -884,7 +898,7 @@ async fn shutdown_sends_goaway_and_waits_for_every_task() {
 }
 
 /// One request to the control API over HTTP/1.1, written by hand: status and body.
-async fn control(world: &World, request: &str, body: &str) -> (u16, Value) {
+pub(super) async fn control(world: &World, request: &str, body: &str) -> (u16, Value) {
     let (status, body) = control_text(world, request, body).await;
     (status, serde_json::from_str(&body).unwrap_or(Value::Null))
 }

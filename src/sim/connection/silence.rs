@@ -1,0 +1,38 @@
+//! Connections on which nothing is said: TCP stays up, and that is all.
+//!
+//! Promises: none of them outlives the simulator, nor a client that closes or resets TCP.
+
+use tokio::{io::AsyncReadExt as _, net::TcpStream};
+use tokio_rustls::server::TlsStream;
+
+use super::{Command, State, mpsc};
+use crate::sim::conduct::FirstSettings;
+
+/// Waits until a new connection may be sent its SETTINGS. `None`: that never was, and it is over.
+pub(super) async fn before_settings(
+    state: &State,
+    settings: FirstSettings,
+    mut stream: TlsStream<TcpStream>,
+    commands: &mut mpsc::UnboundedReceiver<Command>,
+) -> Option<TlsStream<TcpStream>> {
+    if let Some(delay) = settings.delay() {
+        if !delay.is_zero() {
+            tokio::select! {
+                () = state.stop.cancelled() => return None,
+                () = state.clock.sleep(delay) => {}
+            }
+        }
+        return Some(stream);
+    }
+    let mut thrown_away = [0; 4096];
+    loop {
+        let goes_on = tokio::select! {
+            () = state.stop.cancelled() => false,
+            command = commands.recv() => !matches!(command, Some(Command::Close) | None),
+            read = stream.read(&mut thrown_away) => read.is_ok_and(|bytes| bytes > 0),
+        };
+        if !goes_on {
+            return None;
+        }
+    }
+}
