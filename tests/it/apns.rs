@@ -27,7 +27,7 @@ use tokio::net::TcpListener;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::support::{
-    apns_server::{MANY, ONE, Order, Script, Server},
+    apns_server::{MANY, ONE, Order, Script, Server, issued_at},
     gateway::{START, client, client_with, count, outcome, outcomes, push, push_until, topic},
     waiting::{until, within},
 };
@@ -538,15 +538,6 @@ async fn two_credentials_never_meet_on_one_connection() {
     }
     assert_eq!(tokens.len(), 2, "two topics of one credential share a connection");
     assert!(tokens.values().all(|t| t.len() == 1));
-}
-
-/// Reads `iat` out of `bearer header.claims.signature`, with code of the test's own.
-fn issued_at(token: &str) -> i64 {
-    use base64::Engine as _;
-    let claims = token.split('.').nth(1).unwrap();
-    let claims = base64::engine::general_purpose::URL_SAFE_NO_PAD.decode(claims).unwrap();
-    let claims: serde_json::Value = serde_json::from_slice(&claims).unwrap();
-    claims["iat"].as_i64().unwrap()
 }
 
 #[tokio::test]

@@ -32,9 +32,18 @@ pub(crate) struct Got {
 }
 
 impl Got {
-    pub(crate) fn answer(mut self, status: u16, body: &str) {
+    pub(crate) fn answer(self, status: u16, body: &str) {
+        self.answer_with(status, &[], body);
+    }
+
+    /// The same, with headers.
+    pub(crate) fn answer_with(mut self, status: u16, headers: &[(&str, &str)], body: &str) {
         self.open.now.fetch_sub(1, Ordering::SeqCst);
-        let response = Response::builder().status(status).body(()).unwrap();
+        let mut response = Response::builder().status(status);
+        for (name, value) in headers {
+            response = response.header(*name, *value);
+        }
+        let response = response.body(()).unwrap();
         let mut stream = self.respond.send_response(response, body.is_empty()).unwrap();
         if !body.is_empty() {
             stream.send_data(Bytes::from(body.to_owned()), true).unwrap();
@@ -48,6 +57,11 @@ impl Got {
 
     pub(crate) fn token(&self) -> &str {
         self.headers["authorization"].to_str().unwrap()
+    }
+
+    /// The device token of the path.
+    pub(crate) fn device(&self) -> &str {
+        self.path.strip_prefix("/3/device/").unwrap()
     }
 }
 
@@ -162,9 +176,14 @@ impl Server {
     }
 
     pub(crate) fn go_away(&self, connection: usize, last_stream: u32) {
+        self.go_away_saying(connection, last_stream, "{\"reason\":\"Shutdown\"}");
+    }
+
+    /// GOAWAY with any debug data. The connection stays open.
+    pub(crate) fn go_away_saying(&self, connection: usize, last_stream: u32, words: &str) {
         let mut payload = last_stream.to_be_bytes().to_vec();
         payload.extend(0_u32.to_be_bytes());
-        payload.extend(b"{\"reason\":\"Shutdown\"}");
+        payload.extend(words.as_bytes());
         self.order(connection, Order::Frame(frame(7, 0, 0, &payload)));
     }
 
@@ -185,16 +204,28 @@ impl Server {
     }
 
     /// Answers everything from now on, and counts.
-    pub(crate) fn answer_all(mut self, status: u16, body: &'static str) -> Arc<Mutex<Vec<(usize, String)>>> {
+    pub(crate) fn answer_all(self, status: u16, body: &'static str) -> Arc<Mutex<Vec<(usize, String)>>> {
         let seen = Arc::new(Mutex::new(Vec::new()));
         let log = Arc::clone(&seen);
-        tokio::spawn(async move {
-            while let Some(got) = self.got.recv().await {
-                log.lock().unwrap().push((got.connection, got.token().to_owned()));
-                got.answer(status, body);
-            }
+        self.answer_by(move |got| {
+            log.lock().unwrap().push((got.connection, got.token().to_owned()));
+            got.answer(status, body);
         });
         seen
+    }
+
+    /// Hands every request from now on to `answer`.
+    pub(crate) fn answer_by(mut self, mut answer: impl FnMut(Got) + Send + 'static) {
+        tokio::spawn(async move {
+            while let Some(got) = self.got.recv().await {
+                answer(got);
+            }
+        });
+    }
+
+    /// Its address, as in the configuration.
+    pub(crate) fn url(&self) -> String {
+        format!("https://localhost:{}", self.port)
     }
 }
 
@@ -317,4 +348,13 @@ async fn serve(
         });
     }
     let _ = proxy.await;
+}
+
+/// Reads `iat` out of `bearer header.claims.signature`, with code of the test's own.
+pub(crate) fn issued_at(token: &str) -> i64 {
+    use base64::Engine as _;
+    let claims = token.split('.').nth(1).unwrap();
+    let claims = base64::engine::general_purpose::URL_SAFE_NO_PAD.decode(claims).unwrap();
+    let claims: serde_json::Value = serde_json::from_slice(&claims).unwrap();
+    claims["iat"].as_i64().unwrap()
 }

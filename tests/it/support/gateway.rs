@@ -14,13 +14,18 @@ use sonnette::{
         notification::Lane,
         outcome::{Outcome, Reply},
         push::{ApnsId, Expiration, Priority, PushType, Recipient},
+        secret::Secret,
         topic::{Environment, Topic},
     },
 };
 use tokio::task::JoinHandle;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use super::{apns_server::Server, waiting::within};
+use super::{
+    apns_server::Server,
+    waiting::within,
+    world::{KEY_ID, TEAM, TOPIC},
+};
 
 /// What the clock shows at first.
 pub(crate) const START: Timestamp = Timestamp::from_seconds(1_795_000_000);
@@ -31,14 +36,23 @@ pub(crate) struct Client {
 }
 
 pub(crate) fn topic() -> Topic {
-    "fr.ocpizza.livreur".parse().unwrap()
+    TOPIC.parse().unwrap()
 }
 
 pub(crate) fn client_with(port: u16, ca_pem: &[u8], adjust: impl FnOnce(&mut Settings)) -> Client {
-    let clock = Arc::new(ManualClock::new(START));
-    let credential =
-        Credential::new("ABCDE12345".parse().unwrap(), "ABC123DEFG".parse().unwrap(), &credential::generate().unwrap())
-            .unwrap();
+    client_of(&credential::generate().unwrap(), START, port, ca_pem, adjust)
+}
+
+/// A client that reads this key for itself, as each replica does, on a clock of its own.
+pub(crate) fn client_of(
+    p8: &Secret<String>,
+    now: Timestamp,
+    port: u16,
+    ca_pem: &[u8],
+    adjust: impl FnOnce(&mut Settings),
+) -> Client {
+    let clock = Arc::new(ManualClock::new(now));
+    let credential = Credential::new(TEAM.parse().unwrap(), KEY_ID.parse().unwrap(), p8).unwrap();
     let url = format!("https://localhost:{port}");
     let mut settings = Settings {
         production: Endpoint { url: url.clone() },

@@ -238,3 +238,12 @@ where
     })
     .await
 }
+
+/// Lets time pass until a notification is done, and returns it.
+pub(crate) async fn ticking_until_done(world: &World, clock: &ManualClock, id: &str) -> Value {
+    ticking(world, clock, "the notification is done", || async {
+        let seen = world.notification(id).await;
+        (seen["status"] == "done").then_some(seen)
+    })
+    .await
+}
