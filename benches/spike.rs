@@ -14,17 +14,15 @@
 )]
 #![expect(clippy::cast_precision_loss, reason = "rates")]
 
-#[path = "../tests/it/support/mod.rs"]
-#[allow(
-    dead_code,
-    unused_imports,
-    unused_macros,
-    clippy::expect_used,
-    clippy::print_stderr,
-    clippy::allow_attributes,
-    reason = "the tests' support, of which the server is used"
-)]
-mod support;
+/// The tests' private database server, and the processes and folders it needs.
+#[path = "../tests/it/support"]
+#[expect(clippy::expect_used, clippy::print_stderr, reason = "as in the tests: a failure is to stop it and say where")]
+mod support {
+    #[expect(dead_code, unused_macros, unused_imports, reason = "the tests use more of it")]
+    pub(crate) mod database;
+    #[expect(dead_code, reason = "the tests use more of it")]
+    pub(crate) mod scratch;
+}
 
 use std::{
     fmt::Write as _,

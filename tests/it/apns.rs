@@ -1,436 +1,36 @@
 //! The APNs client against an HTTP/2 server that the test scripts frame by frame, over real TLS.
-//!
-//! The server is `h2` behind a proxy that sees every frame: the test can raise and lower the stream limit, say GOAWAY
-//! with any last-stream-id, swallow PINGs, and cut the connection, none of which `h2`'s server offers. It shares no code
-//! with the client.
 
 use std::{
     collections::HashMap,
-    fmt::Debug,
-    future::Future,
     sync::{
-        Arc, Mutex,
+        Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
 use async_trait::async_trait;
-use bytes::Bytes;
-use h2::server::SendResponse;
-use http::Response;
 use sonnette::{
     apns::{
-        Fence, Gateway, Head, NoFence, Push,
+        Fence, Gateway, NoFence,
         client::{ApnsGateway, App, Endpoint, Settings},
         credential::{self, Credential},
     },
     domain::{
-        clock::{Clock, ManualClock, Timestamp},
+        clock::{Clock, ManualClock},
         notification::Lane,
-        outcome::{Outcome, Reply},
-        push::{ApnsId, Expiration, Priority, PushType, Recipient},
-        topic::{Environment, Topic},
+        outcome::Outcome,
+        topic::Environment,
     },
 };
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpListener,
-    sync::mpsc,
-    task::JoinHandle,
-};
+use tokio::net::TcpListener;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-const START: Timestamp = Timestamp::from_seconds(1_795_000_000);
-
-// ---------------------------------------------------------------------------------------------- the scripted server
-
-/// A request that the server has read to its end, waiting for the test to answer it.
-struct Got {
-    connection: usize,
-    stream: u32,
-    path: String,
-    headers: http::HeaderMap,
-    body: Vec<u8>,
-    respond: SendResponse<Bytes>,
-    open: Arc<Load>,
-}
-
-impl Got {
-    fn answer(mut self, status: u16, body: &str) {
-        self.open.now.fetch_sub(1, Ordering::SeqCst);
-        let response = Response::builder().status(status).body(()).unwrap();
-        let mut stream = self.respond.send_response(response, body.is_empty()).unwrap();
-        if !body.is_empty() {
-            stream.send_data(Bytes::from(body.to_owned()), true).unwrap();
-        }
-    }
-
-    fn refuse(mut self) {
-        self.open.now.fetch_sub(1, Ordering::SeqCst);
-        self.respond.send_reset(h2::Reason::REFUSED_STREAM);
-    }
-
-    fn token(&self) -> &str {
-        self.headers["authorization"].to_str().unwrap()
-    }
-}
-
-/// Streams open on the server at the same time.
-#[derive(Default)]
-struct Load {
-    now: AtomicUsize,
-    most: AtomicUsize,
-    /// HEADERS frames that came, whether or not a body followed.
-    heads: AtomicUsize,
-    /// Requests that the client reset before their end.
-    taken_back: AtomicUsize,
-}
-
-enum Order {
-    Frame(Vec<u8>),
-    Cut,
-}
-
-struct Server {
-    port: u16,
-    ca_pem: Vec<u8>,
-    got: mpsc::UnboundedReceiver<Got>,
-    load: Arc<Load>,
-    shared: Arc<Shared>,
-}
-
-#[derive(Default)]
-struct Shared {
-    orders: Mutex<Vec<mpsc::UnboundedSender<Order>>>,
-    acknowledged: AtomicUsize,
-    swallow_pings: AtomicBool,
-}
-
-#[derive(Clone, Copy)]
-struct Script {
-    streams: u32,
-    alpn: bool,
-}
-
-const ONE: Script = Script { streams: 1, alpn: true };
-const MANY: Script = Script { streams: 1_000, ..ONE };
-
-impl Server {
-    async fn start(script: Script) -> Self {
-        let key = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
-        let ca_pem = key.cert.pem().into_bytes();
-        let private = rustls::pki_types::PrivateKeyDer::try_from(key.signing_key.serialize_der()).unwrap();
-        let mut config =
-            rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
-                .with_safe_default_protocol_versions()
-                .unwrap()
-                .with_no_client_auth()
-                .with_single_cert(vec![key.cert.der().clone()], private)
-                .unwrap();
-        if script.alpn {
-            config.alpn_protocols = vec![b"h2".to_vec()];
-        }
-        let tls = tokio_rustls::TlsAcceptor::from(Arc::new(config));
-        let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
-        let port = listener.local_addr().unwrap().port();
-        let (sender, got) = mpsc::unbounded_channel();
-        let load = Arc::new(Load::default());
-        let shared = Arc::new(Shared::default());
-        let server = Self { port, ca_pem, got, load: Arc::clone(&load), shared: Arc::clone(&shared) };
-        tokio::spawn(async move {
-            while let Ok((tcp, _)) = listener.accept().await {
-                let (orders, inbox) = mpsc::unbounded_channel();
-                let number = {
-                    let mut all = shared.orders.lock().unwrap();
-                    all.push(orders);
-                    all.len()
-                };
-                let (tls, sender, load, shared) = (tls.clone(), sender.clone(), Arc::clone(&load), Arc::clone(&shared));
-                tokio::spawn(async move {
-                    if let Ok(tls) = tls.accept(tcp).await
-                        && script.alpn
-                    {
-                        serve(tls, number, script, inbox, sender, load, shared).await;
-                    }
-                });
-            }
-        });
-        server
-    }
-
-    fn connections(&self) -> usize {
-        self.shared.orders.lock().unwrap().len()
-    }
-
-    fn order(&self, connection: usize, order: Order) {
-        let _ = self.shared.orders.lock().unwrap()[connection - 1].send(order);
-    }
-
-    /// SETTINGS with another `MAX_CONCURRENT_STREAMS`.
-    async fn allow(&self, connection: usize, streams: u32) {
-        self.settings(connection, 3, streams).await;
-    }
-
-    /// SETTINGS with another `INITIAL_WINDOW_SIZE`: how much body a stream may send.
-    async fn window(&self, connection: usize, bytes: u32) {
-        self.settings(connection, 4, bytes).await;
-    }
-
-    /// Returns once the client has acknowledged it.
-    async fn settings(&self, connection: usize, id: u16, value: u32) {
-        let before = self.shared.acknowledged.load(Ordering::SeqCst);
-        let mut payload = id.to_be_bytes().to_vec();
-        payload.extend(value.to_be_bytes());
-        self.order(connection, Order::Frame(frame(4, 0, 0, &payload)));
-        until("the SETTINGS are acknowledged", || self.shared.acknowledged.load(Ordering::SeqCst) > before).await;
-    }
-
-    fn go_away(&self, connection: usize, last_stream: u32) {
-        let mut payload = last_stream.to_be_bytes().to_vec();
-        payload.extend(0_u32.to_be_bytes());
-        payload.extend(b"{\"reason\":\"Shutdown\"}");
-        self.order(connection, Order::Frame(frame(7, 0, 0, &payload)));
-    }
-
-    async fn next(&mut self) -> Got {
-        within("a request", self.got.recv()).await.unwrap()
-    }
-
-    async fn next_many(&mut self, n: usize) -> Vec<Got> {
-        let mut all = Vec::new();
-        while all.len() < n {
-            all.push(self.next().await);
-        }
-        all
-    }
-
-    fn has_nothing(&mut self) -> bool {
-        self.got.try_recv().is_err()
-    }
-
-    /// Answers everything from now on, and counts.
-    fn answer_all(mut self, status: u16, body: &'static str) -> Arc<Mutex<Vec<(usize, String)>>> {
-        let seen = Arc::new(Mutex::new(Vec::new()));
-        let log = Arc::clone(&seen);
-        tokio::spawn(async move {
-            while let Some(got) = self.got.recv().await {
-                log.lock().unwrap().push((got.connection, got.token().to_owned()));
-                got.answer(status, body);
-            }
-        });
-        seen
-    }
-}
-
-fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
-    let mut bytes = u32::try_from(payload.len()).unwrap().to_be_bytes()[1..].to_vec();
-    bytes.extend([kind, flags]);
-    bytes.extend(stream.to_be_bytes());
-    bytes.extend(payload);
-    bytes
-}
-
-async fn read_frame(from: &mut (impl AsyncReadExt + Unpin)) -> Option<Vec<u8>> {
-    let mut bytes = vec![0; 9];
-    from.read_exact(&mut bytes).await.ok()?;
-    let length = u32::from_be_bytes([0, bytes[0], bytes[1], bytes[2]]) as usize;
-    bytes.resize(9 + length, 0);
-    from.read_exact(&mut bytes[9..]).await.ok()?;
-    Some(bytes)
-}
-
-async fn serve(
-    tls: tokio_rustls::server::TlsStream<tokio::net::TcpStream>,
-    number: usize,
-    script: Script,
-    mut orders: mpsc::UnboundedReceiver<Order>,
-    sender: mpsc::UnboundedSender<Got>,
-    load: Arc<Load>,
-    shared: Arc<Shared>,
-) {
-    let (inner, outer) = tokio::io::duplex(1 << 20);
-    let proxy = tokio::spawn(async move {
-        let (mut from_client, mut to_client) = tokio::io::split(tls);
-        let (mut from_server, mut to_server) = tokio::io::split(outer);
-        let mut preface = [0; 24];
-        if from_client.read_exact(&mut preface).await.is_err() {
-            return;
-        }
-        to_server.write_all(&preface).await.unwrap();
-        let pings = Arc::clone(&shared);
-        let upstream = tokio::spawn(async move {
-            let mut acknowledgements = 0;
-            while let Some(bytes) = read_frame(&mut from_client).await {
-                match (bytes[3], bytes[4]) {
-                    (4, 1) => {
-                        // `h2` expects one acknowledgement, for its own SETTINGS.
-                        acknowledgements += 1;
-                        pings.acknowledged.fetch_add(1, Ordering::SeqCst);
-                        if acknowledgements > 1 {
-                            continue;
-                        }
-                    }
-                    (6, 0) if pings.swallow_pings.load(Ordering::SeqCst) => continue,
-                    _ => {}
-                }
-                if to_server.write_all(&bytes).await.is_err() {
-                    return;
-                }
-            }
-            let _ = to_server.shutdown().await;
-        });
-        loop {
-            tokio::select! {
-                bytes = read_frame(&mut from_server) => {
-                    let Some(mut bytes) = bytes else { break };
-                    if bytes[3] == 4 && bytes[4] == 0 {
-                        for setting in bytes[9..].chunks_exact_mut(6) {
-                            if setting[1] == 3 {
-                                setting[2..].copy_from_slice(&script.streams.to_be_bytes());
-                            }
-                        }
-                    }
-                    if to_client.write_all(&bytes).await.is_err() { break }
-                    let _ = to_client.flush().await;
-                }
-                order = orders.recv() => match order {
-                    Some(Order::Frame(bytes)) => {
-                        let _ = to_client.write_all(&bytes).await;
-                        let _ = to_client.flush().await;
-                    }
-                    Some(Order::Cut) | None => break,
-                }
-            }
-        }
-        upstream.abort();
-    });
-    let Ok(mut connection) = h2::server::Builder::new()
-        .max_concurrent_streams(10_000)
-        .initial_connection_window_size(1 << 20)
-        .handshake::<_, Bytes>(inner)
-        .await
-    else {
-        return;
-    };
-    while let Some(Ok((request, respond))) = connection.accept().await {
-        load.heads.fetch_add(1, Ordering::SeqCst);
-        let now = load.now.fetch_add(1, Ordering::SeqCst) + 1;
-        load.most.fetch_max(now, Ordering::SeqCst);
-        let (sender, load) = (sender.clone(), Arc::clone(&load));
-        tokio::spawn(async move {
-            let (head, mut stream) = request.into_parts();
-            let mut body = Vec::new();
-            while let Some(piece) = stream.data().await {
-                let Ok(piece) = piece else {
-                    load.now.fetch_sub(1, Ordering::SeqCst);
-                    load.taken_back.fetch_add(1, Ordering::SeqCst);
-                    return;
-                };
-                let _ = stream.flow_control().release_capacity(piece.len());
-                body.extend(piece);
-            }
-            let _ = sender.send(Got {
-                connection: number,
-                stream: respond.stream_id().as_u32(),
-                path: head.uri.path().to_owned(),
-                headers: head.headers,
-                body,
-                respond,
-                open: load,
-            });
-        });
-    }
-    let _ = proxy.await;
-}
-
-// ------------------------------------------------------------------------------------------------------- the client
-
-struct Client {
-    gateway: Arc<ApnsGateway>,
-    clock: Arc<ManualClock>,
-}
-
-fn topic() -> Topic {
-    "fr.ocpizza.livreur".parse().unwrap()
-}
-
-fn client_with(port: u16, ca_pem: &[u8], adjust: impl FnOnce(&mut Settings)) -> Client {
-    let clock = Arc::new(ManualClock::new(START));
-    let credential =
-        Credential::new("ABCDE12345".parse().unwrap(), "ABC123DEFG".parse().unwrap(), &credential::generate().unwrap())
-            .unwrap();
-    let url = format!("https://localhost:{port}");
-    let mut settings = Settings {
-        production: Endpoint { url: url.clone() },
-        sandbox: Endpoint { url },
-        extra_roots_pem: Some(ca_pem.to_vec()),
-        ..Settings::default()
-    };
-    adjust(&mut settings);
-    let app = App {
-        topic: topic(),
-        environments: vec![Environment::Sandbox, Environment::Production],
-        credential: Arc::new(credential),
-    };
-    let dyn_clock: Arc<dyn Clock> = Arc::<ManualClock>::clone(&clock);
-    let gateway =
-        ApnsGateway::new(&settings, &[app], &dyn_clock, &TaskTracker::new(), &CancellationToken::new()).unwrap();
-    Client { gateway: Arc::new(gateway), clock }
-}
-
-fn client(server: &Server) -> Client {
-    client_with(server.port, &server.ca_pem, |_| {})
-}
-
-fn push(number: usize, lane: Lane) -> Push {
-    push_until(number, lane, START.plus(Duration::from_secs(30 * 24 * 3600)))
-}
-
-fn push_until(number: usize, lane: Lane, deadline: Timestamp) -> Push {
-    let token = format!("{number:08x}").parse().unwrap();
-    Push {
-        apns_id: ApnsId::derive("0193515e-8f00-7abc-8def-0123456789ab".parse().unwrap(), Recipient::Token(&token)),
-        head: Arc::new(Head {
-            topic: topic(),
-            push_type: PushType::Alert,
-            priority: Priority::Ten,
-            expiration: Expiration::At(deadline),
-            collapse_id: None,
-            payload: Bytes::from_static(b"{\"aps\":{\"alert\":\"Bonjour\"}}"),
-            lane,
-            deadline,
-        }),
-        environment: Environment::Production,
-        token,
-    }
-}
-
-impl Client {
-    fn send(&self, push: Push) -> JoinHandle<Reply> {
-        self.send_fenced(push, Arc::new(NoFence))
-    }
-
-    fn send_fenced(&self, push: Push, fence: Arc<dyn Fence>) -> JoinHandle<Reply> {
-        let gateway = Arc::clone(&self.gateway);
-        tokio::spawn(async move { gateway.send(&push, &*fence).await })
-    }
-
-    fn send_n(&self, n: usize) -> Vec<JoinHandle<Reply>> {
-        (0..n).map(|i| self.send(push(i, Lane::Transactional))).collect()
-    }
-
-    fn production(&self) -> sonnette::apns::RouteReport {
-        self.gateway.report().into_iter().find(|r| r.environment == Environment::Production).unwrap()
-    }
-
-    /// A connection that has proved itself and may open as many streams as the script says.
-    async fn warm_up(&self, server: &mut Server) {
-        let first = self.send(push(999_999, Lane::Transactional));
-        server.next().await.answer(200, "");
-        assert_eq!(outcome(first).await, Outcome::Accepted);
-    }
-}
+use crate::support::{
+    apns_server::{MANY, ONE, Order, Script, Server, issued_at},
+    gateway::{START, client, client_with, count, outcome, outcomes, push, push_until, topic},
+    waiting::{until, within},
+};
 
 struct Switch {
     open: AtomicBool,
@@ -454,37 +54,6 @@ impl Fence for Switch {
         self.open.load(Ordering::SeqCst)
     }
 }
-
-async fn within<F: Future>(what: &str, future: F) -> F::Output {
-    tokio::time::timeout(Duration::from_secs(20), future).await.unwrap_or_else(|_| panic!("waited too long for {what}"))
-}
-
-async fn until(what: &str, mut condition: impl FnMut() -> bool) {
-    within(what, async {
-        while !condition() {
-            tokio::time::sleep(Duration::from_millis(2)).await;
-        }
-    })
-    .await;
-}
-
-async fn outcome(sent: JoinHandle<Reply>) -> Outcome {
-    within("a reply", sent).await.unwrap().outcome
-}
-
-async fn outcomes(sent: Vec<JoinHandle<Reply>>) -> Vec<Outcome> {
-    let mut all = Vec::new();
-    for one in sent {
-        all.push(outcome(one).await);
-    }
-    all
-}
-
-fn count<T: PartialEq + Debug>(all: &[T], one: &T) -> usize {
-    all.iter().filter(|o| *o == one).count()
-}
-
-// -------------------------------------------------------------------------------------------------------- the tests
 
 #[tokio::test]
 async fn a_push_arrives_as_the_sheet_says_and_is_accepted() {
@@ -969,15 +538,6 @@ async fn two_credentials_never_meet_on_one_connection() {
     }
     assert_eq!(tokens.len(), 2, "two topics of one credential share a connection");
     assert!(tokens.values().all(|t| t.len() == 1));
-}
-
-/// Reads `iat` out of `bearer header.claims.signature`, with code of the test's own.
-fn issued_at(token: &str) -> i64 {
-    use base64::Engine as _;
-    let claims = token.split('.').nth(1).unwrap();
-    let claims = base64::engine::general_purpose::URL_SAFE_NO_PAD.decode(claims).unwrap();
-    let claims: serde_json::Value = serde_json::from_slice(&claims).unwrap();
-    claims["iat"].as_i64().unwrap()
 }
 
 #[tokio::test]

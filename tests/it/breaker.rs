@@ -10,38 +10,11 @@ use sonnette::{
 
 use crate::support::{
     database::on_both_stores,
-    world::{KEY_ID, TEAM, TOPIC, World, until},
+    world::{KEY_ID, TEAM, TOPIC, World, tick, ticking, until},
 };
 
 fn token(number: usize) -> String {
     format!("{number:064x}")
-}
-
-/// Lets about a second pass, until the service's heart has beaten: time that leaps ahead of the heart would make the
-/// service distrust its own leases, as it should.
-async fn tick(world: &World, clock: &ManualClock) {
-    let beat = || async { world.app().store().replicas().await.unwrap()[0].beat };
-    let before = beat().await;
-    until("the heart beats", || {
-        clock.advance(Duration::from_millis(250));
-        async { (beat().await > before).then_some(()) }
-    })
-    .await;
-}
-
-/// Lets time pass until a condition holds.
-async fn ticking<T, F>(world: &World, clock: &ManualClock, what: &str, mut look: impl FnMut() -> F) -> T
-where
-    F: Future<Output = Option<T>>,
-{
-    until(what, || {
-        let look = look();
-        async move {
-            tick(world, clock).await;
-            look.await
-        }
-    })
-    .await
 }
 
 fn accepted(world: &World) -> u64 {

@@ -19,6 +19,7 @@ mod database;
 mod kill;
 mod layers;
 mod lost;
+mod mistakes;
 mod ownership;
 mod process;
 mod provider_token;
