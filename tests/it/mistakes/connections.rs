@@ -118,7 +118,10 @@ on_both_stores! {
 
         // The connection is cut before anything was accepted. Nobody can know, so all are sent again.
         let id = hold_order(&world, "cut", &phones).await;
+        let closed = || world.sim.ledger().counters().connections_closed;
+        let before = closed();
         gates.close(Environment::Production, None);
+        until("it is cut", || async { (closed() > before).then_some(()) }).await;
         gates.release(Environment::Production);
         assert_eq!(world.done(&id).await["counts"]["accepted"], PHONES);
         let accepted = accepted_of(&world, "cut");
