@@ -7,6 +7,8 @@
 
 mod silence;
 mod streams;
+mod wedge;
+mod windows;
 
 use std::{
     collections::BTreeMap,
@@ -26,14 +28,14 @@ use tokio::{net::TcpStream, sync::mpsc};
 use tokio_rustls::server::TlsStream;
 use uuid::Uuid;
 
-use self::streams::StreamLimit;
+use self::{streams::StreamLimit, windows::Windows};
 use super::{
     State, check,
     conduct::Conduct,
     environment::Environment,
     fault::{Answer, Fault, FaultAction, LastStream, SHUTDOWN_DEBUG},
     frames::{Completing, GoAway, Orders},
-    gate::{Command, GoAwayOrder},
+    gate::{Command, GoAwayOrder, Wedge},
     identifiers::{self, Identifiers},
     ledger::{ConnectionRecord, Entry, Tally, TokenRecord, count},
     provider_token::{ConnectionTokens, Judge},
@@ -42,7 +44,6 @@ use super::{
 use crate::domain::clock::{Timer, Timestamp};
 
 const HEADER_TABLE_BYTES: u32 = 4096;
-const WINDOW_BYTES: u32 = 65_535;
 const FRAME_BYTES: u32 = 16_384;
 const HEADER_LIST_BYTES: u32 = 8000;
 /// A body longer than this is answered before it ends.
@@ -120,6 +121,10 @@ struct Waiting {
 enum Flow {
     Continue,
     End,
+    /// It ends, but first whatever was answered leaves.
+    HangUp,
+    /// It stays, and nothing goes on any more.
+    HalfOpen,
 }
 
 /// Serves one connection until it ends or the simulator stops.
@@ -131,10 +136,13 @@ pub(super) async fn serve(state: Arc<State>, environment: Environment, stream: T
     let initial = gate.initial_stream_limit();
     let limit = initial.min(gate.stream_limit());
     let orders = Orders::new(limit);
+    let windows = conduct.windows();
+    orders.set_read_bytes_per_second(conduct.read_bytes_per_second);
     let mut builder = server::Builder::new();
     builder
         .header_table_size(HEADER_TABLE_BYTES)
-        .initial_window_size(WINDOW_BYTES)
+        .initial_window_size(windows.0)
+        .initial_connection_window_size(windows.1)
         .max_frame_size(FRAME_BYTES)
         .max_header_list_size(HEADER_LIST_BYTES)
         .data_frame_budget(usize::MAX)
@@ -144,8 +152,12 @@ pub(super) async fn serve(state: Arc<State>, environment: Environment, stream: T
     let greeted = silence::before_settings(&state, conduct.settings, stream, &mut commands).await;
     let handshake = match greeted {
         Some(stream) => {
-            let stream =
-                Completing::new(stream, Arc::clone(&orders), Arc::clone(&state.ledger.tally(environment).traffic));
+            let stream = Completing::new(
+                stream,
+                Arc::clone(&orders),
+                Arc::clone(&state.ledger.tally(environment).traffic),
+                Arc::clone(&state.clock),
+            );
             tokio::select! {
                 () = state.stop.cancelled() => None,
                 done = builder.handshake::<_, Bytes>(stream) => Some(done),
@@ -164,7 +176,15 @@ pub(super) async fn serve(state: Arc<State>, environment: Environment, stream: T
                 tokens: ConnectionTokens::default(),
                 token_record: None,
                 identifiers: Identifiers::new(),
+                windows: Windows::new(
+                    Arc::clone(&state.clock),
+                    windows.0,
+                    Duration::from_millis(conduct.window_updates_after_ms),
+                ),
                 conduct,
+                wedge: None,
+                last_active: state.clock.monotonic(),
+                is_expired: false,
                 limit: StreamLimit::new(initial, limit),
                 highest: 0,
                 is_violated: false,
@@ -203,6 +223,13 @@ struct Connection<'a> {
     token_record: Option<Arc<TokenRecord>>,
     identifiers: Identifiers,
     conduct: Arc<Conduct>,
+    windows: Windows,
+    /// What every request gets instead of what it deserves.
+    wedge: Option<Wedge>,
+    /// When something was last asked or answered, on the monotonic clock; kept while there is an idle timeout.
+    last_active: Duration,
+    /// The connection was idle for too long.
+    is_expired: bool,
     limit: StreamLimit,
     /// The highest stream the client has opened.
     highest: u32,
@@ -247,7 +274,7 @@ impl Connection<'_> {
                 () = state.stop.cancelled() => Event::Stop,
                 command = self.commands.recv() => Event::Command(command),
                 () = async { match &mut self.timer { Some((_, timer)) => timer.await, None => std::future::pending().await } } => Event::Due,
-                flow = poll_fn(|cx| poll_batch(&mut self.h2, &mut self.arriving, &mut self.limit, &self.orders, cx)) => Event::Batch(flow),
+                flow = poll_fn(|cx| poll_batch(&mut self.h2, &mut self.arriving, &mut self.limit, &mut self.windows, &self.orders, cx)) => Event::Batch(flow),
             };
             let flow = match event {
                 Event::Stop => {
@@ -257,7 +284,7 @@ impl Connection<'_> {
                 }
                 Event::Command(Some(command)) => self.obey(command),
                 Event::Due => self.answer_due(),
-                Event::Command(None) | Event::Batch(Flow::End) => Flow::End,
+                Event::Command(None) => Flow::End,
                 Event::Batch(Flow::Continue) => {
                     self.refuse_surplus();
                     poll_fn(|cx| {
@@ -267,10 +294,18 @@ impl Connection<'_> {
                     .await;
                     self.take_batch(&mut whole)
                 }
+                Event::Batch(flow) => flow,
             };
-            if flow == Flow::End {
-                break;
+            match flow {
+                Flow::Continue => continue,
+                Flow::End => {}
+                Flow::HangUp => {
+                    self.orders.hang_up();
+                    poll_fn(|cx| Poll::Ready(self.h2.poll_closed(cx).is_ready())).await; // one try, as above
+                }
+                Flow::HalfOpen => self.lie_half_open().await,
             }
+            break;
         }
         let lost = self.open.saturating_sub(self.silent.len());
         if lost > 0 {
@@ -296,7 +331,7 @@ impl Connection<'_> {
                     continue;
                 }
             }
-            match poll_body(&mut request, cx) {
+            match poll_body(&mut request, &mut self.windows, cx) {
                 Poll::Ready(true) => {
                     let Arriving { head, respond, received, stream, .. } = request;
                     whole.push(Whole { head, body: received.into_bytes(), respond, stream });
@@ -318,6 +353,7 @@ impl Connection<'_> {
             return false;
         }
         self.highest = self.highest.max(request.stream);
+        self.note_request();
         self.open += 1;
         if self.limit.allows(self.open) {
             return true;
@@ -376,8 +412,9 @@ impl Connection<'_> {
             if self.state.gates.of(self.environment).is_held() {
                 self.held.push(Waiting { request, action });
             } else if delay.is_zero() {
-                if self.perform(request, action, now) == Flow::End {
-                    return Flow::End;
+                let flow = self.perform(request, action, now);
+                if flow != Flow::Continue {
+                    return flow;
                 }
             } else {
                 self.due_count += 1;
@@ -390,6 +427,9 @@ impl Connection<'_> {
 
     /// Checks 3 to 9.
     fn judge(&mut self, request: &Whole, now: Timestamp) -> Fault {
+        if self.is_expired {
+            return Fault { delay_ms: 0, action: FaultAction::Answer(Answer::refusal(Reason::IdleTimeout)) };
+        }
         match self.check(request, now) {
             Ok(fault) => fault.unwrap_or(Fault { delay_ms: 0, action: FaultAction::Answer(Answer::Accepted) }),
             Err(answer) => Fault { delay_ms: 0, action: FaultAction::Answer(answer) },
@@ -434,7 +474,7 @@ impl Connection<'_> {
 
     /// Does to a request what was decided.
     fn perform(&mut self, mut request: Whole, action: FaultAction, now: Timestamp) -> Flow {
-        match action {
+        match self.or_wedged(action) {
             FaultAction::Answer(answer) => {
                 self.answer(request, &answer, now);
                 if matches!(answer, Answer::Refused(Reason::Shutdown | Reason::IdleTimeout, _)) {
@@ -456,6 +496,19 @@ impl Connection<'_> {
                 self.accept_unanswered(&request, accepted, now);
                 self.orders.cut();
                 return Flow::End;
+            }
+            FaultAction::HangUp { accepted } => {
+                self.accept_unanswered(&request, accepted, now);
+                return Flow::HangUp;
+            }
+            FaultAction::HalfOpen { accepted } => {
+                self.accept_unanswered(&request, accepted, now);
+                return Flow::HalfOpen;
+            }
+            FaultAction::Wedge { accepted } => {
+                self.wedge = Some(Wedge::Silence);
+                self.accept_unanswered(&request, accepted, now);
+                self.silent.push(request.respond);
             }
             FaultAction::GoAway { last_stream, code, debug } => {
                 let last = match last_stream {
@@ -566,6 +619,8 @@ impl Connection<'_> {
             self.accept(&request, id, made, now);
         }
         self.tally().answered(answer);
+        self.touch();
+        self.wedge_after(answer);
         if self.conduct.adaptive_streams || self.limit.is_shrunk {
             let full = self.state.gates.of(self.environment).stream_limit();
             self.limit.adapt(answer, full, self.conduct.adaptive_streams);
@@ -609,14 +664,23 @@ impl Connection<'_> {
             Command::Release => {
                 let now = self.state.clock.now();
                 for waiting in std::mem::take(&mut self.held) {
-                    if self.perform(waiting.request, waiting.action, now) == Flow::End {
-                        return Flow::End;
+                    let flow = self.perform(waiting.request, waiting.action, now);
+                    if flow != Flow::Continue {
+                        return flow;
                     }
                 }
             }
             Command::StreamLimit(limit) => self.limit.want(limit),
-            Command::Conduct(conduct) => self.conduct = conduct,
+            Command::Conduct(conduct) => {
+                self.orders.set_read_bytes_per_second(conduct.read_bytes_per_second);
+                self.windows.delay = Duration::from_millis(conduct.window_updates_after_ms);
+                self.conduct = conduct;
+                self.touch();
+            }
             Command::GoAway(order) => self.obey_go_away(order),
+            Command::Wedge(wedge) => self.wedge = Some(wedge),
+            Command::HalfOpen => return Flow::HalfOpen,
+            Command::HangUp => return Flow::HangUp,
             Command::Close => {
                 self.orders.cut();
                 return Flow::End;
@@ -645,10 +709,16 @@ impl Connection<'_> {
     fn answer_due(&mut self) -> Flow {
         self.timer = None;
         let (monotonic, now) = (self.state.clock.monotonic(), self.state.clock.now());
+        self.windows.give_back(monotonic);
+        if self.idle_end().is_some_and(|end| end <= monotonic) {
+            self.is_expired = true;
+            self.go_away(None, 0, Reason::IdleTimeout.body().to_owned());
+        }
         while let Some(first) = self.due.first_entry().filter(|first| first.key().0 <= monotonic) {
             let Waiting { request, action } = first.remove();
-            if self.perform(request, action, now) == Flow::End {
-                return Flow::End;
+            let flow = self.perform(request, action, now);
+            if flow != Flow::Continue {
+                return flow;
             }
         }
         Flow::Continue
@@ -656,7 +726,8 @@ impl Connection<'_> {
 
     /// Sets the timer to what is due first.
     fn set_timer(&mut self) {
-        let first = self.due.first_key_value().map(|((due, _), _)| *due);
+        let answer = self.due.first_key_value().map(|((due, _), _)| *due);
+        let first = [answer, self.windows.due(), self.idle_end()].into_iter().flatten().min();
         if self.timer.as_ref().map(|(due, _)| *due) != first {
             self.timer =
                 first.map(|due| (due, self.state.clock.sleep(due.saturating_sub(self.state.clock.monotonic()))));
@@ -664,12 +735,13 @@ impl Connection<'_> {
     }
 }
 
-/// Takes every new stream that has arrived. Ready if there is something to read, the limit is another, or the
+/// Takes every new stream that has arrived. Ready if there is something to read, the limit is another, a window waits, or the
 /// connection has ended.
 fn poll_batch(
     h2: &mut server::Connection<Completing, Bytes>,
     arriving: &mut Vec<Arriving>,
     limit: &mut StreamLimit,
+    windows: &mut Windows,
     orders: &Orders,
     cx: &mut Context<'_>,
 ) -> Poll<Flow> {
@@ -688,7 +760,7 @@ fn poll_batch(
             Poll::Ready(None) => return Poll::Ready(Flow::End),
             Poll::Pending => match limit.wanted {
                 // Refused as long as the client has not acknowledged the last SETTINGS: its acknowledgement wakes us.
-                Some(wanted) if h2.set_initial_window_size(WINDOW_BYTES).is_ok() => {
+                Some(wanted) if h2.set_initial_window_size(windows.stream).is_ok() => {
                     orders.set_stream_limit(wanted);
                     limit.told = wanted;
                     limit.wanted = None;
@@ -698,8 +770,8 @@ fn poll_batch(
             },
         }
     }
-    let has_body = |request: &mut Arriving| poll_body(request, cx).is_ready();
-    if is_limit_new || arriving.len() > before || arriving.iter_mut().any(has_body) {
+    let has_body = |request: &mut Arriving| poll_body(request, windows, cx).is_ready();
+    if is_limit_new || arriving.len() > before || arriving.iter_mut().any(has_body) || windows.take_new() {
         Poll::Ready(Flow::Continue)
     } else {
         Poll::Pending
@@ -708,17 +780,16 @@ fn poll_batch(
 
 /// Reads what has come of a body. Ready with `true`: it is complete, or too long to read on; with `false`: the client
 /// gave up.
-fn poll_body(request: &mut Arriving, cx: &mut Context<'_>) -> Poll<bool> {
+fn poll_body(request: &mut Arriving, windows: &mut Windows, cx: &mut Context<'_>) -> Poll<bool> {
     loop {
         if request.body.is_end_stream() || request.received.len() > MAX_READ_BYTES {
             return Poll::Ready(true);
         }
         match request.body.poll_data(cx) {
             Poll::Ready(Some(Ok(bytes))) => {
-                // Fails only for more than was received.
-                let released = request.body.flow_control().release_capacity(bytes.len());
+                let given_back = windows.was_read(request.body.flow_control(), bytes.len());
                 request.received.add(bytes);
-                if released.is_err() {
+                if !given_back {
                     return Poll::Ready(false);
                 }
             }
