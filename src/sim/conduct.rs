@@ -4,8 +4,9 @@
 //! fields it does not name have their default. What a field changes it changes on open connections too, unless it says
 //! that it is for new ones.
 
-use std::time::Duration;
+use std::{num::NonZeroU32, time::Duration};
 
+use serde::Deserialize as _;
 use serde_json::{Map, Value};
 
 /// The whole of it.
@@ -16,6 +17,75 @@ pub struct Conduct {
     pub adaptive_streams: bool,
     /// When a new connection is sent its first SETTINGS.
     pub settings: FirstSettings,
+    /// The flow-control window of each stream at first, in bytes, at most 2^31-1; absent: 65,535. For new connections.
+    #[serde(deserialize_with = "window")]
+    pub stream_window: Option<u32>,
+    /// That of the connection, likewise. HTTP/2 lets it begin no lower than 65,535: a lower one is not topped up before
+    /// the client has used it down to this. For new connections.
+    #[serde(deserialize_with = "window")]
+    pub connection_window: Option<u32>,
+    /// How many milliseconds what was read waits before the client gets it back by `WINDOW_UPDATE`.
+    pub window_updates_after_ms: u64,
+    /// How fast each connection is read, inside TLS, at least 1; absent: as fast as it comes.
+    pub read_bytes_per_second: Option<NonZeroU32>,
+    /// What a connection does after `ExpiredProviderToken` and `TooManyProviderTokenUpdates` (pushy 811).
+    pub after_token_error: AfterTokenError,
+    /// How long a connection may be idle; absent: for ever.
+    pub idle_timeout: Option<IdleTimeout>,
+}
+
+/// What a connection does once its provider token was refused.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AfterTokenError {
+    /// Nothing: the next request is judged by itself.
+    #[default]
+    GoesOn,
+    /// Every later answer is the same error.
+    Repeats,
+    /// No later request is answered; PING still is.
+    FallsSilent,
+}
+
+/// When a connection was idle for too long: no stream open, nothing asked or answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct IdleTimeout {
+    /// After so many milliseconds.
+    pub after_ms: u64,
+    /// How the client learns of it.
+    #[serde(default)]
+    pub by: IdleEnd,
+}
+
+impl IdleTimeout {
+    pub(super) const fn after(self) -> Duration {
+        Duration::from_millis(self.after_ms)
+    }
+}
+
+/// How an idle connection ends.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum IdleEnd {
+    /// By GOAWAY with `{"reason":"IdleTimeout"}`, when the time is over.
+    #[default]
+    GoAway,
+    /// By 400 `IdleTimeout` to the next request, and GOAWAY behind it.
+    Answer,
+}
+
+/// The largest window HTTP/2 knows.
+const MAX_WINDOW_BYTES: u32 = u32::MAX >> 1;
+/// The window HTTP/2 begins with.
+const WINDOW_BYTES: u32 = 65_535;
+
+fn window<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
+    let window = Option::<u32>::deserialize(deserializer)?;
+    if window.is_some_and(|bytes| bytes > MAX_WINDOW_BYTES) {
+        return Err(serde::de::Error::custom("a window has at most 2147483647 bytes"));
+    }
+    Ok(window)
 }
 
 /// When the first SETTINGS of a connection leaves. Nothing else leaves before it, and nothing is read.
@@ -51,6 +121,12 @@ pub enum ConductError {
 }
 
 impl Conduct {
+    /// The windows of a new connection, of streams and its own, in bytes.
+    pub(super) fn windows(&self) -> (u32, u32) {
+        let bytes = |window: Option<u32>| window.unwrap_or(WINDOW_BYTES).min(MAX_WINDOW_BYTES);
+        (bytes(self.stream_window), bytes(self.connection_window))
+    }
+
     /// Reads a conduct from its JSON.
     ///
     /// # Errors

@@ -8,6 +8,8 @@
 
 mod silence;
 mod streams;
+mod wedge;
+mod windows;
 
 use std::{
     collections::BTreeMap,
@@ -27,14 +29,14 @@ use tokio::{net::TcpStream, sync::mpsc};
 use tokio_rustls::server::TlsStream;
 use uuid::Uuid;
 
-use self::streams::StreamLimit;
+use self::{streams::StreamLimit, windows::Windows};
 use super::{
     State, check,
     conduct::Conduct,
     environment::Environment,
     fault::{Answer, Fault, FaultAction, LastStream, SHUTDOWN_DEBUG},
     frames::{Completing, GoAway, Orders},
-    gate::{Command, GoAwayOrder},
+    gate::{Command, GoAwayOrder, Wedge},
     identifiers::{self, Identifiers},
     ledger::{Attempt, ConnectionRecord, Entry, Tally, TokenRecord, count},
     provider_token::{ConnectionTokens, Judge},
@@ -44,7 +46,6 @@ use super::{
 use crate::domain::clock::{Timer, Timestamp};
 
 const HEADER_TABLE_BYTES: u32 = 4096;
-const WINDOW_BYTES: u32 = 65_535;
 const FRAME_BYTES: u32 = 16_384;
 const HEADER_LIST_BYTES: u32 = 8000;
 /// A body longer than this is answered before it ends.
@@ -142,6 +143,10 @@ impl Prover {
 enum Flow {
     Continue,
     End,
+    /// It ends, but first whatever was answered leaves.
+    HangUp,
+    /// It stays, and nothing goes on any more.
+    HalfOpen,
 }
 
 /// Serves one connection until it ends or the simulator stops.
@@ -154,10 +159,13 @@ pub(super) async fn serve(state: Arc<State>, environment: Environment, stream: T
     let limit = initial.min(gate.stream_limit());
     let orders = Orders::new(limit);
     let receipts = Receipts::new(state.ledger.clone());
+    let windows = conduct.windows();
+    orders.set_read_bytes_per_second(conduct.read_bytes_per_second);
     let mut builder = server::Builder::new();
     builder
         .header_table_size(HEADER_TABLE_BYTES)
-        .initial_window_size(WINDOW_BYTES)
+        .initial_window_size(windows.0)
+        .initial_connection_window_size(windows.1)
         .max_frame_size(FRAME_BYTES)
         .max_header_list_size(HEADER_LIST_BYTES)
         .data_frame_budget(usize::MAX)
@@ -168,7 +176,8 @@ pub(super) async fn serve(state: Arc<State>, environment: Environment, stream: T
     let handshake = match greeted {
         Some(stream) => {
             let traffic = Arc::clone(&state.ledger.tally(environment).traffic);
-            let stream = Completing::new(stream, Arc::clone(&orders), Arc::clone(&receipts), traffic);
+            let clock = Arc::clone(&state.clock);
+            let stream = Completing::new(stream, Arc::clone(&orders), Arc::clone(&receipts), traffic, clock);
             tokio::select! {
                 () = state.stop.cancelled() => None,
                 done = builder.handshake::<_, Bytes>(stream) => Some(done),
@@ -189,7 +198,15 @@ pub(super) async fn serve(state: Arc<State>, environment: Environment, stream: T
                 tokens: ConnectionTokens::default(),
                 token_record: None,
                 identifiers: Identifiers::new(),
+                windows: Windows::new(
+                    Arc::clone(&state.clock),
+                    windows.0,
+                    Duration::from_millis(conduct.window_updates_after_ms),
+                ),
                 conduct,
+                wedge: None,
+                last_active: state.clock.monotonic(),
+                is_expired: false,
                 limit: StreamLimit::new(initial, limit),
                 highest: 0,
                 is_violated: false,
@@ -229,6 +246,13 @@ struct Connection<'a> {
     token_record: Option<Arc<TokenRecord>>,
     identifiers: Identifiers,
     conduct: Arc<Conduct>,
+    windows: Windows,
+    /// What every request gets instead of what it deserves.
+    wedge: Option<Wedge>,
+    /// When something was last asked or answered, on the monotonic clock; kept while there is an idle timeout.
+    last_active: Duration,
+    /// The connection was idle for too long.
+    is_expired: bool,
     limit: StreamLimit,
     /// The highest stream the client has opened.
     highest: u32,
@@ -273,7 +297,7 @@ impl<'a> Connection<'a> {
                 () = state.stop.cancelled() => Event::Stop,
                 command = self.commands.recv() => Event::Command(command),
                 () = async { match &mut self.timer { Some((_, timer)) => timer.await, None => std::future::pending().await } } => Event::Due,
-                flow = poll_fn(|cx| poll_batch(&mut self.h2, &mut self.arriving, &mut self.limit, &self.orders, &mut self.prover, cx)) => Event::Batch(flow),
+                flow = poll_fn(|cx| poll_batch(&mut self.h2, &mut self.arriving, &mut self.limit, &mut self.windows, &self.orders, &mut self.prover, cx)) => Event::Batch(flow),
             };
             let flow = match event {
                 Event::Stop => {
@@ -283,7 +307,7 @@ impl<'a> Connection<'a> {
                 }
                 Event::Command(Some(command)) => self.obey(command),
                 Event::Due => self.answer_due(),
-                Event::Command(None) | Event::Batch(Flow::End) => Flow::End,
+                Event::Command(None) => Flow::End,
                 Event::Batch(Flow::Continue) => {
                     self.refuse_surplus();
                     poll_fn(|cx| {
@@ -293,10 +317,18 @@ impl<'a> Connection<'a> {
                     .await;
                     self.take_batch(&mut whole)
                 }
+                Event::Batch(flow) => flow,
             };
-            if flow == Flow::End {
-                break;
+            match flow {
+                Flow::Continue => continue,
+                Flow::End => {}
+                Flow::HangUp => {
+                    self.orders.hang_up();
+                    poll_fn(|cx| Poll::Ready(self.h2.poll_closed(cx).is_ready())).await; // one try, as above
+                }
+                Flow::HalfOpen => self.lie_half_open().await,
             }
+            break;
         }
         let lost = self.open.saturating_sub(self.silent.len());
         if lost > 0 {
@@ -322,7 +354,7 @@ impl<'a> Connection<'a> {
                     continue;
                 }
             }
-            match poll_body(&mut request, cx) {
+            match poll_body(&mut request, &mut self.windows, cx) {
                 Poll::Ready(true) => {
                     whole.push(self.receive(request));
                 }
@@ -353,6 +385,7 @@ impl<'a> Connection<'a> {
             return false;
         }
         self.highest = self.highest.max(request.stream);
+        self.note_request();
         self.open += 1;
         if self.limit.allows(self.open) {
             return true;
@@ -411,8 +444,9 @@ impl<'a> Connection<'a> {
             if self.state.gates.of(self.environment).is_held() {
                 self.held.push(Waiting { request, action });
             } else if delay.is_zero() {
-                if self.perform(request, action, now) == Flow::End {
-                    return Flow::End;
+                let flow = self.perform(request, action, now);
+                if flow != Flow::Continue {
+                    return flow;
                 }
             } else {
                 self.due_count += 1;
@@ -425,6 +459,9 @@ impl<'a> Connection<'a> {
 
     /// Checks 3 to 9.
     fn judge(&mut self, request: &Whole<'_>, now: Timestamp) -> Fault {
+        if self.is_expired {
+            return Fault { delay_ms: 0, action: FaultAction::Answer(Answer::refusal(Reason::IdleTimeout)) };
+        }
         match self.check(request, now) {
             Ok(fault) => fault.unwrap_or(Fault { delay_ms: 0, action: FaultAction::Answer(Answer::Accepted) }),
             Err(answer) => Fault { delay_ms: 0, action: FaultAction::Answer(answer) },
@@ -469,7 +506,7 @@ impl<'a> Connection<'a> {
 
     /// Does to a request what was decided.
     fn perform(&mut self, mut request: Whole<'_>, action: FaultAction, now: Timestamp) -> Flow {
-        match action {
+        match self.or_wedged(action) {
             FaultAction::Answer(answer) => {
                 self.answer(request, &answer, now);
                 if matches!(answer, Answer::Refused(Reason::Shutdown | Reason::IdleTimeout, _)) {
@@ -498,6 +535,19 @@ impl<'a> Connection<'a> {
                 request.attempt.unanswered(accepted);
                 self.orders.cut();
                 return Flow::End;
+            }
+            FaultAction::HangUp { accepted } => {
+                self.accept_unanswered(&request, accepted, now);
+                return Flow::HangUp;
+            }
+            FaultAction::HalfOpen { accepted } => {
+                self.accept_unanswered(&request, accepted, now);
+                return Flow::HalfOpen;
+            }
+            FaultAction::Wedge { accepted } => {
+                self.wedge = Some(Wedge::Silence);
+                self.accept_unanswered(&request, accepted, now);
+                self.silent.push(request.respond);
             }
             FaultAction::GoAway { last_stream, code, debug } => {
                 let last = match last_stream {
@@ -603,6 +653,8 @@ impl<'a> Connection<'a> {
         }
         self.tally().answered(answer);
         self.prover.receipts.expect(request.stream, request.attempt.answered(answer));
+        self.touch();
+        self.wedge_after(answer);
         if self.conduct.adaptive_streams || self.limit.is_shrunk {
             let full = self.state.gates.of(self.environment).stream_limit();
             self.limit.adapt(answer, full, self.conduct.adaptive_streams);
@@ -646,14 +698,23 @@ impl<'a> Connection<'a> {
             Command::Release => {
                 let now = self.state.clock.now();
                 for waiting in std::mem::take(&mut self.held) {
-                    if self.perform(waiting.request, waiting.action, now) == Flow::End {
-                        return Flow::End;
+                    let flow = self.perform(waiting.request, waiting.action, now);
+                    if flow != Flow::Continue {
+                        return flow;
                     }
                 }
             }
             Command::StreamLimit(limit) => self.limit.want(limit),
-            Command::Conduct(conduct) => self.conduct = conduct,
+            Command::Conduct(conduct) => {
+                self.orders.set_read_bytes_per_second(conduct.read_bytes_per_second);
+                self.windows.delay = Duration::from_millis(conduct.window_updates_after_ms);
+                self.conduct = conduct;
+                self.touch();
+            }
             Command::GoAway(order) => self.obey_go_away(order),
+            Command::Wedge(wedge) => self.wedge = Some(wedge),
+            Command::HalfOpen => return Flow::HalfOpen,
+            Command::HangUp => return Flow::HangUp,
             Command::Close => {
                 self.orders.cut();
                 return Flow::End;
@@ -682,10 +743,16 @@ impl<'a> Connection<'a> {
     fn answer_due(&mut self) -> Flow {
         self.timer = None;
         let (monotonic, now) = (self.state.clock.monotonic(), self.state.clock.now());
+        self.windows.give_back(monotonic);
+        if self.idle_end().is_some_and(|end| end <= monotonic) {
+            self.is_expired = true;
+            self.go_away(None, 0, Reason::IdleTimeout.body().to_owned());
+        }
         while let Some(first) = self.due.first_entry().filter(|first| first.key().0 <= monotonic) {
             let Waiting { request, action } = first.remove();
-            if self.perform(request, action, now) == Flow::End {
-                return Flow::End;
+            let flow = self.perform(request, action, now);
+            if flow != Flow::Continue {
+                return flow;
             }
         }
         Flow::Continue
@@ -693,7 +760,8 @@ impl<'a> Connection<'a> {
 
     /// Sets the timer to what is due first.
     fn set_timer(&mut self) {
-        let first = self.due.first_key_value().map(|((due, _), _)| *due);
+        let answer = self.due.first_key_value().map(|((due, _), _)| *due);
+        let first = [answer, self.windows.due(), self.idle_end()].into_iter().flatten().min();
         if self.timer.as_ref().map(|(due, _)| *due) != first {
             self.timer =
                 first.map(|due| (due, self.state.clock.sleep(due.saturating_sub(self.state.clock.monotonic()))));
@@ -701,12 +769,13 @@ impl<'a> Connection<'a> {
     }
 }
 
-/// Takes every new stream that has arrived. Ready if there is something to read, the limit is another, or the
+/// Takes every new stream that has arrived. Ready if there is something to read, the limit is another, a window waits, or the
 /// connection has ended.
 fn poll_batch(
     h2: &mut server::Connection<Completing, Bytes>,
     arriving: &mut Vec<Arriving>,
     limit: &mut StreamLimit,
+    windows: &mut Windows,
     orders: &Orders,
     prover: &mut Prover,
     cx: &mut Context<'_>,
@@ -726,7 +795,7 @@ fn poll_batch(
             Poll::Ready(None) => return Poll::Ready(Flow::End),
             Poll::Pending => match limit.wanted {
                 // Refused as long as the client has not acknowledged the last SETTINGS: its acknowledgement wakes us.
-                Some(wanted) if h2.set_initial_window_size(WINDOW_BYTES).is_ok() => {
+                Some(wanted) if h2.set_initial_window_size(windows.stream).is_ok() => {
                     orders.set_stream_limit(wanted);
                     limit.told = wanted;
                     limit.wanted = None;
@@ -737,8 +806,8 @@ fn poll_batch(
             },
         }
     }
-    let has_body = |request: &mut Arriving| poll_body(request, cx).is_ready();
-    if is_limit_new || arriving.len() > before || arriving.iter_mut().any(has_body) {
+    let has_body = |request: &mut Arriving| poll_body(request, windows, cx).is_ready();
+    if is_limit_new || arriving.len() > before || arriving.iter_mut().any(has_body) || windows.take_new() {
         Poll::Ready(Flow::Continue)
     } else {
         Poll::Pending
@@ -747,17 +816,16 @@ fn poll_batch(
 
 /// Reads what has come of a body. Ready with `true`: it is complete, or too long to read on; with `false`: the client
 /// gave up.
-fn poll_body(request: &mut Arriving, cx: &mut Context<'_>) -> Poll<bool> {
+fn poll_body(request: &mut Arriving, windows: &mut Windows, cx: &mut Context<'_>) -> Poll<bool> {
     loop {
         if request.body.is_end_stream() || request.received.len() > MAX_READ_BYTES {
             return Poll::Ready(true);
         }
         match request.body.poll_data(cx) {
             Poll::Ready(Some(Ok(bytes))) => {
-                // Fails only for more than was received.
-                let released = request.body.flow_control().release_capacity(bytes.len());
+                let given_back = windows.was_read(request.body.flow_control(), bytes.len());
                 request.received.add(bytes);
-                if released.is_err() {
+                if !given_back {
                     return Poll::Ready(false);
                 }
             }

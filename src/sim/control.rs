@@ -28,7 +28,9 @@
 //! | `PUT /environments/{environment}/stream-limit` `{"stream_limit": 10}` | another SETTINGS; `initial_stream_limit`: for new connections |
 //! | `GET /environments/{environment}/conduct` · `PUT` [`Conduct`] · `PATCH` | how it conducts itself: all of it · what is named |
 //! | `POST /environments/{environment}/go-away` [`GoAwayOrder`] | `{"connections": n}` |
-//! | `POST /environments/{environment}/close` `{"connection": 3}` | `{"connections": n}`; `{}` for all |
+//! | `POST /environments/{environment}/close` · `/hang-up` · `/half-open` `{"connection": 3}` | `{"connections": n}`; `{}` for all |
+//! | `POST /environments/{environment}/wedge` [`WedgeOrder`] | `{"connections": n}` |
+//! | `PUT /environments/{environment}/connects` `{"connects": "refuse", "for_ms": 5000}` | what new connections get |
 
 use std::{sync::Arc, time::Duration};
 
@@ -51,9 +53,10 @@ use super::{
     State,
     conduct::{Conduct, ConductError},
     devices::Device,
+    door::Connects,
     environment::Environment,
     fault::Script,
-    gate::{GateState, GoAwayOrder},
+    gate::{GateState, GoAwayOrder, WedgeOrder},
     keys::{KeyError, ProviderKey},
     ledger::{PushQuery, TruthQuery},
 };
@@ -100,6 +103,10 @@ fn router(state: Arc<State>) -> Router {
         .route("/environments/{environment}/conduct", get(conduct).put(set_conduct).patch(change_conduct))
         .route("/environments/{environment}/go-away", post(go_away))
         .route("/environments/{environment}/close", post(close))
+        .route("/environments/{environment}/hang-up", post(hang_up))
+        .route("/environments/{environment}/half-open", post(half_open))
+        .route("/environments/{environment}/wedge", post(wedge))
+        .route("/environments/{environment}/connects", put(connects))
         .fallback(async || Problem::not_found("nothing is here: `GET /` lists what is"))
         .with_state(state)
 }
@@ -133,7 +140,11 @@ PUT    /environments/{environment}/latency     {\"latency_ms\": 50}
 PUT    /environments/{environment}/stream-limit {\"stream_limit\"?, \"initial_stream_limit\"?}
 GET    /environments/{environment}/conduct     PUT: all of it, PATCH: what is named
 POST   /environments/{environment}/go-away     {\"connection\"?, \"last_stream\"?, \"code\"?, \"debug\"?, \"times\"?, \"linger\"?}
-POST   /environments/{environment}/close       {\"connection\"?}
+POST   /environments/{environment}/close       {\"connection\"?}: TCP reset
+POST   /environments/{environment}/hang-up     {\"connection\"?}: TLS close
+POST   /environments/{environment}/half-open   {\"connection\"?}
+POST   /environments/{environment}/wedge       {\"connection\"?, \"error\"?: {\"status\", \"reason\"}}
+PUT    /environments/{environment}/connects    {\"connects\": \"accept\", \"refuse\", \"reset\" or \"stall\", \"for_ms\"?}
 ";
 
 /// An error of the control API.
@@ -428,13 +439,41 @@ async fn go_away(
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Close {
+struct Which {
     connection: Option<u64>,
 }
 
-async fn close(Extract(state): Shared, environment: Place<Environment>, body: Body<Close>) -> Answer<Json<Value>> {
-    let (Path(environment), Json(close)) = (environment?, body?);
-    Ok(Json(json!({ "connections": state.gates.close(environment, close.connection) })))
+async fn close(Extract(state): Shared, environment: Place<Environment>, body: Body<Which>) -> Answer<Json<Value>> {
+    let (Path(environment), Json(which)) = (environment?, body?);
+    Ok(Json(json!({ "connections": state.gates.close(environment, which.connection) })))
+}
+
+async fn hang_up(Extract(state): Shared, environment: Place<Environment>, body: Body<Which>) -> Answer<Json<Value>> {
+    let (Path(environment), Json(which)) = (environment?, body?);
+    Ok(Json(json!({ "connections": state.gates.hang_up(environment, which.connection) })))
+}
+
+async fn half_open(Extract(state): Shared, environment: Place<Environment>, body: Body<Which>) -> Answer<Json<Value>> {
+    let (Path(environment), Json(which)) = (environment?, body?);
+    Ok(Json(json!({ "connections": state.gates.half_open(environment, which.connection) })))
+}
+
+async fn wedge(Extract(state): Shared, environment: Place<Environment>, body: Body<WedgeOrder>) -> Answer<Json<Value>> {
+    let (Path(environment), Json(order)) = (environment?, body?);
+    Ok(Json(json!({ "connections": state.gates.wedge(environment, &order) })))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ConnectsOrder {
+    connects: Connects,
+    for_ms: Option<u64>,
+}
+
+async fn connects(Extract(state): Shared, environment: Place<Environment>, body: Body<ConnectsOrder>) -> Answer {
+    let (Path(environment), Json(order)) = (environment?, body?);
+    state.gates.set_connects(environment, order.connects, order.for_ms.map(Duration::from_millis)).await;
+    Ok(StatusCode::NO_CONTENT)
 }
 
 fn found(was_there: bool, otherwise: &str) -> Answer {

@@ -41,6 +41,15 @@ pub(super) enum Answer {
 }
 
 impl Answer {
+    /// The answer with this status and reason; 200 is an acceptance.
+    pub(super) fn from_parts(status: u16, reason: Option<&str>, timestamp: Option<Timestamp>) -> Self {
+        match reason.and_then(|name| Reason::find(status, name)) {
+            _ if status == 200 => Self::Accepted,
+            Some(known) => Self::Refused(known, timestamp),
+            None => Self::Other { status, reason: reason.map(str::to_owned), timestamp },
+        }
+    }
+
     /// A refusal without a timestamp.
     pub(super) const fn refusal(reason: Reason) -> Self {
         Self::Refused(reason, None)
@@ -115,6 +124,24 @@ pub enum Action {
         #[serde(default)]
         accepted: bool,
     },
+    /// TLS and TCP are closed in good order, without GOAWAY; whatever was not answered is lost.
+    HangUp {
+        /// Whether the ledger counts this push as accepted before that.
+        #[serde(default)]
+        accepted: bool,
+    },
+    /// TCP stays up, but the connection is neither read nor written any more.
+    HalfOpen {
+        /// Whether the ledger counts this push as accepted before that.
+        #[serde(default)]
+        accepted: bool,
+    },
+    /// Neither this push nor any later one of the connection is answered; PING still is.
+    Wedge {
+        /// Whether the ledger counts this push as accepted before that.
+        #[serde(default)]
+        accepted: bool,
+    },
     /// The connection is sent GOAWAY.
     GoAway {
         /// What becomes of the open streams.
@@ -184,6 +211,9 @@ pub(super) enum FaultAction {
     Stall { accepted: bool },
     Reset { code: u32, accepted: bool },
     Close { accepted: bool },
+    HangUp { accepted: bool },
+    HalfOpen { accepted: bool },
+    Wedge { accepted: bool },
     GoAway { last_stream: LastStream, code: u32, debug: String },
 }
 
@@ -193,18 +223,17 @@ pub(super) const SHUTDOWN_DEBUG: &str = r#"{"reason":"Shutdown"}"#;
 impl From<&Action> for FaultAction {
     fn from(action: &Action) -> Self {
         match action {
-            Action::Accept | Action::Answer { status: 200, .. } => Self::Answer(Answer::Accepted),
+            Action::Accept => Self::Answer(Answer::Accepted),
             Action::Answer { status, reason, timestamp_ms } => {
                 let timestamp = timestamp_ms.map(Timestamp::from_millis);
-                let known = reason.as_deref().and_then(|name| Reason::find(*status, name));
-                Self::Answer(match known {
-                    Some(known) => Answer::Refused(known, timestamp),
-                    None => Answer::Other { status: *status, reason: reason.clone(), timestamp },
-                })
+                Self::Answer(Answer::from_parts(*status, reason.as_deref(), timestamp))
             }
             Action::Stall { accepted } => Self::Stall { accepted: *accepted },
             Action::Reset { code, accepted } => Self::Reset { code: *code, accepted: *accepted },
             Action::Close { accepted } => Self::Close { accepted: *accepted },
+            Action::HangUp { accepted } => Self::HangUp { accepted: *accepted },
+            Action::HalfOpen { accepted } => Self::HalfOpen { accepted: *accepted },
+            Action::Wedge { accepted } => Self::Wedge { accepted: *accepted },
             Action::GoAway { last_stream, code, debug } => Self::GoAway {
                 last_stream: *last_stream,
                 code: *code,
@@ -324,6 +353,16 @@ pub enum Behaviour {
     GoAway,
     /// GOAWAY with the last stream before this one: not processed.
     GoAwayBefore,
+    /// TCP stays up, the connection is neither read nor written any more; not accepted.
+    HalfOpen,
+    /// Accepted, then the same.
+    AcceptedThenHalfOpen,
+    /// Neither this push, which is not accepted, nor any later one of the connection is answered.
+    Wedge,
+    /// TLS and TCP are closed without GOAWAY; not accepted.
+    HangUp,
+    /// Accepted, then the same.
+    AcceptedThenHangUp,
 }
 
 /// The codes that may follow [`PREFIX`], and what each does.
@@ -337,6 +376,11 @@ pub const PREFIXES: &[(&str, Behaviour)] = &[
     ("0007", Behaviour::AcceptedThenClose),
     ("0008", Behaviour::GoAway),
     ("0009", Behaviour::GoAwayBefore),
+    ("000a", Behaviour::HalfOpen),
+    ("000b", Behaviour::AcceptedThenHalfOpen),
+    ("000c", Behaviour::Wedge),
+    ("000d", Behaviour::HangUp),
+    ("000e", Behaviour::AcceptedThenHangUp),
     ("4000", Behaviour::Reason(Reason::BadCollapseId)),
     ("4001", Behaviour::Reason(Reason::BadDeviceToken)),
     ("4002", Behaviour::Reason(Reason::BadExpirationDate)),
@@ -401,6 +445,11 @@ fn by_prefix(token: &str, now: Timestamp) -> Option<Fault> {
         Behaviour::AcceptedThenReset => FaultAction::Reset { code: h2::Reason::INTERNAL_ERROR.into(), accepted: true },
         Behaviour::Close => FaultAction::Close { accepted: false },
         Behaviour::AcceptedThenClose => FaultAction::Close { accepted: true },
+        Behaviour::HalfOpen => FaultAction::HalfOpen { accepted: false },
+        Behaviour::AcceptedThenHalfOpen => FaultAction::HalfOpen { accepted: true },
+        Behaviour::Wedge => FaultAction::Wedge { accepted: false },
+        Behaviour::HangUp => FaultAction::HangUp { accepted: false },
+        Behaviour::AcceptedThenHangUp => FaultAction::HangUp { accepted: true },
         Behaviour::GoAway => {
             FaultAction::GoAway { last_stream: LastStream::All, code: 0, debug: SHUTDOWN_DEBUG.to_owned() }
         }

@@ -9,6 +9,7 @@
 
 use std::{
     io,
+    num::NonZeroU32,
     pin::Pin,
     sync::{
         Arc, Mutex, PoisonError,
@@ -19,14 +20,16 @@ use std::{
 };
 
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
+use futures_util::FutureExt as _;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
     net::TcpStream,
     time::Sleep,
 };
 use tokio_rustls::server::TlsStream;
 
 use super::receipts::Receipts;
+use crate::domain::clock::{Clock, Timer};
 
 const HEADER_BYTES: usize = 9;
 const PREFACE_BYTES: usize = 24;
@@ -40,6 +43,8 @@ const FLAG_ACK: u8 = 1;
 const FLAG_END_STREAM: u8 = 1;
 const PING_BYTES: usize = 8;
 const MAX_CONCURRENT_STREAMS: u16 = 3;
+/// The most bytes read at once from a connection that is read slowly.
+const MAX_SLOW_BYTES: usize = 1024;
 /// Above this the peer must read before more is taken from `h2`.
 const MAX_BUFFERED_BYTES: usize = 64 * 1024;
 /// How long the client may take to end TLS once it was ended here.
@@ -64,6 +69,10 @@ pub(super) struct Orders {
     additional: Mutex<BytesMut>,
     has_additional: AtomicBool,
     cut: AtomicBool,
+    hang_up: AtomicBool,
+    half_open: AtomicBool,
+    /// How many bytes a second are read; 0: all that come.
+    read_bytes_per_second: AtomicU32,
     /// The highest stream that was opened before the first SETTINGS was acknowledged; as yet all, if it is not.
     unaware: AtomicU32,
 }
@@ -76,6 +85,9 @@ impl Orders {
             additional: Mutex::default(),
             has_additional: AtomicBool::new(false),
             cut: AtomicBool::new(false),
+            hang_up: AtomicBool::new(false),
+            half_open: AtomicBool::new(false),
+            read_bytes_per_second: AtomicU32::new(0),
             unaware: AtomicU32::new(u32::MAX),
         })
     }
@@ -104,6 +116,25 @@ impl Orders {
     /// When the connection is dropped, TCP shall be reset.
     pub(super) fn cut(&self) {
         self.cut.store(true, Ordering::Relaxed);
+    }
+
+    /// When the connection is dropped, TLS shall be closed by its alert, and TCP after it.
+    pub(super) fn hang_up(&self) {
+        self.hang_up.store(true, Ordering::Relaxed);
+    }
+
+    /// From now on nothing is read, and what is written vanishes. What is read ends when the client has closed TCP.
+    pub(super) fn be_half_open(&self) {
+        self.half_open.store(true, Ordering::Relaxed);
+    }
+
+    /// How fast the client is read; `None`: as fast as it can.
+    pub(super) fn set_read_bytes_per_second(&self, rate: Option<NonZeroU32>) {
+        self.read_bytes_per_second.store(rate.map_or(0, NonZeroU32::get), Ordering::Relaxed);
+    }
+
+    fn is_half_open(&self) -> bool {
+        self.half_open.load(Ordering::Relaxed)
     }
 
     /// Whether the client may have opened `stream` before it heard of a limit.
@@ -317,7 +348,6 @@ impl Reader {
 }
 
 /// A TLS stream whose outgoing frames are completed.
-#[derive(Debug)]
 pub(super) struct Completing {
     stream: TlsStream<TcpStream>,
     rewriter: Rewriter,
@@ -325,6 +355,9 @@ pub(super) struct Completing {
     traffic: Arc<Traffic>,
     /// How long the client may still take to end its side.
     linger: Option<Pin<Box<Sleep>>>,
+    clock: Arc<dyn Clock>,
+    /// Nothing is read before this, so that reading keeps its pace.
+    pause: Option<Timer>,
 }
 
 impl Completing {
@@ -333,8 +366,49 @@ impl Completing {
         orders: Arc<Orders>,
         receipts: Arc<Receipts>,
         traffic: Arc<Traffic>,
+        clock: Arc<dyn Clock>,
     ) -> Self {
-        Self { stream, rewriter: Rewriter::new(orders, receipts), reader: Reader::new(), traffic, linger: None }
+        let rewriter = Rewriter::new(orders, receipts);
+        Self { stream, rewriter, reader: Reader::new(), traffic, linger: None, clock, pause: None }
+    }
+
+    /// Reads a little, and not again before `rate` bytes a second allow it.
+    fn poll_read_slowly(
+        &mut self,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+        rate: NonZeroU32,
+    ) -> Poll<io::Result<()>> {
+        if let Some(pause) = &mut self.pause {
+            ready!(pause.as_mut().poll(cx));
+            self.pause = None;
+        }
+        let mut piece = [0; MAX_SLOW_BYTES];
+        let at_once = usize::try_from(rate.get() / 10).unwrap_or(MAX_SLOW_BYTES).clamp(1, MAX_SLOW_BYTES);
+        let mut piece = ReadBuf::new(piece.get_mut(..at_once.min(buffer.remaining())).unwrap_or_default());
+        ready!(Pin::new(&mut self.stream).poll_read(cx, &mut piece))?;
+        buffer.put_slice(piece.filled());
+        let read = u32::try_from(piece.filled().len()).unwrap_or(0); // at most a thousand
+        self.pause = (read > 0).then(|| self.clock.sleep(Duration::from_secs(1) * read / rate.get()));
+        Poll::Ready(Ok(()))
+    }
+
+    /// Reads nothing. Ready, as at the end, once the client has closed or reset TCP.
+    fn poll_gone(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let tcp = self.stream.get_ref().0;
+        loop {
+            ready!(tcp.poll_read_ready(cx))?;
+            match tcp.ready(Interest::READABLE).now_or_never() {
+                Some(Ok(ready)) if ready.is_read_closed() => return Poll::Ready(Ok(())),
+                Some(Err(error)) => return Poll::Ready(Err(error)),
+                // What has come stays where it is: wait for the next news of the socket.
+                Some(Ok(_)) => drop(tcp.try_io(Interest::READABLE, || Err::<(), _>(io::ErrorKind::WouldBlock.into()))),
+                None => {
+                    cx.waker().wake_by_ref(); // this task has had its turn
+                    return Poll::Pending;
+                }
+            }
+        }
     }
 
     fn poll_drain(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -358,7 +432,13 @@ impl AsyncRead for Completing {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
         let this = &mut *self;
-        ready!(Pin::new(&mut this.stream).poll_read(cx, buffer))?;
+        if this.rewriter.orders.is_half_open() {
+            return this.poll_gone(cx);
+        }
+        match NonZeroU32::new(this.rewriter.orders.read_bytes_per_second.load(Ordering::Relaxed)) {
+            None => ready!(Pin::new(&mut this.stream).poll_read(cx, buffer))?,
+            Some(rate) => ready!(this.poll_read_slowly(cx, buffer, rate))?,
+        }
         let new = buffer.filled().get(before..).unwrap_or_default();
         this.traffic.read.fetch_add(new.len() as u64, Ordering::Relaxed);
         if new.is_empty() && buffer.remaining() > 0 {
@@ -371,6 +451,9 @@ impl AsyncRead for Completing {
 
 impl AsyncWrite for Completing {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, input: &[u8]) -> Poll<io::Result<usize>> {
+        if self.rewriter.orders.is_half_open() {
+            return Poll::Ready(Ok(input.len()));
+        }
         if self.rewriter.out.len() > MAX_BUFFERED_BYTES {
             ready!(self.poll_drain(cx))?;
         }
@@ -379,6 +462,9 @@ impl AsyncWrite for Completing {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.rewriter.orders.is_half_open() {
+            return Poll::Ready(Ok(()));
+        }
         self.rewriter.add();
         ready!(self.poll_drain(cx))?;
         Pin::new(&mut self.stream).poll_flush(cx)
@@ -387,6 +473,9 @@ impl AsyncWrite for Completing {
     /// Ends TLS and waits, at most [`LINGER`], until the client has ended it too: else what it still sends would make
     /// the kernel reset the connection, and answers that it has not read would be lost.
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.rewriter.orders.is_half_open() {
+            return Poll::Ready(Ok(()));
+        }
         if self.linger.is_none() {
             ready!(self.poll_drain(cx))?;
             ready!(Pin::new(&mut self.stream).poll_shutdown(cx))?;
@@ -412,6 +501,25 @@ impl Drop for Completing {
         {
             tracing::debug!(error = %error, "the connection is closed, not reset");
         }
+        if self.rewriter.orders.hang_up.load(Ordering::Relaxed) {
+            let (tcp, tls) = self.stream.get_mut();
+            tls.send_close_notify();
+            // What does not fit now is lost: nobody waits for a slow reader.
+            while tls.wants_write() && tls.write_tls(&mut AtOnce(tcp)).is_ok_and(|bytes| bytes > 0) {}
+        }
+    }
+}
+
+/// Writes what TCP takes without waiting.
+struct AtOnce<'a>(&'a TcpStream);
+
+impl io::Write for AtOnce<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.try_write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 

@@ -16,7 +16,9 @@ use tokio::sync::mpsc;
 
 use super::{
     conduct::{Conduct, ConductError},
+    door::{Connects, Door},
     environment::{Environment, PerEnvironment},
+    fault::Answer,
 };
 
 /// A word to one connection.
@@ -30,8 +32,45 @@ pub(super) enum Command {
     GoAway(GoAwayOrder),
     /// Conduct yourself so.
     Conduct(Arc<Conduct>),
+    /// Go on like this, or say nothing any more.
+    Wedge(Wedge),
+    /// Neither read nor write any more.
+    HalfOpen,
+    /// Close TLS and TCP without GOAWAY.
+    HangUp,
     /// Reset the TCP connection.
     Close,
+}
+
+/// What a wedged connection does with every request.
+#[derive(Debug, Clone)]
+pub(super) enum Wedge {
+    /// It answers nothing; PING is acknowledged.
+    Silence,
+    /// It answers this.
+    Repeat(Answer),
+}
+
+/// A connection to wedge.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WedgeOrder {
+    /// The connection; absent: all of the environment.
+    #[serde(default)]
+    pub connection: Option<u64>,
+    /// What every request on it is answered from now on; absent: nothing, while PING still is.
+    #[serde(default)]
+    pub error: Option<WedgeError>,
+}
+
+/// The only answer of a wedged connection.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WedgeError {
+    /// The HTTP status.
+    pub status: u16,
+    /// The reason, in Apple's table or not.
+    pub reason: String,
 }
 
 /// A GOAWAY to send.
@@ -70,6 +109,8 @@ pub struct GateState {
     pub stream_limit: u32,
     /// The same before it.
     pub initial_stream_limit: u32,
+    /// What new TCP connections get.
+    pub connects: Connects,
     /// Open connections.
     pub open_connections: usize,
 }
@@ -82,6 +123,7 @@ pub(super) struct Gate {
     stream_limit: AtomicU32,
     initial_stream_limit: AtomicU32,
     conduct: RwLock<Arc<Conduct>>,
+    door: Door,
     open: Mutex<HashMap<u64, mpsc::UnboundedSender<Command>>>,
 }
 
@@ -105,6 +147,10 @@ impl Gate {
     /// The conduct of now.
     pub(super) fn conduct(&self) -> Arc<Conduct> {
         Arc::clone(&self.conduct.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(super) const fn door(&self) -> &Door {
+        &self.door
     }
 
     /// A connection opens: what is said to it arrives in the channel.
@@ -142,6 +188,7 @@ impl Gates {
             stream_limit: AtomicU32::new(stream_limit),
             initial_stream_limit: AtomicU32::new(initial_stream_limit),
             conduct: RwLock::new(Arc::clone(&conduct)),
+            door: Door::default(),
             open: Mutex::default(),
         };
         Self { gates: Arc::new(PerEnvironment::new(gate)) }
@@ -195,6 +242,35 @@ impl Gates {
         self.of(environment).tell(connection, &Command::Close)
     }
 
+    /// From now on TCP connection `connection`, or all, stay up and are neither read nor written: PING is not acknowledged,
+    /// answers that wait never leave. They end with the simulator, when the client closes them, or by
+    /// [`Gates::close`]. Says how many.
+    #[expect(clippy::must_use_candidate, reason = "the effect is what it is called for")]
+    pub fn half_open(&self, environment: Environment, connection: Option<u64>) -> usize {
+        self.of(environment).tell(connection, &Command::HalfOpen)
+    }
+
+    /// Wedges connections: requests are read, and answered with one error or not at all. Says how many.
+    #[expect(clippy::must_use_candidate, reason = "the effect is what it is called for")]
+    pub fn wedge(&self, environment: Environment, order: &WedgeOrder) -> usize {
+        let wedge = order
+            .error
+            .as_ref()
+            .map_or(Wedge::Silence, |error| Wedge::Repeat(Answer::from_parts(error.status, Some(&error.reason), None)));
+        self.of(environment).tell(order.connection, &Command::Wedge(wedge))
+    }
+
+    /// Closes TLS and TCP of `connection`, or of all, without GOAWAY. Says how many.
+    #[expect(clippy::must_use_candidate, reason = "the effect is what it is called for")]
+    pub fn hang_up(&self, environment: Environment, connection: Option<u64>) -> usize {
+        self.of(environment).tell(connection, &Command::HangUp)
+    }
+
+    /// What new TCP connections get: until the next order, or only so long. Returns when it is so.
+    pub async fn set_connects(&self, environment: Environment, connects: Connects, lasting: Option<Duration>) {
+        self.of(environment).door.order(connects, lasting).await;
+    }
+
     /// How the environment conducts itself.
     #[must_use]
     pub fn conduct(&self, environment: Environment) -> Conduct {
@@ -235,6 +311,7 @@ impl Gates {
             latency_ms: gate.latency_ms.load(Ordering::Relaxed),
             stream_limit: gate.stream_limit(),
             initial_stream_limit: gate.initial_stream_limit(),
+            connects: gate.door.connects(),
             open_connections: gate.open.lock().unwrap_or_else(PoisonError::into_inner).len(),
         }
     }

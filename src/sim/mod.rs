@@ -15,13 +15,14 @@
 //! | `keys` | provider keys |
 //! | `fault` | scripted answers, and device tokens that force an answer |
 //! | `conduct` | how an environment conducts itself on a bad day |
+//! | `door` | letting new TCP connections in, or not |
 //! | `gate` | holding, slowing and sending away a whole environment |
 //! | `ledger`, `ledger/truth` | what arrived; what became of every push |
 //! | `receipts` | which answers the client has certainly read |
 //! | `control` | all of it over plain HTTP |
 //!
 //! Known gaps: broadcasts (`/4/broadcasts/…`) and channel management are answered `404 BadPath`; there is no
-//! certificate authentication, no limit of pushes per device, and no idle timeout.
+//! certificate authentication and no limit of pushes per device.
 
 mod certificate;
 mod check;
@@ -29,6 +30,7 @@ mod conduct;
 mod connection;
 mod control;
 mod devices;
+mod door;
 mod environment;
 mod fault;
 mod frames;
@@ -57,11 +59,12 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 pub use self::{
     certificate::CertificateError,
     check::{MAX_COLLAPSE_ID_BYTES, MAX_EXPIRATION_SECONDS},
-    conduct::{Conduct, ConductError, FirstSettings},
+    conduct::{AfterTokenError, Conduct, ConductError, FirstSettings, IdleEnd, IdleTimeout},
     devices::{Device, Devices, MAX_TOKEN_BYTES, is_well_formed},
+    door::Connects,
     environment::Environment,
     fault::{ANY_TOKEN, Action, Behaviour, LastStream, PREFIX, PREFIXES, Script, Scripts},
-    gate::{GateState, Gates, GoAwayOrder},
+    gate::{GateState, Gates, GoAwayOrder, WedgeError, WedgeOrder},
     keys::{KeyError, Keys, ProviderKey, Topics, read_folder},
     ledger::{
         ConnectionSeen, Counters, Ledger, ProviderTokenSeen, Push, PushQuery, Repeat, Summary, TokenSwitch, Truth,

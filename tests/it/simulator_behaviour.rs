@@ -4,22 +4,36 @@
 use std::time::Duration;
 
 use serde_json::json;
-use sonnette::sim::{Action, Conduct, Environment, GoAwayOrder, Script};
-use tokio::io::AsyncReadExt as _;
+use sonnette::{
+    domain::clock::Clock as _,
+    sim::{Action, Conduct, Connects, Environment, GoAwayOrder, Script, WedgeError, WedgeOrder},
+};
+use tokio::{io::AsyncReadExt as _, net::TcpStream};
 
-use crate::simulator::{RawFrames, TOKEN, World, control, settings};
+use crate::simulator::{RawFrames, TOKEN, World, control, finish, settings};
 
 const HEADERS: u8 = 1;
 const RST_STREAM: u8 = 3;
 const SETTINGS: u8 = 4;
 const PING: u8 = 6;
 const GOAWAY: u8 = 7;
+const WINDOW_UPDATE: u8 = 8;
+const DATA: u8 = 0;
 const ACK: u8 = 1;
 const SANDBOX: Environment = Environment::Sandbox;
 
-/// A simulator that conducts itself so from the start.
+/// A simulator that conducts itself so from the start. It does not prove that its answers were read: its PINGs would
+/// stand between the frames that are looked for.
 async fn conducted(json: &str) -> World {
-    World::with(|settings| settings.conduct = Conduct::parse(json).unwrap()).await
+    World::with(|settings| {
+        settings.conduct = Conduct::parse(json).unwrap();
+        settings.record_attempts = false;
+    })
+    .await
+}
+
+async fn quiet() -> World {
+    conducted("{}").await
 }
 
 /// Frames on a connection whose limit is raised; the next free stream is 3.
@@ -96,7 +110,7 @@ async fn streams_above_a_limit_that_shrinks_are_reset_and_not_processed() {
 
 #[tokio::test]
 async fn lowering_the_limit_of_open_connections_resets_what_is_held() {
-    let mut world = World::start().await;
+    let mut world = quiet().await;
     let mut client = world.connect().await;
     assert_eq!(client.push(TOKEN).await.status, 200);
     world.simulator.gates().hold(SANDBOX);
@@ -108,11 +122,11 @@ async fn lowering_the_limit_of_open_connections_resets_what_is_held() {
     world.simulator.gates().set_stream_limit(SANDBOX, 1);
     let newest = held.split_off(1);
     for response in newest {
-        let error = crate::simulator::finish(response).await.err().unwrap();
+        let error = finish(response).await.err().unwrap();
         assert_eq!(error.reason(), Some(h2::Reason::REFUSED_STREAM));
     }
     world.simulator.gates().release(SANDBOX);
-    assert_eq!(crate::simulator::finish(held.remove(0)).await.unwrap().status, 200);
+    assert_eq!(finish(held.remove(0)).await.unwrap().status, 200);
     assert_eq!(world.simulator.ledger().counters().accepted, 2);
     world.end().await;
 }
@@ -149,20 +163,9 @@ async fn settings_that_never_come_leave_the_client_without_a_word() {
     world.end().await; // ends with `other` open
 }
 
-/// The next frame past the PINGs with which the simulator proves that its answers were read.
-async fn past_pings(raw: &mut RawFrames) -> (u8, u8, u32, Vec<u8>) {
-    loop {
-        let frame = raw.next().await;
-        if (frame.0, frame.1) != (PING, 0) {
-            return frame;
-        }
-        raw.frame(PING, ACK, 0, &frame.3).await;
-    }
-}
-
 #[tokio::test]
 async fn a_goaway_may_be_text_or_empty_and_come_twice() {
-    let world = World::start().await;
+    let world = quiet().await;
     for (order, debug) in [
         ("{}", r#"{"reason":"Shutdown"}"#),
         (r#"{"debug": "Maximum connection lifetime reached.", "times": 2}"#, "Maximum connection lifetime reached."),
@@ -175,7 +178,7 @@ async fn a_goaway_may_be_text_or_empty_and_come_twice() {
         let code = order["code"].as_u64().unwrap_or(0);
         let head = u64::to_be_bytes(last << 32 | code);
         for _ in 0..order["times"].as_u64().unwrap_or(1) {
-            let (kind, _, _, payload) = past_pings(&mut raw).await;
+            let (kind, _, _, payload) = raw.next().await;
             assert_eq!((kind, payload), (GOAWAY, [&head, debug.as_bytes()].concat()), "{order}");
         }
         drop(raw);
@@ -186,16 +189,16 @@ async fn a_goaway_may_be_text_or_empty_and_come_twice() {
 
 #[tokio::test]
 async fn a_connection_may_stay_open_behind_goaway_without_ever_taking_a_stream_again() {
-    let world = World::start().await;
+    let world = quiet().await;
     let jwt = world.jwt("KEY0000001", 0);
     let mut raw = raised(&world).await;
     world.simulator.gates().go_away(SANDBOX, &GoAwayOrder { linger: true, ..GoAwayOrder::default() });
-    let (kind, _, _, payload) = past_pings(&mut raw).await;
+    let (kind, _, _, payload) = raw.next().await;
     assert_eq!((kind, &payload[..4]), (GOAWAY, [0, 0, 0, 1].as_slice()), "the last stream is the last one opened");
     for stream in [3, 5] {
         raw.post(stream, &jwt).await;
         raw.frame(PING, 0, 0, b"still up").await;
-        let (kind, flags, _, _) = past_pings(&mut raw).await;
+        let (kind, flags, _, _) = raw.next().await;
         assert_eq!((kind, flags), (PING, ACK));
     }
     assert_eq!(world.simulator.ledger().counters().requests, 1);
@@ -205,7 +208,7 @@ async fn a_connection_may_stay_open_behind_goaway_without_ever_taking_a_stream_a
 
 #[tokio::test]
 async fn conduct_is_changed_whole_or_in_part_and_nonsense_changes_nothing() {
-    let world = World::start().await;
+    let world = quiet().await;
     let path = |method: &str| format!("{method} /environments/sandbox/conduct");
     let (_, whole) = control(&world, &path("GET"), "").await;
     assert_eq!((&whole["adaptive_streams"], &whole["settings"]), (&json!(false), &json!("at_once")));
@@ -218,5 +221,247 @@ async fn conduct_is_changed_whole_or_in_part_and_nonsense_changes_nothing() {
     assert_eq!(control(&world, "GET /environments/production/conduct", "").await.1, whole, "the other is as it was");
     assert_eq!(control(&world, &path("PUT"), "{}").await.0, 204);
     assert_eq!(control(&world, &path("GET"), "").await.1, whole);
+    world.end().await;
+}
+
+/// Whether a PING is acknowledged.
+async fn answers_ping(raw: &mut RawFrames) -> bool {
+    raw.frame(PING, 0, 0, b"are you?").await;
+    let answer = async {
+        loop {
+            if raw.next().await.0 == PING {
+                return;
+            }
+        }
+    };
+    tokio::time::timeout(Duration::from_millis(100), answer).await.is_ok()
+}
+
+#[tokio::test]
+async fn a_half_open_connection_neither_answers_nor_acknowledges_and_ends_when_the_client_closes() {
+    let world = quiet().await;
+    let jwt = world.jwt("KEY0000001", 0);
+    let mut raw = raised(&world).await;
+    assert!(answers_ping(&mut raw).await);
+    assert_eq!(
+        control(&world, "POST /environments/sandbox/half-open", r#"{"connection": 1}"#).await.1["connections"],
+        1
+    );
+    raw.post(3, &jwt).await;
+    assert!(!answers_ping(&mut raw).await);
+    let mut accepted = raised(&world).await;
+    accepted.post_to(3, &jwt, "fa17ed000b").await;
+    assert!(is_silent(&mut accepted).await);
+    let mut refused = raised(&world).await;
+    refused.post_to(3, &jwt, "fa17ed000a").await;
+    assert!(is_silent(&mut refused).await); // a PING in the same breath would be read before the push is judged
+    assert!(!answers_ping(&mut refused).await);
+    let counters = world.simulator.ledger().counters();
+    assert_eq!((counters.requests, counters.accepted, counters.accepted_unanswered), (5, 4, 1));
+    assert_eq!(world.simulator.gates().state(SANDBOX).open_connections, 3);
+    drop(raw);
+    world.until("who closes is let go", |world| world.simulator.ledger().counters().connections_closed == 1).await;
+    world.end().await; // ends with two half-open connections
+}
+
+#[tokio::test]
+async fn a_wedged_connection_acknowledges_ping_and_answers_nothing_or_one_error() {
+    let mut world = quiet().await;
+    let jwt = world.jwt("KEY0000001", 0);
+    let mut raw = raised(&world).await;
+    world.simulator.gates().wedge(SANDBOX, &WedgeOrder::default());
+    raw.post(3, &jwt).await;
+    assert!(answers_ping(&mut raw).await);
+    assert!(is_silent(&mut raw).await);
+    assert_eq!(world.simulator.ledger().counters().accepted, 1);
+    let mut scripted = raised(&world).await;
+    scripted.post_to(3, &jwt, "fa17ed000c").await;
+    scripted.post(5, &jwt).await;
+    assert!(answers_ping(&mut scripted).await);
+    assert!(is_silent(&mut scripted).await);
+    let mut client = world.connect().await;
+    assert_eq!(client.push(TOKEN).await.status, 200, "other connections go on");
+    let error = WedgeError { status: 500, reason: "InternalServerError".to_owned() };
+    world.simulator.gates().wedge(SANDBOX, &WedgeOrder { error: Some(error), connection: None });
+    for _ in 0..2 {
+        assert_eq!(client.push(TOKEN).await.reason(), (500, "InternalServerError"));
+    }
+    world.end().await;
+}
+
+#[tokio::test]
+async fn a_refused_provider_token_may_wedge_its_connection() {
+    let mut world = conducted(r#"{"after_token_error": "repeats"}"#).await;
+    let mut client = world.connect().await;
+    let good = client.jwt.clone();
+    assert_eq!(client.push(TOKEN).await.status, 200);
+    world.clock.advance(Duration::from_secs(60));
+    client.jwt = world.jwt("KEY0000001", 0);
+    assert_eq!(client.push(TOKEN).await.reason(), (429, "TooManyProviderTokenUpdates"));
+    client.jwt = good;
+    assert_eq!(client.push(TOKEN).await.reason(), (429, "TooManyProviderTokenUpdates"), "the good token helps no more");
+    assert_eq!(world.connect().await.push(TOKEN).await.status, 200);
+    world.simulator.gates().set_conduct(SANDBOX, Conduct::parse(r#"{"after_token_error": "falls_silent"}"#).unwrap());
+    let (old, new) = (world.jwt("KEY0000001", 3601), world.jwt("KEY0000001", 0));
+    let mut raw = RawFrames::open(&world).await;
+    raw.post(1, &old).await;
+    assert_eq!(raw.next_of(HEADERS).await.1, 1);
+    raw.post(3, &new).await;
+    assert!(answers_ping(&mut raw).await);
+    assert!(is_silent(&mut raw).await);
+    world.end().await;
+}
+
+#[tokio::test]
+async fn a_connection_may_be_read_slowly() {
+    let world = conducted(r#"{"read_bytes_per_second": 100}"#).await;
+    let mut raw = RawFrames::open(&world).await;
+    raw.post(1, &world.jwt("KEY0000001", 0)).await;
+    while world.simulator.ledger().counters().requests == 0 {
+        world.clock.advance(Duration::from_millis(100));
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        assert!(world.clock.monotonic() < Duration::from_secs(1000), "it never arrives");
+    }
+    let bytes = world.simulator.ledger().counters().bytes_read;
+    let passed = world.clock.monotonic();
+    assert!(bytes > 300 && passed.as_millis() >= u128::from(bytes - 10) * 10, "{bytes} bytes in {passed:?}");
+    world.simulator.gates().set_conduct(SANDBOX, Conduct::default());
+    raw.post(3, &world.jwt("KEY0000001", 0)).await;
+    world.until("it comes at once", |world| world.simulator.ledger().counters().requests == 2).await;
+    world.end().await;
+}
+
+/// Sends the next `length` bytes of a body in frames of at most 16,384.
+async fn data(raw: &mut RawFrames, stream: u32, mut length: usize) {
+    while length > 0 {
+        let now = length.min(16_384);
+        raw.frame(DATA, 0, stream, &vec![b'x'; now]).await;
+        length -= now;
+    }
+}
+
+#[tokio::test]
+async fn windows_may_be_tiny_and_updated_late() {
+    let world = conducted(r#"{"stream_window": 16, "window_updates_after_ms": 60000}"#).await;
+    let jwt = world.jwt("KEY0000001", 0);
+    let mut raw = RawFrames::open(&world).await;
+    assert!(settings(&raw.next_of(SETTINGS).await.2).contains(&(4, 16)));
+    raw.frame(SETTINGS, ACK, 0, b"").await;
+    raw.begin(1, &jwt).await;
+    data(&mut raw, 1, 16).await;
+    assert!(answers_ping(&mut raw).await);
+    assert!(is_silent(&mut raw).await);
+    world.clock.advance(Duration::from_secs(60));
+    let (_, stream, increment) = raw.next_of(WINDOW_UPDATE).await;
+    assert_eq!((stream, increment), (1, vec![0, 0, 0, 16]));
+    raw.frame(DATA, 1, 1, b"xxxx").await;
+    assert_eq!(raw.next_of(HEADERS).await.1, 1);
+    assert!(settings(&raw.next_of(SETTINGS).await.2).contains(&(4, 16)), "the second SETTINGS keeps to it");
+    world.end().await;
+}
+
+#[tokio::test]
+async fn the_window_of_a_connection_may_shrink_to_almost_nothing() {
+    let world = conducted(r#"{"stream_window": 1000000, "connection_window": 1000}"#).await;
+    let mut raw = RawFrames::open(&world).await;
+    raw.next_of(SETTINGS).await;
+    raw.frame(SETTINGS, ACK, 0, b"").await;
+    raw.begin(1, &world.jwt("KEY0000001", 0)).await;
+    data(&mut raw, 1, 60_000).await; // of the 65,535 every connection begins with
+    assert!(answers_ping(&mut raw).await);
+    data(&mut raw, 1, 5_500).await;
+    let (_, stream, increment) = raw.next_of(WINDOW_UPDATE).await;
+    assert_eq!(stream, 0);
+    assert!(u32::from_be_bytes(increment.try_into().unwrap()) <= 1000);
+    for window in ["-1", "2147483648", "\"wide\""] {
+        assert!(Conduct::parse(&format!(r#"{{"stream_window": {window}}}"#)).is_err(), "{window}");
+    }
+    world.end().await;
+}
+
+#[tokio::test]
+async fn tls_may_be_closed_without_goaway() {
+    let world = quiet().await;
+    let jwt = world.jwt("KEY0000001", 0);
+    for how in ["order", "fa17ed000d", "fa17ed000e"] {
+        let mut raw = raised(&world).await;
+        if how == "order" {
+            assert_eq!(control(&world, "POST /environments/sandbox/hang-up", "{}").await.1["connections"], 1);
+        } else {
+            raw.post_to(3, &jwt, how).await;
+        }
+        let mut rest = Vec::new();
+        let end = tokio::time::timeout(Duration::from_secs(10), raw.stream.read_to_end(&mut rest)).await.unwrap();
+        assert!(end.is_ok(), "{how}: TLS is closed in good order: {end:?}");
+        let mut frames = rest.as_slice();
+        while let Some((head, payload)) = frames.split_at_checked(9) {
+            assert_ne!(head[3], GOAWAY, "{how}");
+            frames = &payload[u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize..];
+        }
+        world.until("it is closed", |world| world.simulator.gates().state(SANDBOX).open_connections == 0).await;
+    }
+    assert_eq!(world.simulator.ledger().counters().accepted, 4, "three pushes before, and the one accepted unheard");
+    world.end().await;
+}
+
+#[tokio::test]
+async fn new_connections_are_refused_reset_or_stalled_for_a_while() {
+    let mut world = quiet().await;
+    let mut client = world.connect().await;
+    assert_eq!(client.push(TOKEN).await.status, 200);
+    let address = world.simulator.sandbox();
+    let path = "PUT /environments/sandbox/connects";
+    assert_eq!(control(&world, path, r#"{"connects": "refuse"}"#).await.0, 204);
+    for _ in 0..3 {
+        let error = TcpStream::connect(address).await.err().unwrap();
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused);
+    }
+    assert_eq!(client.push(TOKEN).await.status, 200, "open connections notice nothing");
+    assert_eq!(control(&world, path, r#"{"connects": "reset"}"#).await.0, 204);
+    assert!(world.tls(&[b"h2"]).await.is_err());
+    assert_eq!(control(&world, path, r#"{"connects": "stall"}"#).await.0, 204);
+    let stalled = tokio::time::timeout(Duration::from_millis(100), world.tls(&[b"h2"])).await;
+    assert!(stalled.is_err(), "the handshake never finishes");
+    world.simulator.gates().set_connects(SANDBOX, Connects::Refuse, Some(Duration::from_secs(5))).await;
+    assert!(TcpStream::connect(address).await.is_err());
+    assert_eq!(world.simulator.gates().state(SANDBOX).connects, Connects::Refuse);
+    world.clock.advance(Duration::from_secs(5));
+    world.until("it is over", |world| world.simulator.gates().state(SANDBOX).connects == Connects::Accept).await;
+    assert_eq!(world.connect().await.push(TOKEN).await.status, 200);
+    assert_eq!(control(&world, path, r#"{"connects": "stall"}"#).await.0, 204);
+    let _stalled = TcpStream::connect(address).await.unwrap();
+    let gates = world.simulator.gates();
+    world.end().await; // ends with a stalled handshake
+    gates.set_connects(SANDBOX, Connects::Refuse, None).await; // nobody listens any more, and nobody waits
+}
+
+#[tokio::test]
+async fn an_idle_connection_is_told_by_the_next_answer() {
+    let mut world = conducted(r#"{"idle_timeout": {"after_ms": 600000, "by": "answer"}}"#).await;
+    let mut client = world.connect().await;
+    assert_eq!(client.push(TOKEN).await.status, 200);
+    world.clock.advance(Duration::from_secs(599));
+    assert_eq!(client.push(TOKEN).await.status, 200);
+    world.clock.advance(Duration::from_secs(600));
+    assert_eq!(client.push(TOKEN).await.reason(), (400, "IdleTimeout"));
+    assert!(client.ended().await.err().is_none_or(|error| error.contains("IdleTimeout")));
+    world.end().await;
+}
+
+#[tokio::test]
+async fn an_idle_connection_is_sent_away_and_one_that_waits_is_not_idle() {
+    let world = conducted(r#"{"idle_timeout": {"after_ms": 600000}}"#).await;
+    let jwt = world.jwt("KEY0000001", 0);
+    let mut raw = raised(&world).await;
+    world.simulator.gates().hold(SANDBOX);
+    raw.post(3, &jwt).await;
+    world.until("it is held", |world| world.simulator.ledger().counters().unanswered == 1).await;
+    world.clock.advance(Duration::from_secs(3600));
+    assert!(answers_ping(&mut raw).await);
+    world.simulator.gates().release(SANDBOX);
+    assert_eq!(raw.next_of(HEADERS).await.1, 3, "it waited for us: no GOAWAY came");
+    world.clock.advance(Duration::from_secs(600));
+    let (_, _, payload) = raw.next_of(GOAWAY).await;
+    assert_eq!(&payload[8..], br#"{"reason":"IdleTimeout"}"#);
     world.end().await;
 }

@@ -5,8 +5,29 @@
 use tokio::{io::AsyncReadExt as _, net::TcpStream};
 use tokio_rustls::server::TlsStream;
 
-use super::{Command, State, mpsc};
+use super::{Command, Connection, State, mpsc, poll_fn};
 use crate::sim::conduct::FirstSettings;
+
+impl Connection<'_> {
+    /// Lets TCP stay up, and that is all.
+    pub(super) async fn lie_half_open(&mut self) {
+        self.orders.be_half_open();
+        let state = self.state;
+        loop {
+            tokio::select! {
+                biased;
+                () = state.stop.cancelled() => return,
+                command = self.commands.recv() => match command {
+                    Some(Command::Close) => return self.orders.cut(),
+                    None => return,
+                    Some(_) => {}
+                },
+                // What `h2` makes of what it has read already, nobody gets to see.
+                _ = poll_fn(|cx| self.h2.poll_closed(cx)) => return,
+            }
+        }
+    }
+}
 
 /// Waits until a new connection may be sent its SETTINGS. `None`: that never was, and it is over.
 pub(super) async fn before_settings(
