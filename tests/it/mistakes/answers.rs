@@ -138,7 +138,7 @@ async fn m22_what_apns_puts_off_is_tried_again_later_and_later_and_not_all_at_on
         let busy = "{\"reason\":\"ServiceUnavailable\"}";
         match (usize::from_str_radix(&device[48..], 16).unwrap(), tries) {
             (0..PHONES, ..=3) => got.answer(503, busy),
-            (100, 1) => got.answer(429, "{\"reason\":\"TooManyRequests\"}"),
+            (100, ..=3) => got.answer(429, "{\"reason\":\"TooManyRequests\"}"),
             (101, 1) => got.answer_with(503, &[("retry-after", "40")], busy),
             (102, 1) => got.answer_with(429, &[("retry-after", "40")], "{\"reason\":\"TooManyRequests\"}"),
             _ => got.answer(200, ""),
@@ -153,17 +153,19 @@ async fn m22_what_apns_puts_off_is_tried_again_later_and_later_and_not_all_at_on
     let pauses = |number: usize| -> Vec<u128> {
         log[&token(number)].windows(2).map(|pair| pair[1].since(pair[0]).as_millis()).collect()
     };
-    let mut first = BTreeSet::new();
-    for number in 0..PHONES {
+    // Apple names no times; the sheet's are 1 s, 5 s, 30 s for a server and 2 s, 4 s, 8 s for a device, each give or
+    // take a half.
+    let later_and_later = |number: usize, least: [u128; 3]| {
         let pauses = pauses(number);
-        // 1 s, 5 s, 30 s, each give or take a half.
-        let least = [500, 2_500, 15_000];
         assert_eq!(pauses.len(), least.len(), "phone {number}: {pauses:?}");
         assert!(pauses.iter().zip(least).all(|(pause, least)| *pause >= least), "phone {number}: {pauses:?}");
-        first.insert(pauses[0]);
+    };
+    for number in 0..PHONES {
+        later_and_later(number, [500, 2_500, 15_000]);
     }
+    later_and_later(100, [1_000, 2_000, 4_000]);
+    let first: BTreeSet<u128> = (0..PHONES).map(|number| pauses(number)[0]).collect();
     assert!(first.len() > 1, "they come back spread, not all after {first:?} ms");
-    assert!(pauses(100)[0] >= 1_000, "2 s give or take a half: {:?}", pauses(100));
     for number in [101, 102] {
         assert!(pauses(number)[0] >= 40_000, "as long as APNs says: {:?}", pauses(number));
     }

@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
@@ -26,9 +26,10 @@ use tokio::{
 use uuid::Uuid;
 
 use crate::support::{
-    apns_server::{MANY, Server},
+    apns_server::{MANY, ONE, Server},
     database::{Store, database, on_both_stores},
-    gateway::{START, client, count, outcome, outcomes, push},
+    gateway::{START, client, client_with, count, outcome, outcomes, push},
+    waiting::until as until_now,
     world::{KEY_ID, TEAM, TOPIC, World, ticking_until_done, until},
 };
 
@@ -110,6 +111,12 @@ on_both_stores! {
         let id = hold_order(&world, "goaway", &phones).await;
         let order = GoAwayOrder { last_stream: Some(201), ..GoAwayOrder::default() };
         assert_eq!(gates.go_away(Environment::Production, &order), 1);
+        until("the service has heard it", || async {
+            let in_flight: usize = world.app().routes().iter().map(|route| route.in_flight).sum();
+            // Those that are answered, and perhaps the first on another connection.
+            (in_flight <= PHONES / 2 + 1).then_some(())
+        })
+        .await;
         gates.release(Environment::Production);
         assert_eq!(world.done(&id).await["counts"]["accepted"], PHONES);
         assert!(world.deliveries(&id).await.iter().all(|delivery| delivery["attempts"] == 1), "nothing was in doubt");
@@ -118,10 +125,12 @@ on_both_stores! {
 
         // The connection is cut before anything was accepted. Nobody can know, so all are sent again.
         let id = hold_order(&world, "cut", &phones).await;
-        let closed = || world.sim.ledger().counters().connections_closed;
-        let before = closed();
-        gates.close(Environment::Production, None);
-        until("it is cut", || async { (closed() > before).then_some(()) }).await;
+        let opened = world.sim.ledger().counters().connections_opened;
+        assert!(gates.close(Environment::Production, None) > 0);
+        until("all are closed", || async {
+            (world.sim.ledger().counters().connections_closed >= opened).then_some(())
+        })
+        .await;
         gates.release(Environment::Production);
         assert_eq!(world.done(&id).await["counts"]["accepted"], PHONES);
         let accepted = accepted_of(&world, "cut");
@@ -239,6 +248,23 @@ async fn m09_no_connection_is_used_for_days() {
     assert_eq!((counters.accepted, counters.requests), (36, 36), "and nothing was lost or repeated over it");
 }
 
+#[tokio::test]
+async fn m10_no_stream_is_opened_before_apns_has_said_how_many_it_allows() {
+    let mut server = Server::start(ONE).await;
+    server.shared.withhold_greeting.store(true, Ordering::SeqCst);
+    let client = client_with(server.port, &server.ca_pem, |settings| settings.max_connections = 1);
+    let sent = client.send_n(20);
+    until_now("the connection is open", || client.production().connections == 1).await;
+    let report = client.production();
+    assert_eq!((report.in_flight, report.waiting), (0, 20), "nobody knows yet what is allowed");
+    server.greet(1);
+    for _ in 0..20 {
+        server.next().await.answer(200, "");
+    }
+    assert_eq!(count(&outcomes(sent).await, &Outcome::Accepted), 20);
+    assert_eq!(server.load.most.load(Ordering::SeqCst), 1, "and then no more than that");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn m10_no_connection_has_more_streams_than_apns_allows_whatever_it_allows() {
     let world =
@@ -250,7 +276,8 @@ async fn m10_no_connection_has_more_streams_than_apns_allows_whatever_it_allows(
     let counters = world.sim.ledger().counters();
     assert_eq!((counters.stream_limit_violations, counters.reset), (0, 0), "{counters:?}");
 
-    // Under way the limit falls and rises: what APNs resets for it, it has not processed.
+    // Under way the limit falls and rises, and APNs resets what was too much: it has not processed that.
+    world.sim.scripts().add(Script::new("*", Action::Reset { code: 7, accepted: false }).times(300));
     let id = send_order(&world, "rise and fall", &tokens(2_000)).await;
     for (step, limit) in (1..).zip([3, 200, 1, 50, 2, 1_000]) {
         until("the next step is reached", || async {

@@ -13,7 +13,7 @@
 //! | M7 | what is in flight when a connection goes is lost, or doubled under another id | `connections::m07_…` | `kill`, `apns::what_a_goaway_promised_…` |
 //! | M8 | a TCP connection that died in silence | `connections::m08_…` | `apns::a_silent_server_…`, `apns::a_connection_that_does_not_acknowledge_…` |
 //! | M9 | connections of days | `connections::m09_…` | |
-//! | M10 | no account of streams | `connections::m10_…` | `apns::there_is_one_stream_…`, `apns::a_limit_that_falls_…` |
+//! | M10 | no account of streams | `connections::m10_…` (two) | `apns::there_is_one_stream_…`, `apns::a_limit_that_falls_…` |
 //! | M11 | a sandbox token sent to production destroys its device | `devices::m11_…` | |
 //! | M12 | a 410 deletes a device that has registered again | `devices::m12_…` | `store::queue` |
 //! | M13 | a wrong topic destroys devices | `devices::m13_…` (two) | `breaker` |

@@ -78,6 +78,7 @@ pub(crate) struct Load {
 
 pub(crate) enum Order {
     Frame(Vec<u8>),
+    Greet,
     Cut,
 }
 
@@ -94,6 +95,8 @@ pub(crate) struct Shared {
     pub(crate) orders: Mutex<Vec<mpsc::UnboundedSender<Order>>>,
     acknowledged: AtomicUsize,
     pub(crate) swallow_pings: AtomicBool,
+    /// The first SETTINGS wait for [`Server::greet`].
+    pub(crate) withhold_greeting: AtomicBool,
 }
 
 #[derive(Clone, Copy)]
@@ -164,6 +167,12 @@ impl Server {
     /// SETTINGS with another `INITIAL_WINDOW_SIZE`: how much body a stream may send.
     pub(crate) async fn window(&self, connection: usize, bytes: u32) {
         self.settings(connection, 4, bytes).await;
+    }
+
+    /// Sends the SETTINGS that were withheld, or are about to be.
+    pub(crate) fn greet(&self, connection: usize) {
+        self.shared.withhold_greeting.store(false, Ordering::SeqCst);
+        self.order(connection, Order::Greet);
     }
 
     /// Returns once the client has acknowledged it.
@@ -286,6 +295,7 @@ async fn serve(
             }
             let _ = to_server.shutdown().await;
         });
+        let mut withheld = Vec::new();
         loop {
             tokio::select! {
                 bytes = read_frame(&mut from_server) => {
@@ -296,6 +306,10 @@ async fn serve(
                                 setting[2..].copy_from_slice(&script.streams.to_be_bytes());
                             }
                         }
+                        if shared.withhold_greeting.load(Ordering::SeqCst) {
+                            withheld = bytes;
+                            continue;
+                        }
                     }
                     if to_client.write_all(&bytes).await.is_err() { break }
                     let _ = to_client.flush().await;
@@ -303,6 +317,10 @@ async fn serve(
                 order = orders.recv() => match order {
                     Some(Order::Frame(bytes)) => {
                         let _ = to_client.write_all(&bytes).await;
+                        let _ = to_client.flush().await;
+                    }
+                    Some(Order::Greet) => {
+                        let _ = to_client.write_all(&std::mem::take(&mut withheld)).await;
                         let _ = to_client.flush().await;
                     }
                     Some(Order::Cut) | None => break,
