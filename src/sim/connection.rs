@@ -5,6 +5,7 @@
 //! handed to `h2`; streams beyond it get what APNs gives them. A push is in the ledger as accepted exactly when its 200
 //! was handed over, or when a script said so.
 
+mod answers;
 mod silence;
 mod streams;
 mod wedge;
@@ -23,7 +24,7 @@ use h2::{
     RecvStream,
     server::{self, SendResponse},
 };
-use http::{HeaderName, HeaderValue, Method, Response, StatusCode, header, request::Parts};
+use http::{HeaderName, Method, Response, StatusCode, header, request::Parts};
 use tokio::{net::TcpStream, sync::mpsc};
 use tokio_rustls::server::TlsStream;
 use uuid::Uuid;
@@ -31,7 +32,7 @@ use uuid::Uuid;
 use self::{streams::StreamLimit, windows::Windows};
 use super::{
     State, check,
-    conduct::Conduct,
+    conduct::{Conduct, MessageId},
     environment::Environment,
     fault::{Answer, Fault, FaultAction, LastStream, SHUTDOWN_DEBUG},
     frames::{Completing, GoAway, Orders},
@@ -432,7 +433,7 @@ impl Connection<'_> {
         }
         match self.check(request, now) {
             Ok(fault) => fault.unwrap_or(Fault { delay_ms: 0, action: FaultAction::Answer(Answer::Accepted) }),
-            Err(answer) => Fault { delay_ms: 0, action: FaultAction::Answer(answer) },
+            Err(answer) => Fault { delay_ms: 0, action: self.conducted(answer) },
         }
     }
 
@@ -576,36 +577,41 @@ impl Connection<'_> {
     fn answer(&mut self, mut request: Whole, answer: &Answer, now: Timestamp) {
         self.open -= 1;
         let (id, made) = self.message_id(&request);
-        let mut id_value = match request.head.headers.get(&check::ID) {
-            Some(own) if !made => own.clone(),
-            _ => identifiers::upper_case(id),
-        };
-        id_value.set_sensitive(true); // never indexed: it fills no header table
         let mut response = Response::new(());
+        *response.status_mut() = match answer {
+            Answer::Accepted => StatusCode::OK,
+            Answer::Refused(reason, _) => StatusCode::from_u16(reason.status()).unwrap_or_default(),
+            Answer::Other { status, .. } => StatusCode::from_u16(*status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR),
+        };
+        let status = response.status().as_u16();
         let headers = response.headers_mut();
-        headers.insert(check::ID.clone(), id_value);
-        let body = match answer {
+        let own = request.head.headers.get(&check::ID).filter(|_| !made && self.conduct.apns_id == MessageId::Echoed);
+        if self.conduct.apns_id != MessageId::Missing {
+            let mut id_value = own.cloned().unwrap_or_else(|| identifiers::upper_case(id));
+            id_value.set_sensitive(true); // never indexed: it fills no header table
+            headers.insert(check::ID.clone(), id_value);
+        }
+        answers::add_headers(headers, &self.conduct, status, now);
+        let (reason, body) = match answer {
             Answer::Accepted => {
                 if self.environment == Environment::Sandbox {
                     let mut unique = identifiers::upper_case(self.identifiers.next());
                     unique.set_sensitive(true);
                     headers.insert(UNIQUE_ID.clone(), unique);
                 }
-                None
+                (None, None)
             }
-            Answer::Refused(reason, None) => Some(Bytes::from_static(reason.body().as_bytes())),
-            Answer::Refused(reason, timestamp) => Some(error_body(reason.name(), *timestamp)),
-            Answer::Other { reason, timestamp, .. } => reason.as_deref().map(|reason| error_body(reason, *timestamp)),
+            Answer::Refused(reason, None) => (Some(reason.name()), Some(Bytes::from_static(reason.body().as_bytes()))),
+            Answer::Refused(reason, timestamp) => (Some(reason.name()), Some(error_body(reason.name(), *timestamp))),
+            Answer::Other { reason, timestamp, .. } => {
+                (reason.as_deref(), reason.as_deref().map(|reason| error_body(reason, *timestamp)))
+            }
         };
-        let body = body.filter(|_| request.head.method != Method::HEAD);
-        if body.is_some() {
-            headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        }
-        *response.status_mut() = match answer {
-            Answer::Accepted => StatusCode::OK,
-            Answer::Refused(reason, _) => StatusCode::from_u16(reason.status()).unwrap_or_default(),
-            Answer::Other { status, .. } => StatusCode::from_u16(*status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR),
-        };
+        let body = body.filter(|_| request.head.method != Method::HEAD).map(|json| {
+            let (body, content_type) = answers::body(self.conduct.error_body, reason, json);
+            headers.insert(header::CONTENT_TYPE, content_type);
+            body
+        });
         let sent = request.respond.send_response(response, body.is_none()).and_then(|mut stream| match body {
             Some(body) => stream.send_data(body, true),
             None => Ok(()),

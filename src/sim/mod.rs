@@ -57,7 +57,10 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 pub use self::{
     certificate::CertificateError,
     check::{MAX_COLLAPSE_ID_BYTES, MAX_EXPIRATION_SECONDS},
-    conduct::{AfterTokenError, Conduct, ConductError, FirstSettings, IdleEnd, IdleTimeout},
+    conduct::{
+        AfterTokenError, Conduct, ConductError, ErrorBody, ExpiredToken, FirstSettings, IdleEnd, IdleTimeout,
+        MessageId, RetryAfter,
+    },
     devices::{Device, Devices, MAX_TOKEN_BYTES, is_well_formed},
     door::Connects,
     environment::Environment,

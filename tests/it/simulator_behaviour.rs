@@ -60,11 +60,11 @@ async fn the_stream_limit_falls_to_1_with_a_refusal_and_rises_with_the_next_200(
         let (kind, flags, stream, _) = raw.next().await;
         assert!(kind != SETTINGS || flags == ACK, "410 is no error of the provider's");
         if (kind, stream) == (HEADERS, 7) {
+            raw.frame(PING, 0, 0, b"more yet").await; // SETTINGS would come before its acknowledgement
+        } else if kind == PING {
             break;
         }
     }
-    raw.frame(PING, 0, 0, b"more yet").await;
-    assert_eq!(raw.next_of(PING).await.2, b"more yet");
     world.end().await;
 }
 
@@ -454,5 +454,92 @@ async fn an_idle_connection_is_sent_away_and_one_that_waits_is_not_idle() {
     world.clock.advance(Duration::from_secs(600));
     let (_, _, payload) = raw.next_of(GOAWAY).await;
     assert_eq!(&payload[8..], br#"{"reason":"IdleTimeout"}"#);
+    world.end().await;
+}
+
+#[tokio::test]
+async fn answers_may_carry_a_date_that_is_wrong() {
+    let mut world = World::start().await;
+    let mut client = world.connect().await;
+    assert!(!client.push(TOKEN).await.headers.contains_key("date"), "none unless asked for");
+    assert_eq!(control(&world, "PATCH /environments/sandbox/conduct", r#"{"date_skew_ms": -90000}"#).await.0, 200);
+    for token in [TOKEN, "abc"] {
+        assert_eq!(client.push(token).await.headers["date"], "Sun, 22 Nov 2026 18:33:30 GMT", "START is 18:35:00");
+    }
+    world.clock.advance(Duration::from_secs(90));
+    assert_eq!(client.push(TOKEN).await.headers["date"], "Sun, 22 Nov 2026 18:35:00 GMT");
+    world.end().await;
+}
+
+#[tokio::test]
+async fn retry_after_comes_with_429_and_503_when_asked_for() {
+    let mut world = conducted(r#"{"retry_after": {"seconds": 30}}"#).await;
+    let mut client = world.connect().await;
+    for token in ["fa17ed4290", "fa17ed5030"] {
+        assert_eq!(client.push(token).await.headers["retry-after"], "30");
+    }
+    for token in [TOKEN, "fa17ed4001", "fa17ed5000"] {
+        assert!(!client.push(token).await.headers.contains_key("retry-after"), "{token}");
+    }
+    let as_date = Conduct::parse(r#"{"retry_after": {"date_in_seconds": 60}}"#).unwrap();
+    world.simulator.gates().set_conduct(SANDBOX, as_date);
+    assert_eq!(client.push("fa17ed4290").await.headers["retry-after"], "Sun, 22 Nov 2026 18:36:00 GMT");
+    world.end().await;
+}
+
+#[tokio::test]
+async fn an_expired_provider_token_may_get_500_or_nothing() {
+    let mut world = conducted(r#"{"expired_token": "internal_server_error"}"#).await;
+    let mut client = world.connect().await;
+    client.jwt = world.jwt("KEY0000001", 3601);
+    assert_eq!(client.push(TOKEN).await.reason(), (500, "InternalServerError"));
+    assert_eq!(control(&world, "PUT /environments/sandbox/conduct", r#"{"expired_token": "silence"}"#).await.0, 204);
+    let mut raw = RawFrames::open(&world).await;
+    raw.post(1, &client.jwt).await;
+    assert!(answers_ping(&mut raw).await);
+    assert!(is_silent(&mut raw).await);
+    assert_eq!(world.simulator.ledger().counters().accepted, 0);
+    client.jwt = world.jwt("KEY0000001", 0);
+    assert_eq!(client.push(TOKEN).await.status, 200, "a fresh one is fine");
+    assert_eq!(client.push("fa17ed4034").await.reason(), (403, "ExpiredProviderToken"), "a script says what it says");
+    world.end().await;
+}
+
+#[tokio::test]
+async fn an_apns_id_may_come_back_in_upper_case_or_not_at_all() {
+    let mut world = conducted(r#"{"apns_id": "upper_case"}"#).await;
+    let mut client = world.connect().await;
+    let id = "123e4567-e89b-12d3-a456-4266554400a0";
+    for token in [TOKEN, "abc"] {
+        let answer = client.ask(client.request(token).header("apns-id", id), "{}").await.unwrap();
+        assert_eq!(answer.headers["apns-id"], id.to_uppercase());
+    }
+    world.simulator.gates().set_conduct(SANDBOX, Conduct::parse(r#"{"apns_id": "missing"}"#).unwrap());
+    for token in [TOKEN, "abc"] {
+        let answer = client.ask(client.request(token).header("apns-id", id), "{}").await.unwrap();
+        assert!(!answer.headers.contains_key("apns-id"));
+    }
+    assert_eq!(world.simulator.ledger().repeats()[0].times, 2, "the ledger knows it all the same");
+    world.end().await;
+}
+
+#[tokio::test]
+async fn the_body_of_a_refusal_need_not_be_json() {
+    let mut world = World::start().await;
+    let mut client = world.connect().await;
+    for (form, body, content_type) in [
+        ("text", json!("InternalServerError"), "text/plain"),
+        ("html", json!("<html><body><h1>InternalServerError</h1></body></html>"), "text/html"),
+        ("truncated", json!("{\"reason\":\"Inter"), "application/json"),
+        ("empty", json!(null), "application/json"),
+        ("json", json!({"reason": "InternalServerError"}), "application/json"),
+    ] {
+        let changes = format!(r#"{{"error_body": "{form}"}}"#);
+        assert_eq!(control(&world, "PATCH /environments/sandbox/conduct", &changes).await.0, 200);
+        let answer = client.push("fa17ed5000").await;
+        assert_eq!((answer.status, &answer.body), (500, &body), "{form}");
+        assert_eq!(answer.headers["content-type"], content_type, "{form}");
+        assert_eq!(client.push(TOKEN).await.status, 200);
+    }
     world.end().await;
 }
