@@ -123,7 +123,7 @@ enum Flow {
     Continue,
     End,
     /// It ends, but first whatever was answered leaves.
-    HangUp,
+    CloseTls,
     /// It stays, and nothing goes on any more.
     HalfOpen,
 }
@@ -300,8 +300,8 @@ impl Connection<'_> {
             match flow {
                 Flow::Continue => continue,
                 Flow::End => {}
-                Flow::HangUp => {
-                    self.orders.hang_up();
+                Flow::CloseTls => {
+                    self.orders.close_tls();
                     poll_fn(|cx| Poll::Ready(self.h2.poll_closed(cx).is_ready())).await; // one try, as above
                 }
                 Flow::HalfOpen => self.lie_half_open().await,
@@ -498,9 +498,9 @@ impl Connection<'_> {
                 self.orders.cut();
                 return Flow::End;
             }
-            FaultAction::HangUp { accepted } => {
+            FaultAction::CloseTls { accepted } => {
                 self.accept_unanswered(&request, accepted, now);
-                return Flow::HangUp;
+                return Flow::CloseTls;
             }
             FaultAction::HalfOpen { accepted } => {
                 self.accept_unanswered(&request, accepted, now);
@@ -686,7 +686,7 @@ impl Connection<'_> {
             Command::GoAway(order) => self.obey_go_away(order),
             Command::Wedge(wedge) => self.wedge = Some(wedge),
             Command::HalfOpen => return Flow::HalfOpen,
-            Command::HangUp => return Flow::HangUp,
+            Command::CloseTls => return Flow::CloseTls,
             Command::Close => {
                 self.orders.cut();
                 return Flow::End;
@@ -695,14 +695,13 @@ impl Connection<'_> {
         Flow::Continue
     }
 
-    /// Sends a GOAWAY from outside: once or more, and perhaps nothing follows it.
+    /// Sends a GOAWAY from outside: once or twice, and perhaps nothing follows it.
     fn obey_go_away(&mut self, order: GoAwayOrder) {
         let debug = order.debug.unwrap_or_else(|| SHUTDOWN_DEBUG.to_owned());
         let last_stream =
             if order.linger { Some(order.last_stream.unwrap_or(self.highest)) } else { order.last_stream };
-        let itself = u32::from(!order.linger);
         let frame = GoAway { last_stream, code: Some(order.code), debug: Bytes::from(debug.clone()) };
-        for _ in itself..order.times.unwrap_or(1) {
+        for _ in 0..u32::from(order.twice) + u32::from(order.linger) {
             self.orders.add_go_away(&frame);
         }
         if order.linger {

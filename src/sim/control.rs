@@ -24,7 +24,7 @@
 //! | `PUT /environments/{environment}/stream-limit` `{"stream_limit": 10}` | another SETTINGS; `initial_stream_limit`: for new connections |
 //! | `GET /environments/{environment}/conduct` · `PUT` [`Conduct`] · `PATCH` | how it conducts itself: all of it · what is named |
 //! | `POST /environments/{environment}/go-away` [`GoAwayOrder`] | `{"connections": n}` |
-//! | `POST /environments/{environment}/close` · `/hang-up` · `/half-open` `{"connection": 3}` | `{"connections": n}`; `{}` for all |
+//! | `POST /environments/{environment}/close` · `/close-tls` · `/half-open` `{"connection": 3}` | `{"connections": n}`; `{}` for all |
 //! | `POST /environments/{environment}/wedge` [`WedgeOrder`] | `{"connections": n}` |
 //! | `PUT /environments/{environment}/connects` `{"connects": "refuse", "for_ms": 5000}` | what new connections get |
 
@@ -92,7 +92,7 @@ fn router(state: Arc<State>) -> Router {
         .route("/environments/{environment}/conduct", get(conduct).put(set_conduct).patch(change_conduct))
         .route("/environments/{environment}/go-away", post(go_away))
         .route("/environments/{environment}/close", post(close))
-        .route("/environments/{environment}/hang-up", post(hang_up))
+        .route("/environments/{environment}/close-tls", post(close_tls))
         .route("/environments/{environment}/half-open", post(half_open))
         .route("/environments/{environment}/wedge", post(wedge))
         .route("/environments/{environment}/connects", put(connects))
@@ -124,9 +124,9 @@ POST   /environments/{environment}/hold        and /release
 PUT    /environments/{environment}/latency     {\"latency_ms\": 50}
 PUT    /environments/{environment}/stream-limit {\"stream_limit\"?, \"initial_stream_limit\"?}
 GET    /environments/{environment}/conduct     PUT: all of it, PATCH: what is named
-POST   /environments/{environment}/go-away     {\"connection\"?, \"last_stream\"?, \"code\"?, \"debug\"?, \"times\"?, \"linger\"?}
+POST   /environments/{environment}/go-away     {\"connection\"?, \"last_stream\"?, \"code\"?, \"debug\"?, \"twice\"?, \"linger\"?}
 POST   /environments/{environment}/close       {\"connection\"?}: TCP reset
-POST   /environments/{environment}/hang-up     {\"connection\"?}: TLS close
+POST   /environments/{environment}/close-tls     {\"connection\"?}: TLS close
 POST   /environments/{environment}/half-open   {\"connection\"?}
 POST   /environments/{environment}/wedge       {\"connection\"?, \"error\"?: {\"status\", \"reason\"}}
 PUT    /environments/{environment}/connects    {\"connects\": \"accept\", \"refuse\", \"reset\" or \"stall\", \"for_ms\"?}
@@ -390,9 +390,9 @@ async fn close(Extract(state): Shared, environment: Place<Environment>, body: Bo
     Ok(Json(json!({ "connections": state.gates.close(environment, which.connection) })))
 }
 
-async fn hang_up(Extract(state): Shared, environment: Place<Environment>, body: Body<Which>) -> Answer<Json<Value>> {
+async fn close_tls(Extract(state): Shared, environment: Place<Environment>, body: Body<Which>) -> Answer<Json<Value>> {
     let (Path(environment), Json(which)) = (environment?, body?);
-    Ok(Json(json!({ "connections": state.gates.hang_up(environment, which.connection) })))
+    Ok(Json(json!({ "connections": state.gates.close_tls(environment, which.connection) })))
 }
 
 async fn half_open(Extract(state): Shared, environment: Place<Environment>, body: Body<Which>) -> Answer<Json<Value>> {
