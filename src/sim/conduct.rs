@@ -42,6 +42,18 @@ pub struct Conduct {
     pub apns_id: MessageId,
     /// The form of a refusal's body.
     pub error_body: ErrorBody,
+    /// How many pushes one device token takes before 429 `TooManyRequests`; absent: any number.
+    pub device_rate: Option<DeviceRate>,
+}
+
+/// So many pushes to one device token in so long; those refused for it do not count.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceRate {
+    /// How many.
+    pub pushes: u32,
+    /// In how many milliseconds.
+    pub within_ms: u64,
 }
 
 /// How a client is told to come back.

@@ -457,6 +457,11 @@ impl Connection<'_> {
         check::device_token(token).map_err(Answer::refusal)?;
         self.state.devices.check(self.environment, token, push.topic)?;
         check::body(request.body.len(), push.kind).map_err(Answer::refusal)?;
+        if let Some(rate) = self.conduct.device_rate
+            && !self.state.rates.allow(self.environment, token, rate, judge.monotonic)
+        {
+            return Err(Answer::refusal(Reason::TooManyRequests));
+        }
         Ok(self.state.scripts.take(self.environment, token, now))
     }
 
@@ -543,7 +548,8 @@ impl Connection<'_> {
     }
 
     fn accept(&mut self, request: &Whole, apns_id: Uuid, apns_id_made: bool, at: Timestamp) {
-        if !self.state.ledger.is_recording() {
+        let is_followed = self.state.phones.are_any();
+        if !self.state.ledger.is_recording() && !is_followed {
             count(&self.tally().accepted);
             return;
         }
@@ -556,7 +562,7 @@ impl Connection<'_> {
         if self.topic.as_ref() != push.topic {
             self.topic = Arc::from(push.topic);
         }
-        self.state.ledger.accept(&Entry {
+        let entry = Entry {
             at,
             environment: self.environment,
             token,
@@ -570,7 +576,11 @@ impl Connection<'_> {
             connection: self.record.number,
             stream: request.stream,
             body: &request.body,
-        });
+        };
+        self.state.ledger.accept(&entry);
+        if is_followed {
+            self.state.phones.accept(&entry);
+        }
     }
 
     /// Sends an answer. If the client no longer wants it, the push was not accepted.

@@ -16,6 +16,7 @@
 //! | `GET /keys` · `POST /keys` [`ProviderKey`] · `DELETE /keys/{key_id}` | provider keys |
 //! | `PUT /keys/{key_id}/team` `{"team_id": "…"}` | corrects a team |
 //! | `GET /devices` · `POST /devices` [`Device`] · `DELETE /devices/{environment}/{token}` | devices |
+//! | `PUT /devices/{environment}/{token}/online` `{"online": false}` · `GET /devices/{environment}/{token}` | follows a device · [`Phone`] |
 //! | `PUT /devices/required` `{"required": true}` | refuses tokens nobody registered |
 //! | `GET /scripts` · `POST /scripts` [`Script`] · `DELETE /scripts?token=` | scripted behaviour |
 //! | `GET /environments/{environment}` | [`GateState`] |
@@ -54,6 +55,7 @@ use super::{
     gate::{GateState, GoAwayOrder, WedgeOrder},
     keys::{KeyError, ProviderKey},
     ledger::PushQuery,
+    phones::{Phone, PhoneError},
 };
 
 type Shared = Extract<Arc<State>>;
@@ -82,7 +84,8 @@ fn router(state: Arc<State>) -> Router {
         .route("/keys/{key_id}/team", put(set_team))
         .route("/devices", get(async |Extract(state): Shared| items(&state.devices.list())).post(register_device))
         .route("/devices/required", put(require_devices))
-        .route("/devices/{environment}/{token}", delete(remove_device))
+        .route("/devices/{environment}/{token}", get(phone).delete(remove_device))
+        .route("/devices/{environment}/{token}/online", put(online))
         .route("/scripts", get(scripts).post(add_script).delete(clear_scripts))
         .route("/environments/{environment}", get(gate))
         .route("/environments/{environment}/hold", post(hold))
@@ -116,6 +119,8 @@ PUT    /keys/{key_id}/team                     {\"team_id\": \"…\"}
 DELETE /keys/{key_id}
 GET    /devices       POST /devices            {\"environment\", \"token\", \"topic\"?, \"inactive_since_ms\"?}
 PUT    /devices/required                       {\"required\": true}
+GET    /devices/{environment}/{token}          what it shows, what is stored for it
+PUT    /devices/{environment}/{token}/online   {\"online\": false}
 DELETE /devices/{environment}/{token}
 GET    /scripts       POST /scripts            {\"token\", \"times\"?, \"delay_ms\"?, \"environment\"?, \"action\"}
 DELETE /scripts?token=
@@ -165,6 +170,12 @@ impl From<KeyError> for Problem {
             | KeyError::Contradiction { .. } => StatusCode::UNPROCESSABLE_ENTITY,
         };
         Self::new(status, error.to_string())
+    }
+}
+
+impl From<PhoneError> for Problem {
+    fn from(error: PhoneError) -> Self {
+        Self::new(StatusCode::UNPROCESSABLE_ENTITY, error.to_string())
     }
 }
 
@@ -278,7 +289,27 @@ async fn require_devices(Extract(state): Shared, body: Body<Required>) -> Answer
 
 async fn remove_device(Extract(state): Shared, place: Place<(Environment, String)>) -> Answer {
     let Path((environment, token)) = place?;
-    found(state.devices.remove(environment, &token), "no such device is registered")
+    let was_registered = state.devices.remove(environment, &token);
+    let was_followed = state.phones.remove(environment, &token);
+    found(was_registered || was_followed, "no such device is registered")
+}
+
+async fn phone(Extract(state): Shared, place: Place<(Environment, String)>) -> Answer<Json<Phone>> {
+    let Path((environment, token)) = place?;
+    let phone = state.phones.find(environment, &token);
+    phone.map(Json).ok_or_else(|| Problem::not_found("the device was never brought online or taken offline"))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Online {
+    online: bool,
+}
+
+async fn online(Extract(state): Shared, place: Place<(Environment, String)>, body: Body<Online>) -> Answer {
+    let (Path((environment, token)), Json(online)) = (place?, body?);
+    state.phones.set_online(environment, &token, online.online)?;
+    Ok(StatusCode::NO_CONTENT)
 }
 
 async fn scripts(Extract(state): Shared) -> Json<Value> {

@@ -6,11 +6,11 @@ use std::time::Duration;
 use serde_json::json;
 use sonnette::{
     domain::clock::Clock as _,
-    sim::{Action, Conduct, Connects, Environment, GoAwayOrder, Script, WedgeError, WedgeOrder},
+    sim::{Action, Conduct, Connects, Environment, GoAwayOrder, MAX_SHOWN, Script, WedgeError, WedgeOrder},
 };
 use tokio::{io::AsyncReadExt as _, net::TcpStream};
 
-use crate::simulator::{RawFrames, TOKEN, World, control, finish, settings};
+use crate::simulator::{RawFrames, START, TOKEN, TOPIC, World, control, finish, settings};
 
 const HEADERS: u8 = 1;
 const RST_STREAM: u8 = 3;
@@ -541,5 +541,133 @@ async fn the_body_of_a_refusal_need_not_be_json() {
         assert_eq!(answer.headers["content-type"], content_type, "{form}");
         assert_eq!(client.push(TOKEN).await.status, 200);
     }
+    world.end().await;
+}
+
+#[tokio::test]
+async fn a_device_takes_so_many_pushes_in_so_long() {
+    let mut world = conducted(r#"{"device_rate": {"pushes": 2, "within_ms": 10000}}"#).await;
+    let mut client = world.connect().await;
+    assert_eq!(client.push(TOKEN).await.status, 200);
+    world.clock.advance(Duration::from_secs(4));
+    assert_eq!(client.push(TOKEN).await.status, 200);
+    for _ in 0..3 {
+        assert_eq!(client.push(&TOKEN.to_uppercase()).await.reason(), (429, "TooManyRequests"));
+    }
+    assert_eq!(client.push("00bb").await.status, 200, "others are not concerned");
+    world.clock.advance(Duration::from_secs(6));
+    assert_eq!(world.connect().await.push(TOKEN).await.status, 200, "refusals did not count");
+    assert_eq!(client.push(TOKEN).await.reason(), (429, "TooManyRequests"), "connections count together");
+    world.end().await;
+}
+
+/// What a device shows and what is stored for it, as bodies, by the control API.
+async fn phone(world: &World, token: &str) -> (Vec<String>, Vec<String>, serde_json::Value) {
+    let (status, phone) = control(world, &format!("GET /devices/sandbox/{token}"), "").await;
+    assert_eq!(status, 200, "{phone}");
+    let bodies = |list: &serde_json::Value| {
+        list.as_array().unwrap().iter().map(|one| one["body"].as_str().unwrap().to_owned()).collect()
+    };
+    (bodies(&phone["shown"]), bodies(&phone["stored"]), phone)
+}
+
+#[tokio::test]
+async fn one_notification_is_stored_for_an_offline_device_and_app_and_the_next_overwrites_it() {
+    let mut world = World::start().await;
+    let mut client = world.connect().await;
+    let offline = format!("PUT /devices/sandbox/{}/online", TOKEN.to_uppercase());
+    assert_eq!(control(&world, &offline, r#"{"online": false}"#).await.0, 204);
+    let jwt = client.jwt.clone();
+    let push = |topic: &str, expiration: Option<i64>| {
+        let request = http::Request::builder()
+            .method("POST")
+            .uri(format!("https://localhost/3/device/{TOKEN}"))
+            .header("authorization", format!("bearer {jwt}"))
+            .header("apns-push-type", "alert")
+            .header("apns-topic", topic);
+        match expiration {
+            Some(seconds) => request.header("apns-expiration", START + seconds),
+            None => request,
+        }
+    };
+    for (request, body) in [
+        (push("fr.ocpizza.livreur", None), "one"),
+        (push("fr.ocpizza.livreur.voip", Some(60)), "two"),
+        (push("fr.ocpizza.client", Some(600)), "other app"),
+        (push("fr.ocpizza.livreur", Some(-1)), "past"),
+        (push("fr.ocpizza.livreur", None).header("apns-expiration", "0"), "now or never"),
+    ] {
+        assert_eq!(client.ask(request, body).await.unwrap().status, 200, "{body}");
+    }
+    let (shown, stored, whole) = phone(&world, TOKEN).await;
+    assert_eq!((shown, stored), (vec![], vec!["two".to_owned(), "other app".to_owned()]));
+    assert_eq!((&whole["overwritten"], &whole["not_stored"], &whole["delivered"]), (&json!(1), &json!(2), &json!(0)));
+    assert_eq!(
+        (&whole["stored"][0]["replaced"], &whole["stored"][0]["bundle_id"]),
+        (&json!(1), &json!("fr.ocpizza.livreur"))
+    );
+    world.clock.advance(Duration::from_secs(60));
+    assert_eq!(control(&world, &offline, r#"{"online": true}"#).await.0, 204);
+    let (shown, stored, whole) = phone(&world, TOKEN).await;
+    assert_eq!((shown, stored), (vec!["other app".to_owned()], vec![]), "the other had expired");
+    assert_eq!((&whole["expired"], &whole["delivered"]), (&json!(1), &json!(1)));
+    world.end().await;
+}
+
+#[tokio::test]
+async fn what_is_stored_without_expiration_lasts_thirty_days() {
+    let mut world = World::start().await;
+    let phones = world.simulator.phones();
+    phones.set_online(SANDBOX, TOKEN, false).unwrap();
+    for days in [29, 2] {
+        assert_eq!(world.connect().await.push(TOKEN).await.status, 200);
+        assert_eq!(phones.find(SANDBOX, TOKEN).unwrap().stored.len(), 1);
+        world.clock.advance(Duration::from_secs(days * 24 * 60 * 60));
+        assert_eq!(phones.find(SANDBOX, TOKEN).unwrap().stored.len(), 1, "after {days} days");
+    }
+    world.clock.advance(Duration::from_secs(28 * 24 * 60 * 60));
+    assert_eq!(phones.find(SANDBOX, TOKEN).unwrap().stored.len(), 0);
+    world.end().await;
+}
+
+#[tokio::test]
+async fn a_collapse_id_replaces_what_an_online_device_shows() {
+    let mut world = World::start().await;
+    let mut client = world.connect().await;
+    let online = format!("PUT /devices/sandbox/{TOKEN}/online");
+    assert_eq!(control(&world, &online, r#"{"online": true}"#).await.0, 204);
+    let order = |client: &crate::simulator::Client| client.request(TOKEN).header("apns-collapse-id", "order-1042");
+    for (request, body) in [
+        (order(&client), "in the oven"),
+        (client.request(TOKEN), "hello"),
+        (order(&client), "on its way"),
+        (client.request(TOKEN).header("apns-collapse-id", "order-1043"), "another"),
+        (order(&client), "here"),
+    ] {
+        assert_eq!(client.ask(request, body).await.unwrap().status, 200);
+    }
+    let silent = http::Request::builder()
+        .method("POST")
+        .uri(format!("https://localhost/3/device/{TOKEN}"))
+        .header("authorization", format!("bearer {}", client.jwt))
+        .header("apns-topic", TOPIC)
+        .header("apns-push-type", "background")
+        .header("apns-priority", "5");
+    assert_eq!(client.ask(silent, "{}").await.unwrap().status, 200);
+    let (shown, _, whole) = phone(&world, TOKEN).await;
+    assert_eq!(shown, ["hello", "another", "here"]);
+    assert_eq!(
+        (&whole["shown"][2]["replaced"], &whole["delivered"]),
+        (&json!(2), &json!(6)),
+        "silent ones arrive unseen"
+    );
+    for n in 0..100 {
+        assert_eq!(client.ask(client.request(TOKEN), &n.to_string()).await.unwrap().status, 200);
+    }
+    let (shown, _, _) = phone(&world, TOKEN).await;
+    assert_eq!((shown.len(), shown[0].as_str()), (MAX_SHOWN, "36"), "the oldest go first");
+    assert_eq!(control(&world, &format!("DELETE /devices/sandbox/{TOKEN}"), "").await.0, 204);
+    assert_eq!(control(&world, &format!("GET /devices/sandbox/{TOKEN}"), "").await.0, 404);
+    assert_eq!(control(&world, "PUT /devices/sandbox/xyz/online", r#"{"online": true}"#).await.0, 422);
     world.end().await;
 }
