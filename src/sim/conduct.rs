@@ -32,6 +32,81 @@ pub struct Conduct {
     pub after_token_error: AfterTokenError,
     /// How long a connection may be idle; absent: for ever.
     pub idle_timeout: Option<IdleTimeout>,
+    /// How many milliseconds the `date` of answers is ahead of the simulator's clock; absent: there is none.
+    pub date_skew_ms: Option<i64>,
+    /// The `retry-after` of 429 and 503; absent: there is none.
+    pub retry_after: Option<RetryAfter>,
+    /// How a provider token older than an hour is refused.
+    pub expired_token: ExpiredToken,
+    /// How `apns-id` comes back.
+    pub apns_id: MessageId,
+    /// The form of a refusal's body.
+    pub error_body: ErrorBody,
+    /// How many pushes one device token takes before 429 `TooManyRequests`; absent: any number.
+    pub device_rate: Option<DeviceRate>,
+}
+
+/// So many pushes to one device token in so long; those refused for it do not count.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceRate {
+    /// How many.
+    pub pushes: u32,
+    /// In how many milliseconds.
+    pub within_ms: u64,
+}
+
+/// How a client is told to come back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RetryAfter {
+    /// In so many seconds.
+    Seconds(u32),
+    /// At a time, which is so many seconds away.
+    DateInSeconds(u32),
+}
+
+/// What an expired provider token gets: others saw each (pushy 408, node-apn 480).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExpiredToken {
+    /// 403 `ExpiredProviderToken`.
+    #[default]
+    Refused,
+    /// 500 `InternalServerError`.
+    InternalServerError,
+    /// No answer.
+    Silence,
+}
+
+/// The `apns-id` of an answer.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MessageId {
+    /// As the client wrote it; one that APNs makes is in upper case.
+    #[default]
+    Echoed,
+    /// In upper case in any case.
+    UpperCase,
+    /// There is none.
+    Missing,
+}
+
+/// The body of a refusal.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorBody {
+    /// `{"reason": "…"}`
+    #[default]
+    Json,
+    /// The bare reason.
+    Text,
+    /// A page such as a proxy's.
+    Html,
+    /// The first half of the JSON.
+    Truncated,
+    /// None.
+    Empty,
 }
 
 /// What a connection does once its provider token was refused.

@@ -6,6 +6,7 @@
 //! was handed over, or when a script said so; how every request received whole ended is in the ledger too, also when
 //! the connection ends first.
 
+mod answers;
 mod silence;
 mod streams;
 mod wedge;
@@ -24,7 +25,7 @@ use h2::{
     Ping, PingPong, RecvStream,
     server::{self, SendResponse},
 };
-use http::{HeaderName, HeaderValue, Method, Response, StatusCode, header, request::Parts};
+use http::{HeaderName, Method, Response, StatusCode, header, request::Parts};
 use tokio::{net::TcpStream, sync::mpsc};
 use tokio_rustls::server::TlsStream;
 use uuid::Uuid;
@@ -32,7 +33,7 @@ use uuid::Uuid;
 use self::{streams::StreamLimit, windows::Windows};
 use super::{
     State, check,
-    conduct::Conduct,
+    conduct::{Conduct, MessageId},
     environment::Environment,
     fault::{Answer, Fault, FaultAction, LastStream, SHUTDOWN_DEBUG},
     frames::{Completing, GoAway, Orders},
@@ -144,7 +145,7 @@ enum Flow {
     Continue,
     End,
     /// It ends, but first whatever was answered leaves.
-    HangUp,
+    CloseTls,
     /// It stays, and nothing goes on any more.
     HalfOpen,
 }
@@ -322,8 +323,8 @@ impl<'a> Connection<'a> {
             match flow {
                 Flow::Continue => continue,
                 Flow::End => {}
-                Flow::HangUp => {
-                    self.orders.hang_up();
+                Flow::CloseTls => {
+                    self.orders.close_tls();
                     poll_fn(|cx| Poll::Ready(self.h2.poll_closed(cx).is_ready())).await; // one try, as above
                 }
                 Flow::HalfOpen => self.lie_half_open().await,
@@ -464,7 +465,7 @@ impl<'a> Connection<'a> {
         }
         match self.check(request, now) {
             Ok(fault) => fault.unwrap_or(Fault { delay_ms: 0, action: FaultAction::Answer(Answer::Accepted) }),
-            Err(answer) => Fault { delay_ms: 0, action: FaultAction::Answer(answer) },
+            Err(answer) => Fault { delay_ms: 0, action: self.conducted(answer) },
         }
     }
 
@@ -488,6 +489,11 @@ impl<'a> Connection<'a> {
         check::device_token(token).map_err(Answer::refusal)?;
         self.state.devices.check(self.environment, token, push.topic)?;
         check::body(request.body.len(), push.kind).map_err(Answer::refusal)?;
+        if let Some(rate) = self.conduct.device_rate
+            && !self.state.rates.allow(self.environment, token, rate, judge.monotonic)
+        {
+            return Err(Answer::refusal(Reason::TooManyRequests));
+        }
         Ok(self.state.scripts.take(self.environment, token, now))
     }
 
@@ -536,9 +542,9 @@ impl<'a> Connection<'a> {
                 self.orders.cut();
                 return Flow::End;
             }
-            FaultAction::HangUp { accepted } => {
+            FaultAction::CloseTls { accepted } => {
                 self.accept_unanswered(&request, accepted, now);
-                return Flow::HangUp;
+                return Flow::CloseTls;
             }
             FaultAction::HalfOpen { accepted } => {
                 self.accept_unanswered(&request, accepted, now);
@@ -580,7 +586,8 @@ impl<'a> Connection<'a> {
     }
 
     fn accept(&mut self, request: &Whole<'_>, at: Timestamp) {
-        if !self.state.ledger.is_recording() {
+        let is_followed = self.state.phones.are_any();
+        if !self.state.ledger.is_recording() && !is_followed {
             count(&self.tally().accepted);
             return;
         }
@@ -593,7 +600,7 @@ impl<'a> Connection<'a> {
         if self.topic.as_ref() != push.topic {
             self.topic = Arc::from(push.topic);
         }
-        self.state.ledger.accept(&Entry {
+        let entry = Entry {
             at,
             environment: self.environment,
             token,
@@ -607,38 +614,55 @@ impl<'a> Connection<'a> {
             connection: self.record.number,
             stream: request.stream,
             body: &request.body,
-        });
+        };
+        self.state.ledger.accept(&entry);
+        if is_followed {
+            self.state.phones.accept(&entry);
+        }
     }
 
     /// Sends an answer. If the client no longer wants it, the push was not accepted.
     fn answer(&mut self, mut request: Whole<'_>, answer: &Answer, now: Timestamp) {
         self.open -= 1;
-        let mut id_value = match request.head.headers.get(&check::ID) {
-            Some(own) if !request.id_made => own.clone(),
-            _ => identifiers::upper_case(request.id),
-        };
-        id_value.set_sensitive(true); // never indexed: it fills no header table
         let mut response = Response::new(());
+        *response.status_mut() = match answer {
+            Answer::Accepted => StatusCode::OK,
+            Answer::Refused(reason, _) => StatusCode::from_u16(reason.status()).unwrap_or_default(),
+            Answer::Other { status, .. } => StatusCode::from_u16(*status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR),
+        };
+        let status = response.status().as_u16();
         let headers = response.headers_mut();
-        headers.insert(check::ID.clone(), id_value);
-        let body = match answer {
+        let own = request
+            .head
+            .headers
+            .get(&check::ID)
+            .filter(|_| !request.id_made && self.conduct.apns_id == MessageId::Echoed);
+        if self.conduct.apns_id != MessageId::Missing {
+            let mut id_value = own.cloned().unwrap_or_else(|| identifiers::upper_case(request.id));
+            id_value.set_sensitive(true); // never indexed: it fills no header table
+            headers.insert(check::ID.clone(), id_value);
+        }
+        answers::add_headers(headers, &self.conduct, status, now);
+        let (reason, body) = match answer {
             Answer::Accepted => {
                 if self.environment == Environment::Sandbox {
                     let mut unique = identifiers::upper_case(self.identifiers.next());
                     unique.set_sensitive(true);
                     headers.insert(UNIQUE_ID.clone(), unique);
                 }
-                None
+                (None, None)
             }
-            Answer::Refused(reason, None) => Some(Bytes::from_static(reason.body().as_bytes())),
-            Answer::Refused(reason, timestamp) => Some(error_body(reason.name(), *timestamp)),
-            Answer::Other { reason, timestamp, .. } => reason.as_deref().map(|reason| error_body(reason, *timestamp)),
+            Answer::Refused(reason, None) => (Some(reason.name()), Some(Bytes::from_static(reason.body().as_bytes()))),
+            Answer::Refused(reason, timestamp) => (Some(reason.name()), Some(error_body(reason.name(), *timestamp))),
+            Answer::Other { reason, timestamp, .. } => {
+                (reason.as_deref(), reason.as_deref().map(|reason| error_body(reason, *timestamp)))
+            }
         };
-        let body = body.filter(|_| request.head.method != Method::HEAD);
-        if body.is_some() {
-            headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        }
-        *response.status_mut() = StatusCode::from_u16(answer.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let body = body.filter(|_| request.head.method != Method::HEAD).map(|json| {
+            let (body, content_type) = answers::body(self.conduct.error_body, reason, json);
+            headers.insert(header::CONTENT_TYPE, content_type);
+            body
+        });
         let sent = request.respond.send_response(response, body.is_none()).and_then(|mut stream| match body {
             Some(body) => stream.send_data(body, true),
             None => Ok(()),
@@ -714,7 +738,7 @@ impl<'a> Connection<'a> {
             Command::GoAway(order) => self.obey_go_away(order),
             Command::Wedge(wedge) => self.wedge = Some(wedge),
             Command::HalfOpen => return Flow::HalfOpen,
-            Command::HangUp => return Flow::HangUp,
+            Command::CloseTls => return Flow::CloseTls,
             Command::Close => {
                 self.orders.cut();
                 return Flow::End;
@@ -723,14 +747,13 @@ impl<'a> Connection<'a> {
         Flow::Continue
     }
 
-    /// Sends a GOAWAY from outside: once or more, and perhaps nothing follows it.
+    /// Sends a GOAWAY from outside: once or twice, and perhaps nothing follows it.
     fn obey_go_away(&mut self, order: GoAwayOrder) {
         let debug = order.debug.unwrap_or_else(|| SHUTDOWN_DEBUG.to_owned());
         let last_stream =
             if order.linger { Some(order.last_stream.unwrap_or(self.highest)) } else { order.last_stream };
-        let itself = u32::from(!order.linger);
         let frame = GoAway { last_stream, code: Some(order.code), debug: Bytes::from(debug.clone()) };
-        for _ in itself..order.times.unwrap_or(1) {
+        for _ in 0..u32::from(order.twice) + u32::from(order.linger) {
             self.orders.add_go_away(&frame);
         }
         if order.linger {

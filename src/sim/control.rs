@@ -20,6 +20,7 @@
 //! | `GET /keys` · `POST /keys` [`ProviderKey`] · `DELETE /keys/{key_id}` | provider keys |
 //! | `PUT /keys/{key_id}/team` `{"team_id": "…"}` | corrects a team |
 //! | `GET /devices` · `POST /devices` [`Device`] · `DELETE /devices/{environment}/{token}` | devices |
+//! | `PUT /devices/{environment}/{token}/online` `{"online": false}` · `GET /devices/{environment}/{token}` | follows a device · [`Phone`] |
 //! | `PUT /devices/required` `{"required": true}` | refuses tokens nobody registered |
 //! | `GET /scripts` · `POST /scripts` [`Script`] · `DELETE /scripts?token=` | scripted behaviour |
 //! | `GET /environments/{environment}` | [`GateState`] |
@@ -28,7 +29,7 @@
 //! | `PUT /environments/{environment}/stream-limit` `{"stream_limit": 10}` | another SETTINGS; `initial_stream_limit`: for new connections |
 //! | `GET /environments/{environment}/conduct` · `PUT` [`Conduct`] · `PATCH` | how it conducts itself: all of it · what is named |
 //! | `POST /environments/{environment}/go-away` [`GoAwayOrder`] | `{"connections": n}` |
-//! | `POST /environments/{environment}/close` · `/hang-up` · `/half-open` `{"connection": 3}` | `{"connections": n}`; `{}` for all |
+//! | `POST /environments/{environment}/close` · `/close-tls` · `/half-open` `{"connection": 3}` | `{"connections": n}`; `{}` for all |
 //! | `POST /environments/{environment}/wedge` [`WedgeOrder`] | `{"connections": n}` |
 //! | `PUT /environments/{environment}/connects` `{"connects": "refuse", "for_ms": 5000}` | what new connections get |
 
@@ -59,6 +60,7 @@ use super::{
     gate::{GateState, GoAwayOrder, WedgeOrder},
     keys::{KeyError, ProviderKey},
     ledger::{PushQuery, TruthQuery},
+    phones::{Phone, PhoneError},
 };
 
 /// Lines of the ledger's truth that are read at a time.
@@ -93,7 +95,8 @@ fn router(state: Arc<State>) -> Router {
         .route("/keys/{key_id}/team", put(set_team))
         .route("/devices", get(async |Extract(state): Shared| items(&state.devices.list())).post(register_device))
         .route("/devices/required", put(require_devices))
-        .route("/devices/{environment}/{token}", delete(remove_device))
+        .route("/devices/{environment}/{token}", get(phone).delete(remove_device))
+        .route("/devices/{environment}/{token}/online", put(online))
         .route("/scripts", get(scripts).post(add_script).delete(clear_scripts))
         .route("/environments/{environment}", get(gate))
         .route("/environments/{environment}/hold", post(hold))
@@ -103,7 +106,7 @@ fn router(state: Arc<State>) -> Router {
         .route("/environments/{environment}/conduct", get(conduct).put(set_conduct).patch(change_conduct))
         .route("/environments/{environment}/go-away", post(go_away))
         .route("/environments/{environment}/close", post(close))
-        .route("/environments/{environment}/hang-up", post(hang_up))
+        .route("/environments/{environment}/close-tls", post(close_tls))
         .route("/environments/{environment}/half-open", post(half_open))
         .route("/environments/{environment}/wedge", post(wedge))
         .route("/environments/{environment}/connects", put(connects))
@@ -131,6 +134,8 @@ PUT    /keys/{key_id}/team                     {\"team_id\": \"…\"}
 DELETE /keys/{key_id}
 GET    /devices       POST /devices            {\"environment\", \"token\", \"topic\"?, \"inactive_since_ms\"?}
 PUT    /devices/required                       {\"required\": true}
+GET    /devices/{environment}/{token}          what it shows, what is stored for it
+PUT    /devices/{environment}/{token}/online   {\"online\": false}
 DELETE /devices/{environment}/{token}
 GET    /scripts       POST /scripts            {\"token\", \"times\"?, \"delay_ms\"?, \"environment\"?, \"action\"}
 DELETE /scripts?token=
@@ -139,9 +144,9 @@ POST   /environments/{environment}/hold        and /release
 PUT    /environments/{environment}/latency     {\"latency_ms\": 50}
 PUT    /environments/{environment}/stream-limit {\"stream_limit\"?, \"initial_stream_limit\"?}
 GET    /environments/{environment}/conduct     PUT: all of it, PATCH: what is named
-POST   /environments/{environment}/go-away     {\"connection\"?, \"last_stream\"?, \"code\"?, \"debug\"?, \"times\"?, \"linger\"?}
+POST   /environments/{environment}/go-away     {\"connection\"?, \"last_stream\"?, \"code\"?, \"debug\"?, \"twice\"?, \"linger\"?}
 POST   /environments/{environment}/close       {\"connection\"?}: TCP reset
-POST   /environments/{environment}/hang-up     {\"connection\"?}: TLS close
+POST   /environments/{environment}/close-tls     {\"connection\"?}: TLS close
 POST   /environments/{environment}/half-open   {\"connection\"?}
 POST   /environments/{environment}/wedge       {\"connection\"?, \"error\"?: {\"status\", \"reason\"}}
 PUT    /environments/{environment}/connects    {\"connects\": \"accept\", \"refuse\", \"reset\" or \"stall\", \"for_ms\"?}
@@ -180,6 +185,12 @@ impl From<KeyError> for Problem {
             | KeyError::Contradiction { .. } => StatusCode::UNPROCESSABLE_ENTITY,
         };
         Self::new(status, error.to_string())
+    }
+}
+
+impl From<PhoneError> for Problem {
+    fn from(error: PhoneError) -> Self {
+        Self::new(StatusCode::UNPROCESSABLE_ENTITY, error.to_string())
     }
 }
 
@@ -336,7 +347,27 @@ async fn require_devices(Extract(state): Shared, body: Body<Required>) -> Answer
 
 async fn remove_device(Extract(state): Shared, place: Place<(Environment, String)>) -> Answer {
     let Path((environment, token)) = place?;
-    found(state.devices.remove(environment, &token), "no such device is registered")
+    let was_registered = state.devices.remove(environment, &token);
+    let was_followed = state.phones.remove(environment, &token);
+    found(was_registered || was_followed, "no such device is registered")
+}
+
+async fn phone(Extract(state): Shared, place: Place<(Environment, String)>) -> Answer<Json<Phone>> {
+    let Path((environment, token)) = place?;
+    let phone = state.phones.find(environment, &token);
+    phone.map(Json).ok_or_else(|| Problem::not_found("the device was never brought online or taken offline"))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Online {
+    online: bool,
+}
+
+async fn online(Extract(state): Shared, place: Place<(Environment, String)>, body: Body<Online>) -> Answer {
+    let (Path((environment, token)), Json(online)) = (place?, body?);
+    state.phones.set_online(environment, &token, online.online)?;
+    Ok(StatusCode::NO_CONTENT)
 }
 
 async fn scripts(Extract(state): Shared) -> Json<Value> {
@@ -448,9 +479,9 @@ async fn close(Extract(state): Shared, environment: Place<Environment>, body: Bo
     Ok(Json(json!({ "connections": state.gates.close(environment, which.connection) })))
 }
 
-async fn hang_up(Extract(state): Shared, environment: Place<Environment>, body: Body<Which>) -> Answer<Json<Value>> {
+async fn close_tls(Extract(state): Shared, environment: Place<Environment>, body: Body<Which>) -> Answer<Json<Value>> {
     let (Path(environment), Json(which)) = (environment?, body?);
-    Ok(Json(json!({ "connections": state.gates.hang_up(environment, which.connection) })))
+    Ok(Json(json!({ "connections": state.gates.close_tls(environment, which.connection) })))
 }
 
 async fn half_open(Extract(state): Shared, environment: Place<Environment>, body: Body<Which>) -> Answer<Json<Value>> {

@@ -125,7 +125,7 @@ pub enum Action {
         accepted: bool,
     },
     /// TLS and TCP are closed in good order, without GOAWAY; whatever was not answered is lost.
-    HangUp {
+    CloseTls {
         /// Whether the ledger counts this push as accepted before that.
         #[serde(default)]
         accepted: bool,
@@ -211,7 +211,7 @@ pub(super) enum FaultAction {
     Stall { accepted: bool },
     Reset { code: u32, accepted: bool },
     Close { accepted: bool },
-    HangUp { accepted: bool },
+    CloseTls { accepted: bool },
     HalfOpen { accepted: bool },
     Wedge { accepted: bool },
     GoAway { last_stream: LastStream, code: u32, debug: String },
@@ -231,7 +231,7 @@ impl From<&Action> for FaultAction {
             Action::Stall { accepted } => Self::Stall { accepted: *accepted },
             Action::Reset { code, accepted } => Self::Reset { code: *code, accepted: *accepted },
             Action::Close { accepted } => Self::Close { accepted: *accepted },
-            Action::HangUp { accepted } => Self::HangUp { accepted: *accepted },
+            Action::CloseTls { accepted } => Self::CloseTls { accepted: *accepted },
             Action::HalfOpen { accepted } => Self::HalfOpen { accepted: *accepted },
             Action::Wedge { accepted } => Self::Wedge { accepted: *accepted },
             Action::GoAway { last_stream, code, debug } => Self::GoAway {
@@ -360,9 +360,9 @@ pub enum Behaviour {
     /// Neither this push, which is not accepted, nor any later one of the connection is answered.
     Wedge,
     /// TLS and TCP are closed without GOAWAY; not accepted.
-    HangUp,
+    CloseTls,
     /// Accepted, then the same.
-    AcceptedThenHangUp,
+    AcceptedThenCloseTls,
 }
 
 /// The codes that may follow [`PREFIX`], and what each does.
@@ -379,8 +379,8 @@ pub const PREFIXES: &[(&str, Behaviour)] = &[
     ("000a", Behaviour::HalfOpen),
     ("000b", Behaviour::AcceptedThenHalfOpen),
     ("000c", Behaviour::Wedge),
-    ("000d", Behaviour::HangUp),
-    ("000e", Behaviour::AcceptedThenHangUp),
+    ("000d", Behaviour::CloseTls),
+    ("000e", Behaviour::AcceptedThenCloseTls),
     ("4000", Behaviour::Reason(Reason::BadCollapseId)),
     ("4001", Behaviour::Reason(Reason::BadDeviceToken)),
     ("4002", Behaviour::Reason(Reason::BadExpirationDate)),
@@ -448,8 +448,8 @@ fn by_prefix(token: &str, now: Timestamp) -> Option<Fault> {
         Behaviour::HalfOpen => FaultAction::HalfOpen { accepted: false },
         Behaviour::AcceptedThenHalfOpen => FaultAction::HalfOpen { accepted: true },
         Behaviour::Wedge => FaultAction::Wedge { accepted: false },
-        Behaviour::HangUp => FaultAction::HangUp { accepted: false },
-        Behaviour::AcceptedThenHangUp => FaultAction::HangUp { accepted: true },
+        Behaviour::CloseTls => FaultAction::CloseTls { accepted: false },
+        Behaviour::AcceptedThenCloseTls => FaultAction::CloseTls { accepted: true },
         Behaviour::GoAway => {
             FaultAction::GoAway { last_stream: LastStream::All, code: 0, debug: SHUTDOWN_DEBUG.to_owned() }
         }

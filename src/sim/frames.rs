@@ -69,7 +69,7 @@ pub(super) struct Orders {
     additional: Mutex<BytesMut>,
     has_additional: AtomicBool,
     cut: AtomicBool,
-    hang_up: AtomicBool,
+    close_tls: AtomicBool,
     half_open: AtomicBool,
     /// How many bytes a second are read; 0: all that come.
     read_bytes_per_second: AtomicU32,
@@ -85,7 +85,7 @@ impl Orders {
             additional: Mutex::default(),
             has_additional: AtomicBool::new(false),
             cut: AtomicBool::new(false),
-            hang_up: AtomicBool::new(false),
+            close_tls: AtomicBool::new(false),
             half_open: AtomicBool::new(false),
             read_bytes_per_second: AtomicU32::new(0),
             unaware: AtomicU32::new(u32::MAX),
@@ -119,8 +119,8 @@ impl Orders {
     }
 
     /// When the connection is dropped, TLS shall be closed by its alert, and TCP after it.
-    pub(super) fn hang_up(&self) {
-        self.hang_up.store(true, Ordering::Relaxed);
+    pub(super) fn close_tls(&self) {
+        self.close_tls.store(true, Ordering::Relaxed);
     }
 
     /// From now on nothing is read, and what is written vanishes. What is read ends when the client has closed TCP.
@@ -501,7 +501,7 @@ impl Drop for Completing {
         {
             tracing::debug!(error = %error, "the connection is closed, not reset");
         }
-        if self.rewriter.orders.hang_up.load(Ordering::Relaxed) {
+        if self.rewriter.orders.close_tls.load(Ordering::Relaxed) {
             let (tcp, tls) = self.stream.get_mut();
             tls.send_close_notify();
             // What does not fit now is lost: nobody waits for a slow reader.

@@ -37,7 +37,7 @@ pub(super) enum Command {
     /// Neither read nor write any more.
     HalfOpen,
     /// Close TLS and TCP without GOAWAY.
-    HangUp,
+    CloseTls,
     /// Reset the TCP connection.
     Close,
 }
@@ -89,10 +89,10 @@ pub struct GoAwayOrder {
     /// The debug data, JSON or not; absent: `{"reason":"Shutdown"}`.
     #[serde(default)]
     pub debug: Option<String>,
-    /// How often it is sent, in a row; absent: once. (A graceful one is followed by another in any case, as soon as the
-    /// client has acknowledged a PING.)
+    /// Whether it is sent two times in a row. (A graceful one is followed by another in any case, as soon as the client
+    /// has acknowledged a PING.)
     #[serde(default)]
-    pub times: Option<u32>,
+    pub twice: bool,
     /// The connection stays open afterwards, without ever processing another stream.
     #[serde(default)]
     pub linger: bool,
@@ -262,8 +262,8 @@ impl Gates {
 
     /// Closes TLS and TCP of `connection`, or of all, without GOAWAY. Says how many.
     #[expect(clippy::must_use_candidate, reason = "the effect is what it is called for")]
-    pub fn hang_up(&self, environment: Environment, connection: Option<u64>) -> usize {
-        self.of(environment).tell(connection, &Command::HangUp)
+    pub fn close_tls(&self, environment: Environment, connection: Option<u64>) -> usize {
+        self.of(environment).tell(connection, &Command::CloseTls)
     }
 
     /// What new TCP connections get: until the next order, or only so long. Returns when it is so.

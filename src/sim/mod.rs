@@ -17,12 +17,13 @@
 //! | `conduct` | how an environment conducts itself on a bad day |
 //! | `door` | letting new TCP connections in, or not |
 //! | `gate` | holding, slowing and sending away a whole environment |
+//! | `rate`, `phones` | how much a device takes; what it shows, and what is stored for it |
 //! | `ledger`, `ledger/truth` | what arrived; what became of every push |
 //! | `receipts` | which answers the client has certainly read |
 //! | `control` | all of it over plain HTTP |
 //!
 //! Known gaps: broadcasts (`/4/broadcasts/…`) and channel management are answered `404 BadPath`; there is no
-//! certificate authentication and no limit of pushes per device.
+//! certificate authentication.
 
 mod certificate;
 mod check;
@@ -38,8 +39,10 @@ mod gate;
 mod identifiers;
 mod keys;
 mod ledger;
+mod phones;
 mod provider_token;
 mod push_type;
+mod rate;
 mod reason;
 mod receipts;
 mod server;
@@ -56,10 +59,14 @@ use tokio::net::TcpListener;
 use tokio_rustls::TlsAcceptor;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
+use self::rate::Rates;
 pub use self::{
     certificate::CertificateError,
     check::{MAX_COLLAPSE_ID_BYTES, MAX_EXPIRATION_SECONDS},
-    conduct::{AfterTokenError, Conduct, ConductError, FirstSettings, IdleEnd, IdleTimeout},
+    conduct::{
+        AfterTokenError, Conduct, ConductError, DeviceRate, ErrorBody, ExpiredToken, FirstSettings, IdleEnd,
+        IdleTimeout, MessageId, RetryAfter,
+    },
     devices::{Device, Devices, MAX_TOKEN_BYTES, is_well_formed},
     door::Connects,
     environment::Environment,
@@ -70,6 +77,7 @@ pub use self::{
         ConnectionSeen, Counters, Ledger, ProviderTokenSeen, Push, PushQuery, Repeat, Summary, TokenSwitch, Truth,
         TruthQuery, Verdict,
     },
+    phones::{MAX_PHONES, MAX_SHOWN, MAX_STORED, Notification, Phone, PhoneError, Phones},
     provider_token::{MAX_AGE, MIN_TIME_BETWEEN_CHANGES},
     push_type::{MAX_BODY_BYTES, MAX_VOIP_BODY_BYTES, PushType, bundle_id},
     reason::Reason,
@@ -167,6 +175,8 @@ struct State {
     wire_spelling: bool,
     keys: Keys,
     devices: Devices,
+    phones: Phones,
+    rates: Rates,
     scripts: Scripts,
     gates: Gates,
     ledger: Ledger,
@@ -212,10 +222,11 @@ impl Simulator {
         let (sandbox, sandbox_address) = bind("sandbox", settings.sandbox).await?;
         let (control, control_address) = bind("control", settings.control).await?;
         let state = Arc::new(State {
-            clock,
             wire_spelling: settings.wire_spelling,
             keys,
             devices,
+            phones: Phones::new(Arc::clone(&clock)),
+            rates: Rates::default(),
             scripts: Scripts::default(),
             gates: Gates::new(settings.initial_stream_limit, settings.stream_limit, settings.latency, settings.conduct),
             ledger: Ledger::new(ledger::Limits {
@@ -223,6 +234,7 @@ impl Simulator {
                 record_pushes: settings.record_pushes,
                 max_pushes: settings.max_recorded_pushes,
             }),
+            clock,
             ca_pem: authority.pem,
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
@@ -302,6 +314,12 @@ impl Simulator {
     #[must_use]
     pub fn devices(&self) -> Devices {
         self.state.devices.clone()
+    }
+
+    /// What devices show, and what is stored for them.
+    #[must_use]
+    pub fn phones(&self) -> Phones {
+        self.state.phones.clone()
     }
 
     /// Holding, slowing, sending away.

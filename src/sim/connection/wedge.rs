@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::{Answer, Connection, FaultAction, Reason};
 use crate::sim::{
-    conduct::{AfterTokenError, IdleEnd},
+    conduct::{AfterTokenError, ExpiredToken, IdleEnd},
     gate::Wedge,
 };
 
@@ -15,6 +15,19 @@ impl Connection<'_> {
             None => action,
             Some(Wedge::Silence) => FaultAction::Stall { accepted: false },
             Some(Wedge::Repeat(answer)) => FaultAction::Answer(answer.clone()),
+        }
+    }
+
+    /// How a failed check is told.
+    pub(super) fn conducted(&self, answer: Answer) -> FaultAction {
+        match (&answer, self.conduct.expired_token) {
+            (Answer::Refused(Reason::ExpiredProviderToken, _), ExpiredToken::InternalServerError) => {
+                FaultAction::Answer(Answer::refusal(Reason::InternalServerError))
+            }
+            (Answer::Refused(Reason::ExpiredProviderToken, _), ExpiredToken::Silence) => {
+                FaultAction::Stall { accepted: false }
+            }
+            _ => FaultAction::Answer(answer),
         }
     }
 
