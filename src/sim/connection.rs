@@ -1,7 +1,7 @@
 //! One HTTP/2 connection: requests in, checks, answers out, all in the connection's own task.
 //!
-//! Promises: a push that nothing delays is answered in the same turn in which its body was complete, without a task, a
-//! lock or a timer. The stream limit is counted here, from the moment a stream's headers are read until its answer is
+//! Promises: a push that nothing delays is answered in the same turn in which its body was complete, without a task or a
+//! timer. The stream limit is counted here, from the moment a stream's headers are read until its answer is
 //! handed to `h2`; streams beyond it get what APNs gives them. A push is in the ledger as accepted exactly when its 200
 //! was handed over, or when a script said so; how every request received whole ended is in the ledger too, also when
 //! the connection ends first.
@@ -184,6 +184,7 @@ pub(super) async fn serve(state: Arc<State>, environment: Environment, stream: T
                 has_fallen: false,
                 is_violated: false,
                 last_processed: None,
+                highest_processed: 0,
                 open: 0,
                 arriving: Vec::new(),
                 still_arriving: Vec::new(),
@@ -232,6 +233,8 @@ struct Connection<'a> {
     is_violated: bool,
     /// GOAWAY has named this stream: those above are not processed.
     last_processed: Option<u32>,
+    /// The highest stream that was answered, or accepted without an answer.
+    highest_processed: u32,
     /// Streams that are open.
     open: usize,
     arriving: Vec<Arriving>,
@@ -371,6 +374,7 @@ impl<'a> Connection<'a> {
                 last_stream: None,
                 code: None,
                 debug: Bytes::from_static(TOO_MANY_STREAMS.as_bytes()),
+                twice: false,
             });
             self.h2.abrupt_shutdown(h2::Reason::REFUSED_STREAM);
         }
@@ -445,7 +449,11 @@ impl<'a> Connection<'a> {
         check::device_token(token).map_err(Answer::refusal)?;
         self.state.devices.check(self.environment, token, push.topic)?;
         check::body(request.body.len(), push.kind).map_err(Answer::refusal)?;
-        Ok(self.state.scripts.take(self.environment, token, now))
+        let scripted = self.state.scripts.take(self.environment, token, now);
+        Ok(scripted.or_else(|| {
+            let id = (!request.id_made).then_some(request.id);
+            self.state.chaos.decide(self.environment, token, id, request.attempt.number(), now)
+        }))
     }
 
     fn token_accepted(&mut self, now: Timestamp) {
@@ -474,7 +482,7 @@ impl<'a> Connection<'a> {
                 self.answer(request, &answer, now);
                 if matches!(answer, Answer::Refused(Reason::Shutdown | Reason::IdleTimeout, _)) {
                     let Answer::Refused(reason, _) = answer else { return Flow::Continue };
-                    self.go_away(None, 0, reason.body().to_owned());
+                    self.go_away(None, 0, reason.body().to_owned(), false);
                 }
             }
             FaultAction::Stall { accepted } => {
@@ -499,13 +507,23 @@ impl<'a> Connection<'a> {
                 self.orders.cut();
                 return Flow::End;
             }
-            FaultAction::GoAway { last_stream, code, debug } => {
+            FaultAction::CloseTls { accepted } => {
+                self.accept_unanswered(&request, accepted, now);
+                request.attempt.unanswered(accepted);
+                self.orders.close_tls();
+            }
+            FaultAction::StreamLimit { limit } => {
+                self.want_limit(limit);
+                self.answer(request, &Answer::Accepted, now);
+            }
+            FaultAction::GoAway { .. } if self.orders.is_going_away() => self.answer(request, &Answer::Accepted, now),
+            FaultAction::GoAway { last_stream, code, debug, twice } => {
                 let last = match last_stream {
                     LastStream::All => None,
-                    LastStream::BeforeThis => Some(request.stream.saturating_sub(2)),
+                    LastStream::BeforeThis => Some(request.stream.saturating_sub(2).max(self.highest_processed)),
                     LastStream::Exactly(stream) => Some(stream),
                 };
-                self.go_away(last, code, debug);
+                self.go_away(last, code, debug, twice);
                 if last.is_none_or(|last| request.stream <= last) {
                     self.answer(request, &Answer::Accepted, now);
                 } else {
@@ -524,6 +542,7 @@ impl<'a> Connection<'a> {
 
     fn accept_unanswered(&mut self, request: &Whole<'_>, accepted: bool, now: Timestamp) {
         if accepted {
+            self.highest_processed = self.highest_processed.max(request.stream);
             count(&self.tally().accepted_unanswered);
             self.accept(request, now);
         }
@@ -601,12 +620,15 @@ impl<'a> Connection<'a> {
         if *answer == Answer::Accepted {
             self.accept(&request, now);
         }
+        self.highest_processed = self.highest_processed.max(request.stream);
         self.tally().answered(answer);
         self.prover.receipts.expect(request.stream, request.attempt.answered(answer));
     }
 
-    fn go_away(&mut self, last_stream: Option<u32>, code: u32, debug: String) {
-        self.orders.set_go_away(GoAway { last_stream, code: Some(code), debug: Bytes::from(debug) });
+    fn go_away(&mut self, last_stream: Option<u32>, code: u32, debug: String, twice: bool) {
+        // A later GOAWAY never names a later stream: RFC 9113, 6.8.
+        let last_stream = last_stream.into_iter().chain(self.last_processed).min();
+        self.orders.set_go_away(GoAway { last_stream, code: Some(code), debug: Bytes::from(debug), twice });
         self.h2.graceful_shutdown();
         let Some(last) = last_stream else { return };
         self.last_processed = Some(last);
@@ -643,7 +665,7 @@ impl<'a> Connection<'a> {
                 }
             }
             Command::StreamLimit(limit) => self.want_limit(limit),
-            Command::GoAway { last_stream, code, debug } => self.go_away(last_stream, code, debug),
+            Command::GoAway { last_stream, code, debug, twice } => self.go_away(last_stream, code, debug, twice),
             Command::Close => {
                 self.orders.cut();
                 return Flow::End;

@@ -26,6 +26,8 @@
 //! | `POST /environments/{environment}/hold` · `/release` | holds answers, answers |
 //! | `PUT /environments/{environment}/latency` `{"latency_ms": 50}` | slows every answer |
 //! | `PUT /environments/{environment}/stream-limit` `{"stream_limit": 10}` | another SETTINGS; `initial_stream_limit`: for new connections |
+//! | `GET /environments/{environment}/chaos` | `{"plan": ChaosPlan, "applied": ChaosApplied}`; 404 without a plan |
+//! | `PUT /environments/{environment}/chaos` [`ChaosPlan`] · `DELETE …` | faults by rate |
 //! | `POST /environments/{environment}/go-away` [`GoAwayOrder`] | `{"connections": n}` |
 //! | `POST /environments/{environment}/close` `{"connection": 3}` | `{"connections": n}`; `{}` for all |
 
@@ -48,6 +50,7 @@ use tokio::net::TcpListener;
 
 use super::{
     State,
+    chaos::{ChaosError, ChaosPlan},
     devices::Device,
     environment::Environment,
     fault::Script,
@@ -95,6 +98,7 @@ fn router(state: Arc<State>) -> Router {
         .route("/environments/{environment}/release", post(release))
         .route("/environments/{environment}/latency", put(latency))
         .route("/environments/{environment}/stream-limit", put(stream_limit))
+        .route("/environments/{environment}/chaos", get(chaos).put(set_chaos).delete(clear_chaos))
         .route("/environments/{environment}/go-away", post(go_away))
         .route("/environments/{environment}/close", post(close))
         .fallback(async || Problem::not_found("nothing is here: `GET /` lists what is"))
@@ -128,7 +132,9 @@ GET    /environments/{environment}             production or sandbox
 POST   /environments/{environment}/hold        and /release
 PUT    /environments/{environment}/latency     {\"latency_ms\": 50}
 PUT    /environments/{environment}/stream-limit {\"stream_limit\"?, \"initial_stream_limit\"?}
-POST   /environments/{environment}/go-away     {\"connection\"?, \"last_stream\"?, \"code\"?, \"debug\"?}
+GET    /environments/{environment}/chaos       and DELETE
+PUT    /environments/{environment}/chaos       {\"seed\", \"affected_attempts\"?, \"dead_tokens\"?, \"latency\"?, \"faults\"?: [{\"rate\", \"action\"}]}
+POST   /environments/{environment}/go-away     {\"connection\"?, \"last_stream\"?, \"code\"?, \"debug\"?, \"twice\"?}
 POST   /environments/{environment}/close       {\"connection\"?}
 ";
 
@@ -385,6 +391,24 @@ async fn stream_limit(Extract(state): Shared, environment: Place<Environment>, b
         state.gates.set_stream_limit(environment, limit);
     }
     Ok(StatusCode::NO_CONTENT)
+}
+
+async fn chaos(Extract(state): Shared, environment: Place<Environment>) -> Answer<Json<Value>> {
+    let Path(environment) = environment?;
+    let (plan, applied) = state.chaos.plan(environment).ok_or_else(|| Problem::not_found("no plan is set"))?;
+    Ok(Json(json!({ "plan": plan, "applied": applied })))
+}
+
+async fn set_chaos(Extract(state): Shared, environment: Place<Environment>, body: Body<ChaosPlan>) -> Answer {
+    let (Path(environment), Json(plan)) = (environment?, body?);
+    let invalid = |error: ChaosError| Problem::new(StatusCode::UNPROCESSABLE_ENTITY, error.to_string());
+    state.chaos.set(environment, plan).map_err(invalid)?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn clear_chaos(Extract(state): Shared, environment: Place<Environment>) -> Answer {
+    let Path(environment) = environment?;
+    found(state.chaos.clear(environment), "no plan is set")
 }
 
 async fn go_away(

@@ -54,6 +54,8 @@ pub(super) struct GoAway {
     pub(super) code: Option<u32>,
     /// The debug data.
     pub(super) debug: Bytes,
+    /// Whether the frame is written two times.
+    pub(super) twice: bool,
 }
 
 /// What the connection's owner tells the layer.
@@ -61,6 +63,7 @@ pub(super) struct GoAway {
 pub(super) struct Orders {
     inner: Mutex<(u32, Option<GoAway>)>,
     cut: AtomicBool,
+    closes_tls: AtomicBool,
     /// The highest stream that was opened before the first SETTINGS was acknowledged; as yet all, if it is not.
     unaware: AtomicU32,
 }
@@ -71,6 +74,7 @@ impl Orders {
         Arc::new(Self {
             inner: Mutex::new((stream_limit, None)),
             cut: AtomicBool::new(false),
+            closes_tls: AtomicBool::new(false),
             unaware: AtomicU32::new(u32::MAX),
         })
     }
@@ -85,9 +89,23 @@ impl Orders {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner).1 = Some(go_away);
     }
 
+    /// Whether a GOAWAY was ordered.
+    pub(super) fn is_going_away(&self) -> bool {
+        self.go_away().is_some()
+    }
+
     /// When the connection is dropped, TCP shall be reset.
     pub(super) fn cut(&self) {
         self.cut.store(true, Ordering::Relaxed);
+    }
+
+    /// TLS shall be ended; nothing more is written, and to `h2` it looks as if the client had ended it.
+    pub(super) fn close_tls(&self) {
+        self.closes_tls.store(true, Ordering::Relaxed);
+    }
+
+    fn is_closing_tls(&self) -> bool {
+        self.closes_tls.load(Ordering::Relaxed)
     }
 
     /// Whether the client may have opened `stream` before it heard of a limit.
@@ -181,9 +199,11 @@ impl Rewriter {
 
     fn complete(&mut self, header: [u8; HEADER_BYTES], payload: &[u8]) {
         let [_, _, _, kind, rest @ ..] = header;
+        let order = if kind == TYPE_GOAWAY { self.orders.go_away() } else { None };
+        let is_twice = order.as_ref().is_some_and(|order| order.twice);
         let payload = match kind {
             TYPE_SETTINGS => settings(payload, self.orders.stream_limit()),
-            TYPE_GOAWAY => go_away(payload, self.orders.go_away()),
+            TYPE_GOAWAY => go_away(payload, order),
             _ => BytesMut::from(payload),
         };
         match (kind, payload.first_chunk(), payload.first_chunk()) {
@@ -192,10 +212,12 @@ impl Rewriter {
             _ => {}
         }
         let length = u32::try_from(payload.len()).unwrap_or(0).to_be_bytes(); // a few dozen bytes: it fits
-        self.out.extend_from_slice(length.get(1..).unwrap_or_default());
-        self.out.put_u8(kind);
-        self.out.extend_from_slice(&rest);
-        self.out.extend_from_slice(&payload);
+        for _ in 0..=u8::from(is_twice) {
+            self.out.extend_from_slice(length.get(1..).unwrap_or_default());
+            self.out.put_u8(kind);
+            self.out.extend_from_slice(&rest);
+            self.out.extend_from_slice(&payload);
+        }
     }
 }
 
@@ -317,25 +339,31 @@ impl Completing {
         self.rewriter.receipts.flushed();
         Poll::Ready(Ok(()))
     }
+
+    fn poll_receive(&mut self, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        ready!(Pin::new(&mut self.stream).poll_read(cx, buffer))?;
+        let new = buffer.filled().get(before..).unwrap_or_default();
+        self.traffic.read.fetch_add(new.len() as u64, Ordering::Relaxed);
+        if new.is_empty() && buffer.remaining() > 0 {
+            self.rewriter.receipts.closed_in_order(); // rustls calls an end without `close_notify` an error
+        }
+        self.reader.look(new, &self.rewriter.orders, &self.rewriter.receipts);
+        Poll::Ready(Ok(()))
+    }
 }
 
 impl AsyncRead for Completing {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let before = buffer.filled().len();
-        let this = &mut *self;
-        ready!(Pin::new(&mut this.stream).poll_read(cx, buffer))?;
-        let new = buffer.filled().get(before..).unwrap_or_default();
-        this.traffic.read.fetch_add(new.len() as u64, Ordering::Relaxed);
-        if new.is_empty() && buffer.remaining() > 0 {
-            this.rewriter.receipts.closed_in_order(); // rustls calls an end without `close_notify` an error
-        }
-        this.reader.look(new, &this.rewriter.orders, &this.rewriter.receipts);
-        Poll::Ready(Ok(()))
+        if self.rewriter.orders.is_closing_tls() { self.poll_shutdown(cx) } else { self.poll_receive(cx, buffer) }
     }
 }
 
 impl AsyncWrite for Completing {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, input: &[u8]) -> Poll<io::Result<usize>> {
+        if self.rewriter.orders.is_closing_tls() {
+            return Poll::Ready(Ok(input.len()));
+        }
         if self.rewriter.out.len() > MAX_BUFFERED_BYTES {
             ready!(self.poll_drain(cx))?;
         }
@@ -359,7 +387,7 @@ impl AsyncWrite for Completing {
         let mut passed_over = [0; 1024];
         loop {
             let mut buffer = ReadBuf::new(&mut passed_over);
-            match self.as_mut().poll_read(cx, &mut buffer) {
+            match self.poll_receive(cx, &mut buffer) {
                 Poll::Ready(Ok(())) if !buffer.filled().is_empty() => {}
                 Poll::Ready(_) => return Poll::Ready(Ok(())),
                 Poll::Pending => break,
@@ -440,8 +468,14 @@ mod tests {
         rewriter.take(GOAWAY);
         assert_eq!(rewriter.out, GOAWAY, "without an order it passes");
         rewriter.out.clear();
-        orders.set_go_away(GoAway { last_stream: Some(5), code: Some(7), debug: Bytes::from_static(b"why") });
+        orders.set_go_away(GoAway {
+            last_stream: Some(5),
+            code: Some(7),
+            debug: Bytes::from_static(b"why"),
+            twice: true,
+        });
         rewriter.take(GOAWAY);
-        assert_eq!(rewriter.out, [0, 0, 11, 7, 0, 0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0, 7, b'w', b'h', b'y'].as_slice());
+        let ordered: &[u8] = &[0, 0, 11, 7, 0, 0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0, 7, b'w', b'h', b'y'];
+        assert_eq!(rewriter.out, [ordered, ordered].concat());
     }
 }

@@ -26,7 +26,7 @@ pub(super) enum Command {
     /// Tell the client this many streams.
     StreamLimit(u32),
     /// Send GOAWAY.
-    GoAway { last_stream: Option<u32>, code: u32, debug: String },
+    GoAway { last_stream: Option<u32>, code: u32, debug: String, twice: bool },
     /// Reset the TCP connection.
     Close,
 }
@@ -47,6 +47,9 @@ pub struct GoAwayOrder {
     /// The debug data; absent: `{"reason":"Shutdown"}`.
     #[serde(default)]
     pub debug: Option<String>,
+    /// Whether it is sent two times in a row.
+    #[serde(default)]
+    pub twice: bool,
 }
 
 /// How an environment is set now.
@@ -169,8 +172,8 @@ impl Gates {
     #[expect(clippy::must_use_candidate, reason = "the effect is what it is called for")]
     pub fn go_away(&self, environment: Environment, order: &GoAwayOrder) -> usize {
         let debug = order.debug.clone().unwrap_or_else(|| SHUTDOWN_DEBUG.to_owned());
-        self.of(environment)
-            .tell(order.connection, &Command::GoAway { last_stream: order.last_stream, code: order.code, debug })
+        let GoAwayOrder { connection, last_stream, code, twice, .. } = *order;
+        self.of(environment).tell(connection, &Command::GoAway { last_stream, code, debug, twice })
     }
 
     /// Resets the TCP connection `connection`, or all. Says how many.

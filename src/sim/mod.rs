@@ -14,6 +14,7 @@
 //! | `reason`, `push_type` | the tables |
 //! | `keys` | provider keys |
 //! | `fault` | scripted answers, and device tokens that force an answer |
+//! | `chaos` | faults by rate, from a seed |
 //! | `gate` | holding, slowing and sending away a whole environment |
 //! | `ledger`, `ledger/truth` | what arrived; what became of every push |
 //! | `receipts` | which answers the client has certainly read |
@@ -23,6 +24,7 @@
 //! certificate authentication, no limit of pushes per device, and no idle timeout.
 
 mod certificate;
+mod chaos;
 mod check;
 mod connection;
 mod control;
@@ -54,6 +56,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use self::{
     certificate::CertificateError,
+    chaos::{Chaos, ChaosApplied, ChaosError, ChaosPlan, Latency, RatedFault},
     check::{MAX_COLLAPSE_ID_BYTES, MAX_EXPIRATION_SECONDS},
     devices::{Device, Devices, MAX_TOKEN_BYTES, is_well_formed},
     environment::Environment,
@@ -99,6 +102,8 @@ pub struct Settings {
     pub record_pushes: bool,
     /// How many it keeps, the newest; each costs about 120 bytes and its token and body.
     pub max_recorded_pushes: usize,
+    /// What goes wrong by rate in both environments; absent: nothing.
+    pub chaos: Option<ChaosPlan>,
     /// Whether device tokens nobody registered are `BadDeviceToken`.
     pub registered_devices_only: bool,
     /// Whether a key of the other environment is refused with `BadEnvironmentKeyInToken`, as others saw it on the wire,
@@ -123,6 +128,7 @@ impl Default for Settings {
             record_attempts: true,
             record_pushes: true,
             max_recorded_pushes: 100_000,
+            chaos: None,
             registered_devices_only: false,
             wire_spelling: false,
         }
@@ -149,6 +155,9 @@ pub enum Error {
     /// A provider key.
     #[error(transparent)]
     Key(#[from] KeyError),
+    /// The plan of what goes wrong.
+    #[error("what shall go wrong by rate is not clear")]
+    Chaos(#[from] ChaosError),
 }
 
 /// What every task of a simulator shares.
@@ -160,6 +169,7 @@ struct State {
     devices: Devices,
     scripts: Scripts,
     gates: Gates,
+    chaos: Chaos,
     ledger: Ledger,
     ca_pem: String,
     tasks: TaskTracker,
@@ -199,6 +209,17 @@ impl Simulator {
         }
         let devices = Devices::default();
         devices.require_registration(settings.registered_devices_only);
+        let ledger = Ledger::new(ledger::Limits {
+            record_attempts: settings.record_attempts,
+            record_pushes: settings.record_pushes,
+            max_pushes: settings.max_recorded_pushes,
+        });
+        let chaos = Chaos::new(ledger.clone());
+        if let Some(plan) = settings.chaos {
+            for environment in Environment::ALL {
+                chaos.set(environment, plan.clone())?;
+            }
+        }
         let (production, production_address) = bind("production", settings.production).await?;
         let (sandbox, sandbox_address) = bind("sandbox", settings.sandbox).await?;
         let (control, control_address) = bind("control", settings.control).await?;
@@ -209,11 +230,8 @@ impl Simulator {
             devices,
             scripts: Scripts::default(),
             gates: Gates::new(settings.initial_stream_limit, settings.stream_limit, settings.latency),
-            ledger: Ledger::new(ledger::Limits {
-                record_attempts: settings.record_attempts,
-                record_pushes: settings.record_pushes,
-                max_pushes: settings.max_recorded_pushes,
-            }),
+            chaos,
+            ledger,
             ca_pem: authority.pem,
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
@@ -293,6 +311,12 @@ impl Simulator {
     #[must_use]
     pub fn devices(&self) -> Devices {
         self.state.devices.clone()
+    }
+
+    /// What goes wrong by rate.
+    #[must_use]
+    pub fn chaos(&self) -> Chaos {
+        self.state.chaos.clone()
     }
 
     /// Holding, slowing, sending away.
