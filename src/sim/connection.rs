@@ -1,7 +1,7 @@
 //! One HTTP/2 connection: requests in, checks, answers out, all in the connection's own task.
 //!
-//! Promises: a push that nothing delays is answered in the same turn in which its body was complete, without a task, a
-//! lock or a timer. The stream limit is counted here, from the moment a stream's headers are read until its answer is
+//! Promises: a push that nothing delays is answered in the same turn in which its body was complete, without a task or a
+//! timer. The stream limit is counted here, from the moment a stream's headers are read until its answer is
 //! handed to `h2`; streams beyond it get what APNs gives them. A push is in the ledger as accepted exactly when its 200
 //! was handed over, or when a script said so; how every request received whole ended is in the ledger too, also when
 //! the connection ends first.
@@ -212,6 +212,7 @@ pub(super) async fn serve(state: Arc<State>, environment: Environment, stream: T
                 highest: 0,
                 is_violated: false,
                 last_processed: None,
+                highest_processed: 0,
                 open: 0,
                 arriving: Vec::new(),
                 still_arriving: Vec::new(),
@@ -261,6 +262,8 @@ struct Connection<'a> {
     is_violated: bool,
     /// GOAWAY has named this stream: those above are not processed.
     last_processed: Option<u32>,
+    /// The highest stream that was answered, or accepted without an answer.
+    highest_processed: u32,
     /// Streams that are open.
     open: usize,
     arriving: Vec<Arriving>,
@@ -411,6 +414,7 @@ impl<'a> Connection<'a> {
                 last_stream: None,
                 code: None,
                 debug: Bytes::from_static(TOO_MANY_STREAMS.as_bytes()),
+                twice: false,
             });
             self.h2.abrupt_shutdown(h2::Reason::REFUSED_STREAM);
         }
@@ -494,7 +498,11 @@ impl<'a> Connection<'a> {
         {
             return Err(Answer::refusal(Reason::TooManyRequests));
         }
-        Ok(self.state.scripts.take(self.environment, token, now))
+        let scripted = self.state.scripts.take(self.environment, token, now);
+        Ok(scripted.or_else(|| {
+            let id = (!request.id_made).then_some(request.id);
+            self.state.chaos.decide(self.environment, token, id, request.attempt.number(), now)
+        }))
     }
 
     fn token_accepted(&mut self, now: Timestamp) {
@@ -517,7 +525,7 @@ impl<'a> Connection<'a> {
                 self.answer(request, &answer, now);
                 if matches!(answer, Answer::Refused(Reason::Shutdown | Reason::IdleTimeout, _)) {
                     let Answer::Refused(reason, _) = answer else { return Flow::Continue };
-                    self.go_away(None, 0, reason.body().to_owned());
+                    self.go_away(None, 0, reason.body().to_owned(), false);
                 }
             }
             FaultAction::Stall { accepted } => {
@@ -544,24 +552,33 @@ impl<'a> Connection<'a> {
             }
             FaultAction::CloseTls { accepted } => {
                 self.accept_unanswered(&request, accepted, now);
+                request.attempt.unanswered(accepted);
+                self.silent.push(request.respond); // dropped, it would be reset before TLS ends
                 return Flow::CloseTls;
             }
             FaultAction::HalfOpen { accepted } => {
                 self.accept_unanswered(&request, accepted, now);
+                request.attempt.unanswered(accepted);
                 return Flow::HalfOpen;
             }
             FaultAction::Wedge { accepted } => {
                 self.wedge = Some(Wedge::Silence);
                 self.accept_unanswered(&request, accepted, now);
+                request.attempt.unanswered(accepted);
                 self.silent.push(request.respond);
             }
-            FaultAction::GoAway { last_stream, code, debug } => {
+            FaultAction::StreamLimit { limit } => {
+                self.limit.want(limit);
+                self.answer(request, &Answer::Accepted, now);
+            }
+            FaultAction::GoAway { .. } if self.orders.is_going_away() => self.answer(request, &Answer::Accepted, now),
+            FaultAction::GoAway { last_stream, code, debug, twice } => {
                 let last = match last_stream {
                     LastStream::All => None,
-                    LastStream::BeforeThis => Some(request.stream.saturating_sub(2)),
+                    LastStream::BeforeThis => Some(request.stream.saturating_sub(2).max(self.highest_processed)),
                     LastStream::Exactly(stream) => Some(stream),
                 };
-                self.go_away(last, code, debug);
+                self.go_away(last, code, debug, twice);
                 if last.is_none_or(|last| request.stream <= last) {
                     self.answer(request, &Answer::Accepted, now);
                 } else {
@@ -580,6 +597,7 @@ impl<'a> Connection<'a> {
 
     fn accept_unanswered(&mut self, request: &Whole<'_>, accepted: bool, now: Timestamp) {
         if accepted {
+            self.highest_processed = self.highest_processed.max(request.stream);
             count(&self.tally().accepted_unanswered);
             self.accept(request, now);
         }
@@ -675,6 +693,7 @@ impl<'a> Connection<'a> {
         if *answer == Answer::Accepted {
             self.accept(&request, now);
         }
+        self.highest_processed = self.highest_processed.max(request.stream);
         self.tally().answered(answer);
         self.prover.receipts.expect(request.stream, request.attempt.answered(answer));
         self.touch();
@@ -685,8 +704,10 @@ impl<'a> Connection<'a> {
         }
     }
 
-    fn go_away(&mut self, last_stream: Option<u32>, code: u32, debug: String) {
-        self.orders.set_go_away(GoAway { last_stream, code: Some(code), debug: Bytes::from(debug) });
+    fn go_away(&mut self, last_stream: Option<u32>, code: u32, debug: String, twice: bool) {
+        // A later GOAWAY never names a later stream: RFC 9113, 6.8.
+        let last_stream = last_stream.into_iter().chain(self.last_processed).min();
+        self.orders.set_go_away(GoAway { last_stream, code: Some(code), debug: Bytes::from(debug), twice });
         self.h2.graceful_shutdown();
         self.exclude_above(last_stream);
     }
@@ -749,18 +770,18 @@ impl<'a> Connection<'a> {
 
     /// Sends a GOAWAY from outside: once or twice, and perhaps nothing follows it.
     fn obey_go_away(&mut self, order: GoAwayOrder) {
+        let GoAwayOrder { last_stream, code, twice, .. } = order;
         let debug = order.debug.unwrap_or_else(|| SHUTDOWN_DEBUG.to_owned());
-        let last_stream =
-            if order.linger { Some(order.last_stream.unwrap_or(self.highest)) } else { order.last_stream };
-        let frame = GoAway { last_stream, code: Some(order.code), debug: Bytes::from(debug.clone()) };
-        for _ in 0..u32::from(order.twice) + u32::from(order.linger) {
+        if !order.linger {
+            self.go_away(last_stream, code, debug, twice);
+            return;
+        }
+        let last_stream = Some(last_stream.unwrap_or(self.highest));
+        let frame = GoAway { last_stream, code: Some(code), debug: Bytes::from(debug), twice };
+        for _ in 0..=u8::from(twice) {
             self.orders.add_go_away(&frame);
         }
-        if order.linger {
-            self.exclude_above(last_stream);
-        } else {
-            self.go_away(last_stream, order.code, debug);
-        }
+        self.exclude_above(last_stream);
     }
 
     fn answer_due(&mut self) -> Flow {
@@ -769,7 +790,7 @@ impl<'a> Connection<'a> {
         self.windows.give_back(monotonic);
         if self.idle_end().is_some_and(|end| end <= monotonic) {
             self.is_expired = true;
-            self.go_away(None, 0, Reason::IdleTimeout.body().to_owned());
+            self.go_away(None, 0, Reason::IdleTimeout.body().to_owned(), false);
         }
         while let Some(first) = self.due.first_entry().filter(|first| first.key().0 <= monotonic) {
             let Waiting { request, action } = first.remove();

@@ -28,6 +28,8 @@
 //! | `PUT /environments/{environment}/latency` `{"latency_ms": 50}` | slows every answer |
 //! | `PUT /environments/{environment}/stream-limit` `{"stream_limit": 10}` | another SETTINGS; `initial_stream_limit`: for new connections |
 //! | `GET /environments/{environment}/conduct` · `PUT` [`Conduct`] · `PATCH` | how it conducts itself: all of it · what is named |
+//! | `GET /environments/{environment}/chaos` | `{"plan": ChaosPlan, "applied": ChaosApplied}`; 404 without a plan |
+//! | `PUT /environments/{environment}/chaos` [`ChaosPlan`] · `DELETE …` | faults by rate |
 //! | `POST /environments/{environment}/go-away` [`GoAwayOrder`] | `{"connections": n}` |
 //! | `POST /environments/{environment}/close` · `/close-tls` · `/half-open` `{"connection": 3}` | `{"connections": n}`; `{}` for all |
 //! | `POST /environments/{environment}/wedge` [`WedgeOrder`] | `{"connections": n}` |
@@ -52,6 +54,7 @@ use tokio::net::TcpListener;
 
 use super::{
     State,
+    chaos::{ChaosError, ChaosPlan},
     conduct::{Conduct, ConductError},
     devices::Device,
     door::Connects,
@@ -104,6 +107,7 @@ fn router(state: Arc<State>) -> Router {
         .route("/environments/{environment}/latency", put(latency))
         .route("/environments/{environment}/stream-limit", put(stream_limit))
         .route("/environments/{environment}/conduct", get(conduct).put(set_conduct).patch(change_conduct))
+        .route("/environments/{environment}/chaos", get(chaos).put(set_chaos).delete(clear_chaos))
         .route("/environments/{environment}/go-away", post(go_away))
         .route("/environments/{environment}/close", post(close))
         .route("/environments/{environment}/close-tls", post(close_tls))
@@ -146,10 +150,12 @@ PUT    /environments/{environment}/stream-limit {\"stream_limit\"?, \"initial_st
 GET    /environments/{environment}/conduct     PUT: all of it, PATCH: what is named
 POST   /environments/{environment}/go-away     {\"connection\"?, \"last_stream\"?, \"code\"?, \"debug\"?, \"twice\"?, \"linger\"?}
 POST   /environments/{environment}/close       {\"connection\"?}: TCP reset
-POST   /environments/{environment}/close-tls     {\"connection\"?}: TLS close
+POST   /environments/{environment}/close-tls   {\"connection\"?}: TLS close
 POST   /environments/{environment}/half-open   {\"connection\"?}
 POST   /environments/{environment}/wedge       {\"connection\"?, \"error\"?: {\"status\", \"reason\"}}
 PUT    /environments/{environment}/connects    {\"connects\": \"accept\", \"refuse\", \"reset\" or \"stall\", \"for_ms\"?}
+GET    /environments/{environment}/chaos       and DELETE
+PUT    /environments/{environment}/chaos       {\"seed\", \"affected_attempts\"?, \"dead_tokens\"?, \"latency\"?, \"faults\"?: [{\"rate\", \"action\"}]}
 ";
 
 /// An error of the control API.
@@ -457,6 +463,24 @@ async fn change_conduct(
 ) -> Answer<Json<Conduct>> {
     let (Path(environment), Json(changes)) = (environment?, body?);
     Ok(Json(state.gates.change_conduct(environment, changes)?))
+}
+
+async fn chaos(Extract(state): Shared, environment: Place<Environment>) -> Answer<Json<Value>> {
+    let Path(environment) = environment?;
+    let (plan, applied) = state.chaos.plan(environment).ok_or_else(|| Problem::not_found("no plan is set"))?;
+    Ok(Json(json!({ "plan": plan, "applied": applied })))
+}
+
+async fn set_chaos(Extract(state): Shared, environment: Place<Environment>, body: Body<ChaosPlan>) -> Answer {
+    let (Path(environment), Json(plan)) = (environment?, body?);
+    let invalid = |error: ChaosError| Problem::new(StatusCode::UNPROCESSABLE_ENTITY, error.to_string());
+    state.chaos.set(environment, plan).map_err(invalid)?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn clear_chaos(Extract(state): Shared, environment: Place<Environment>) -> Answer {
+    let Path(environment) = environment?;
+    found(state.chaos.clear(environment), "no plan is set")
 }
 
 async fn go_away(

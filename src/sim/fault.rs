@@ -8,7 +8,7 @@
 //!   token.
 //! - **By script**, through [`Scripts`] or the control API: for a token, or for [`ANY_TOKEN`], the next *n* pushes or
 //!   all of them. Scripts of one token are used up in the order in which they were added; a script for the token itself
-//!   goes before one for any token, and both before the prefix.
+//!   goes before one for any token, and both before the prefix. What none of these is for may be decided by `chaos`.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -81,7 +81,8 @@ pub enum LastStream {
     /// Graceful: every stream that arrived is still answered, this one too.
     #[default]
     All,
-    /// The stream before this one: this push and those above are not processed and never answered.
+    /// The stream before this one: this push and those above are not processed and never answered. Where a later stream
+    /// was processed already it is that one, and those up to it are answered: a GOAWAY does not lie.
     BeforeThis,
     /// This stream id: streams above it are not processed and never answered.
     Exactly(u32),
@@ -142,7 +143,13 @@ pub enum Action {
         #[serde(default)]
         accepted: bool,
     },
-    /// The connection is sent GOAWAY.
+    /// It is accepted, and the connection's stream limit becomes this by another SETTINGS; streams above a limit that
+    /// fell are reset with `REFUSED_STREAM`.
+    StreamLimit {
+        /// `MAX_CONCURRENT_STREAMS`
+        limit: u32,
+    },
+    /// The connection is sent GOAWAY. One that goes away already is not sent another: the push is accepted.
     GoAway {
         /// What becomes of the open streams.
         #[serde(default)]
@@ -153,6 +160,9 @@ pub enum Action {
         /// The debug data; absent: `{"reason":"Shutdown"}`.
         #[serde(default)]
         debug: Option<String>,
+        /// Whether it is sent two times in a row.
+        #[serde(default)]
+        twice: bool,
     },
 }
 
@@ -214,7 +224,21 @@ pub(super) enum FaultAction {
     CloseTls { accepted: bool },
     HalfOpen { accepted: bool },
     Wedge { accepted: bool },
-    GoAway { last_stream: LastStream, code: u32, debug: String },
+    StreamLimit { limit: u32 },
+    GoAway { last_stream: LastStream, code: u32, debug: String, twice: bool },
+}
+
+impl FaultAction {
+    /// The same, where a 410 without a timestamp says `now`.
+    pub(super) fn stamped(mut self, now: Timestamp) -> Self {
+        if let Self::Answer(answer) = &mut self
+            && answer.status() == 410
+            && let Answer::Refused(_, timestamp) | Answer::Other { timestamp, .. } = answer
+        {
+            timestamp.get_or_insert(now);
+        }
+        self
+    }
 }
 
 /// The debug data of a GOAWAY, as Apple sends it when a server goes away.
@@ -234,10 +258,12 @@ impl From<&Action> for FaultAction {
             Action::CloseTls { accepted } => Self::CloseTls { accepted: *accepted },
             Action::HalfOpen { accepted } => Self::HalfOpen { accepted: *accepted },
             Action::Wedge { accepted } => Self::Wedge { accepted: *accepted },
-            Action::GoAway { last_stream, code, debug } => Self::GoAway {
+            Action::StreamLimit { limit } => Self::StreamLimit { limit: *limit },
+            Action::GoAway { last_stream, code, debug, twice } => Self::GoAway {
                 last_stream: *last_stream,
                 code: *code,
                 debug: debug.clone().unwrap_or_else(|| SHUTDOWN_DEBUG.to_owned()),
+                twice: *twice,
             },
         }
     }
@@ -451,11 +477,14 @@ fn by_prefix(token: &str, now: Timestamp) -> Option<Fault> {
         Behaviour::CloseTls => FaultAction::CloseTls { accepted: false },
         Behaviour::AcceptedThenCloseTls => FaultAction::CloseTls { accepted: true },
         Behaviour::GoAway => {
-            FaultAction::GoAway { last_stream: LastStream::All, code: 0, debug: SHUTDOWN_DEBUG.to_owned() }
+            FaultAction::from(&Action::GoAway { last_stream: LastStream::All, code: 0, debug: None, twice: false })
         }
-        Behaviour::GoAwayBefore => {
-            FaultAction::GoAway { last_stream: LastStream::BeforeThis, code: 0, debug: SHUTDOWN_DEBUG.to_owned() }
-        }
+        Behaviour::GoAwayBefore => FaultAction::from(&Action::GoAway {
+            last_stream: LastStream::BeforeThis,
+            code: 0,
+            debug: None,
+            twice: false,
+        }),
     };
     Some(Fault { delay_ms: if *behaviour == Behaviour::Slow { 1000 } else { 0 }, action })
 }
@@ -553,6 +582,9 @@ mod tests {
         );
         let goaway: Script =
             serde_json::from_str(r#"{"token":"*","action":{"go_away":{"last_stream":{"exactly":5}}}}"#).unwrap();
-        assert_eq!(goaway.action, Action::GoAway { last_stream: LastStream::Exactly(5), code: 0, debug: None });
+        assert_eq!(
+            goaway.action,
+            Action::GoAway { last_stream: LastStream::Exactly(5), code: 0, debug: None, twice: false }
+        );
     }
 }

@@ -59,6 +59,8 @@ pub(super) struct GoAway {
     pub(super) code: Option<u32>,
     /// The debug data.
     pub(super) debug: Bytes,
+    /// Whether the frame is written two times.
+    pub(super) twice: bool,
 }
 
 /// What the connection's owner tells the layer.
@@ -111,6 +113,11 @@ impl Orders {
         payload.extend_from_slice(&go_away.debug);
         put_frame(&mut frames, TYPE_GOAWAY, [0; 5], &payload);
         self.has_additional.store(true, Ordering::Release);
+    }
+
+    /// Whether a GOAWAY was ordered.
+    pub(super) fn is_going_away(&self) -> bool {
+        self.go_away().is_some()
     }
 
     /// When the connection is dropped, TCP shall be reset.
@@ -228,9 +235,11 @@ impl Rewriter {
 
     fn complete(&mut self, header: [u8; HEADER_BYTES], payload: &[u8]) {
         let [_, _, _, kind, rest @ ..] = header;
+        let order = if kind == TYPE_GOAWAY { self.orders.go_away() } else { None };
+        let is_twice = order.as_ref().is_some_and(|order| order.twice);
         let payload = match kind {
             TYPE_SETTINGS => settings(payload, self.orders.stream_limit()),
-            TYPE_GOAWAY => go_away(payload, self.orders.go_away()),
+            TYPE_GOAWAY => go_away(payload, order),
             _ => BytesMut::from(payload),
         };
         match (kind, payload.first_chunk(), payload.first_chunk()) {
@@ -238,8 +247,9 @@ impl Rewriter {
             (TYPE_PING, _, Some(payload)) => self.receipts.ping_sent(*payload),
             _ => {}
         }
-        put_frame(&mut self.out, kind, rest, &payload);
-        self.add(); // a GOAWAY that is doubled stands right behind the first
+        for _ in 0..=u8::from(is_twice) {
+            put_frame(&mut self.out, kind, rest, &payload);
+        }
     }
 
     /// Puts in frames of our own, if this is between two of `h2`'s.
@@ -426,26 +436,29 @@ impl Completing {
         self.rewriter.receipts.flushed();
         Poll::Ready(Ok(()))
     }
+
+    fn poll_receive(&mut self, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if self.rewriter.orders.is_half_open() {
+            return self.poll_gone(cx);
+        }
+        let before = buffer.filled().len();
+        match NonZeroU32::new(self.rewriter.orders.read_bytes_per_second.load(Ordering::Relaxed)) {
+            None => ready!(Pin::new(&mut self.stream).poll_read(cx, buffer))?,
+            Some(rate) => ready!(self.poll_read_slowly(cx, buffer, rate))?,
+        }
+        let new = buffer.filled().get(before..).unwrap_or_default();
+        self.traffic.read.fetch_add(new.len() as u64, Ordering::Relaxed);
+        if new.is_empty() && buffer.remaining() > 0 {
+            self.rewriter.receipts.closed_in_order(); // rustls calls an end without `close_notify` an error
+        }
+        self.reader.look(new, &self.rewriter.orders, &self.rewriter.receipts);
+        Poll::Ready(Ok(()))
+    }
 }
 
 impl AsyncRead for Completing {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let before = buffer.filled().len();
-        let this = &mut *self;
-        if this.rewriter.orders.is_half_open() {
-            return this.poll_gone(cx);
-        }
-        match NonZeroU32::new(this.rewriter.orders.read_bytes_per_second.load(Ordering::Relaxed)) {
-            None => ready!(Pin::new(&mut this.stream).poll_read(cx, buffer))?,
-            Some(rate) => ready!(this.poll_read_slowly(cx, buffer, rate))?,
-        }
-        let new = buffer.filled().get(before..).unwrap_or_default();
-        this.traffic.read.fetch_add(new.len() as u64, Ordering::Relaxed);
-        if new.is_empty() && buffer.remaining() > 0 {
-            this.rewriter.receipts.closed_in_order(); // rustls calls an end without `close_notify` an error
-        }
-        this.reader.look(new, &this.rewriter.orders, &this.rewriter.receipts);
-        Poll::Ready(Ok(()))
+        self.poll_receive(cx, buffer)
     }
 }
 
@@ -484,7 +497,7 @@ impl AsyncWrite for Completing {
         let mut passed_over = [0; 1024];
         loop {
             let mut buffer = ReadBuf::new(&mut passed_over);
-            match self.as_mut().poll_read(cx, &mut buffer) {
+            match self.poll_receive(cx, &mut buffer) {
                 Poll::Ready(Ok(())) if !buffer.filled().is_empty() => {}
                 Poll::Ready(_) => return Poll::Ready(Ok(())),
                 Poll::Pending => break,
@@ -584,8 +597,14 @@ mod tests {
         rewriter.take(GOAWAY);
         assert_eq!(rewriter.out, GOAWAY, "without an order it passes");
         rewriter.out.clear();
-        orders.set_go_away(GoAway { last_stream: Some(5), code: Some(7), debug: Bytes::from_static(b"why") });
+        orders.set_go_away(GoAway {
+            last_stream: Some(5),
+            code: Some(7),
+            debug: Bytes::from_static(b"why"),
+            twice: true,
+        });
         rewriter.take(GOAWAY);
-        assert_eq!(rewriter.out, [0, 0, 11, 7, 0, 0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0, 7, b'w', b'h', b'y'].as_slice());
+        let ordered: &[u8] = &[0, 0, 11, 7, 0, 0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0, 7, b'w', b'h', b'y'];
+        assert_eq!(rewriter.out, [ordered, ordered].concat());
     }
 }

@@ -578,6 +578,11 @@ impl Ledger {
         lock(&self.shared.pushes).kept.clear();
     }
 
+    /// Whether every push has a record, in which its attempts are counted.
+    pub(super) fn keeps_records(&self) -> bool {
+        self.shared.records.is_kept()
+    }
+
     pub(super) fn records(&self) -> &Records {
         &self.shared.records
     }

@@ -14,6 +14,7 @@
 //! | `reason`, `push_type` | the tables |
 //! | `keys` | provider keys |
 //! | `fault` | scripted answers, and device tokens that force an answer |
+//! | `chaos` | faults by rate, from a seed |
 //! | `conduct` | how an environment conducts itself on a bad day |
 //! | `door` | letting new TCP connections in, or not |
 //! | `gate` | holding, slowing and sending away a whole environment |
@@ -26,6 +27,7 @@
 //! certificate authentication.
 
 mod certificate;
+mod chaos;
 mod check;
 mod conduct;
 mod connection;
@@ -62,6 +64,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use self::rate::Rates;
 pub use self::{
     certificate::CertificateError,
+    chaos::{Chaos, ChaosApplied, ChaosError, ChaosPlan, Latency, RatedFault},
     check::{MAX_COLLAPSE_ID_BYTES, MAX_EXPIRATION_SECONDS},
     conduct::{
         AfterTokenError, Conduct, ConductError, DeviceRate, ErrorBody, ExpiredToken, FirstSettings, IdleEnd,
@@ -113,6 +116,8 @@ pub struct Settings {
     pub record_pushes: bool,
     /// How many it keeps, the newest; each costs about 120 bytes and its token and body.
     pub max_recorded_pushes: usize,
+    /// What goes wrong by rate in both environments; absent: nothing.
+    pub chaos: Option<ChaosPlan>,
     /// Whether device tokens nobody registered are `BadDeviceToken`.
     pub registered_devices_only: bool,
     /// Whether a key of the other environment is refused with `BadEnvironmentKeyInToken`, as others saw it on the wire,
@@ -139,6 +144,7 @@ impl Default for Settings {
             record_attempts: true,
             record_pushes: true,
             max_recorded_pushes: 100_000,
+            chaos: None,
             registered_devices_only: false,
             wire_spelling: false,
             conduct: Conduct::default(),
@@ -166,6 +172,9 @@ pub enum Error {
     /// A provider key.
     #[error(transparent)]
     Key(#[from] KeyError),
+    /// The plan of what goes wrong.
+    #[error("what shall go wrong by rate is not clear")]
+    Chaos(#[from] ChaosError),
 }
 
 /// What every task of a simulator shares.
@@ -179,6 +188,7 @@ struct State {
     rates: Rates,
     scripts: Scripts,
     gates: Gates,
+    chaos: Chaos,
     ledger: Ledger,
     ca_pem: String,
     tasks: TaskTracker,
@@ -218,6 +228,17 @@ impl Simulator {
         }
         let devices = Devices::default();
         devices.require_registration(settings.registered_devices_only);
+        let ledger = Ledger::new(ledger::Limits {
+            record_attempts: settings.record_attempts,
+            record_pushes: settings.record_pushes,
+            max_pushes: settings.max_recorded_pushes,
+        });
+        let chaos = Chaos::new(ledger.clone());
+        if let Some(plan) = settings.chaos {
+            for environment in Environment::ALL {
+                chaos.set(environment, plan.clone())?;
+            }
+        }
         let (production, production_address) = bind("production", settings.production).await?;
         let (sandbox, sandbox_address) = bind("sandbox", settings.sandbox).await?;
         let (control, control_address) = bind("control", settings.control).await?;
@@ -229,11 +250,8 @@ impl Simulator {
             rates: Rates::default(),
             scripts: Scripts::default(),
             gates: Gates::new(settings.initial_stream_limit, settings.stream_limit, settings.latency, settings.conduct),
-            ledger: Ledger::new(ledger::Limits {
-                record_attempts: settings.record_attempts,
-                record_pushes: settings.record_pushes,
-                max_pushes: settings.max_recorded_pushes,
-            }),
+            chaos,
+            ledger,
             clock,
             ca_pem: authority.pem,
             tasks: TaskTracker::new(),
@@ -320,6 +338,12 @@ impl Simulator {
     #[must_use]
     pub fn phones(&self) -> Phones {
         self.state.phones.clone()
+    }
+
+    /// What goes wrong by rate.
+    #[must_use]
+    pub fn chaos(&self) -> Chaos {
+        self.state.chaos.clone()
     }
 
     /// Holding, slowing, sending away.

@@ -1,10 +1,12 @@
 //! What a client has certainly read of the answers on one connection.
 //!
 //! Promises: an answer is certain only on proof. Bytes that TLS has taken may still be lost, so behind what was answered
-//! goes a PING: HTTP/2 is read in order, so its acknowledgement says that everything before it was read. A client that
-//! ends TLS in good order (`close_notify`) and gave up no stream has read what was flushed to it until then. A stream that
+//! goes a PING: HTTP/2 is read in order, so its acknowledgement says that everything before it was read. A stream that
 //! the client resets before the proof was given up: its answer stays uncertain, as does all that is unproved when the
-//! connection ends. One PING is under way at a time, and none while there is nothing to prove.
+//! connection ends. Clients write the acknowledgement of a PING before resets that were decided earlier (`h2` and nghttp2
+//! do), so the proof is the acknowledgement of a second PING, sent when the first was acknowledged. A client that ends TLS
+//! in good order (`close_notify`) has read what was flushed to it until then. One PING is under way at a time, and none
+//! while there is nothing to prove.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -30,10 +32,27 @@ struct Inner {
     passed: u64,
     /// How many, counted from the connection's start, TLS has taken.
     flushed: u64,
-    /// The PINGs under way, and how many lie before each.
-    pings: VecDeque<([u8; 8], u64)>,
-    /// How many lie before the last PING.
-    asked: u64,
+    /// How many lie before a PING that was acknowledged.
+    read: u64,
+    /// The PINGs under way.
+    pings: VecDeque<Sent>,
+    /// What the last PING asks for.
+    asked: Asked,
+}
+
+#[derive(Debug)]
+struct Sent {
+    payload: [u8; 8],
+    asked: Asked,
+}
+
+/// What the acknowledgement of a PING says.
+#[derive(Debug, Clone, Copy, Default)]
+struct Asked {
+    /// This many were read.
+    read: u64,
+    /// This many had been read when it was sent: now they are proved.
+    proved: u64,
 }
 
 impl Inner {
@@ -84,31 +103,31 @@ impl Receipts {
     /// A PING is written.
     pub(super) fn ping_sent(&self, payload: [u8; 8]) {
         let mut inner = self.inner();
-        inner.asked = inner.written();
-        let asked = inner.asked;
-        inner.pings.push_back((payload, asked));
+        let asked = Asked { read: inner.written(), proved: inner.read };
+        inner.asked = asked;
+        inner.pings.push_back(Sent { payload, asked });
     }
 
     /// Whether another PING would prove something.
     pub(super) fn wants_ping(&self) -> bool {
         let inner = self.inner();
-        inner.written() > inner.asked
+        inner.written() > inner.asked.read || inner.read > inner.asked.proved.max(inner.passed)
     }
 
     /// The client has acknowledged a PING.
     pub(super) fn ping_acknowledged(&self, payload: [u8; 8]) {
         let mut inner = self.inner();
-        if let Some(answered) = inner.pings.iter().position(|(sent, _)| *sent == payload) {
-            let before = inner.pings.drain(..=answered).next_back().map_or(0, |(_, before)| before);
-            self.prove(&mut inner, before);
+        if let Some(place) = inner.pings.iter().position(|sent| sent.payload == payload)
+            && let Some(Sent { asked, .. }) = inner.pings.remove(place)
+        {
+            inner.read = inner.read.max(asked.read);
+            self.prove(&mut inner, asked.proved);
         }
     }
 
     /// The client has reset `stream`.
     pub(super) fn given_up(&self, stream: u32) {
-        let mut inner = self.inner();
-        if inner.told.get(&stream).is_some_and(|told| told.is_answer()) {
-            inner.told.remove(&stream);
+        if self.inner().told.remove(&stream).is_some() {
             self.ledger.records().never_proved(1);
         }
     }

@@ -1,6 +1,7 @@
 //! The simulator, driven over real TLS by a bare `h2` client and by hand-written bytes, so that nothing of our own
 //! client can hide what it does.
 
+mod chaos;
 mod truth;
 
 use std::{sync::Arc, time::Duration};
@@ -825,13 +826,14 @@ async fn a_push_whose_body_ends_behind_a_goaway_that_excludes_it_is_not_processe
 async fn a_graceful_goaway_still_answers_what_arrived() {
     let mut world = World::start().await;
     let mut client = world.connect().await;
-    let action = Action::GoAway { last_stream: LastStream::All, code: 0, debug: None };
+    let action = Action::GoAway { last_stream: LastStream::All, code: 0, debug: None, twice: false };
     world.simulator.scripts().add(Script::new(TOKEN, action).times(1));
     assert_eq!(client.push(TOKEN).await.status, 200);
     let _ = client.ended().await;
     let mut client = world.connect().await;
     assert_eq!(client.push(TOKEN).await.status, 200);
-    let action = Action::GoAway { last_stream: LastStream::BeforeThis, code: 0, debug: Some("no".to_owned()) };
+    let action =
+        Action::GoAway { last_stream: LastStream::BeforeThis, code: 0, debug: Some("no".to_owned()), twice: false };
     world.simulator.scripts().add(Script::new(TOKEN, action).times(1));
     assert!(client.ask(client.request(TOKEN), "{}").await.err().unwrap().is_go_away());
     assert_eq!(world.simulator.ledger().counters().accepted, 2);

@@ -1,6 +1,6 @@
 //! The stream limit of one connection: how it rises and falls, and what becomes of the streams above it.
 
-use super::{Bytes, Connection, Reason, SendResponse, count};
+use super::{Connection, Reason, Whole, count};
 use crate::sim::fault::Answer;
 
 /// `MAX_CONCURRENT_STREAMS` of one connection.
@@ -69,18 +69,38 @@ impl Connection<'_> {
         unprocessed.sort_unstable();
         let kept = unprocessed.len().saturating_sub(surplus);
         let Some(&first) = unprocessed.get(kept) else { return };
-        let mut refused = 0;
-        let mut stays = |stream: u32, respond: &mut SendResponse<Bytes>| {
-            if stream >= first {
-                respond.send_reset(h2::Reason::REFUSED_STREAM);
-                refused += 1;
+        for waiting in std::mem::take(&mut self.held) {
+            if waiting.request.stream < first {
+                self.held.push(waiting);
+            } else {
+                self.refuse(waiting.request);
             }
-            stream < first
-        };
-        self.held.retain_mut(|waiting| stays(waiting.request.stream, &mut waiting.request.respond));
-        self.due.retain(|_, waiting| stays(waiting.request.stream, &mut waiting.request.respond));
-        self.arriving.retain_mut(|request| stays(request.stream, &mut request.respond)); // not looked at yet: 0, stays
+        }
+        for (place, waiting) in std::mem::take(&mut self.due) {
+            if waiting.request.stream < first {
+                self.due.insert(place, waiting);
+            } else {
+                self.refuse(waiting.request);
+            }
+        }
+        let arriving = self.arriving.len();
+        self.arriving.retain_mut(|request| {
+            let stays = request.stream < first; // not looked at yet: 0, stays
+            if !stays {
+                request.respond.send_reset(h2::Reason::REFUSED_STREAM);
+            }
+            stays
+        });
+        let refused = arriving - self.arriving.len();
         self.open = self.open.saturating_sub(refused);
         (0..refused).for_each(|_| count(&self.tally().reset));
+    }
+
+    /// Gives back a push that was received whole and not processed.
+    fn refuse(&mut self, mut request: Whole<'_>) {
+        self.open -= 1;
+        count(&self.tally().reset);
+        request.respond.send_reset(h2::Reason::REFUSED_STREAM);
+        self.prover.receipts.expect(request.stream, request.attempt.unprocessed());
     }
 }

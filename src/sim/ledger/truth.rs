@@ -417,7 +417,7 @@ impl Records {
             hex::decode_to_slice(token, bytes).ok()?;
             Some(&*bytes)
         });
-        let Some(token) = token else { return Attempt { records: self, place: None } };
+        let Some(token) = token else { return Attempt { records: self, place: None, number: 1 } };
         let hash = self.hash(environment, token, apns_id);
         let mut rows = self.rows();
         let known = rows.index.find(hash, |row| {
@@ -446,11 +446,16 @@ impl Records {
             row
         });
         let place = Place { row, epoch: rows.epoch };
-        if let Some(row) = rows.at(place) {
+        let number = rows.at(place).map_or(1, |row| {
             row.count(Ending::Waiting);
-        }
+            row.received()
+        });
         drop(rows);
-        Attempt { records: self, place: Some(place) }
+        Attempt { records: self, place: Some(place), number: u32::try_from(number).unwrap_or(u32::MAX) }
+    }
+
+    pub(super) const fn is_kept(&self) -> bool {
+        self.is_kept
     }
 
     /// What is known of one push.
@@ -549,9 +554,15 @@ impl Records {
 pub(in super::super) struct Attempt<'a> {
     records: &'a Records,
     place: Option<Place>,
+    number: u32,
 }
 
 impl Attempt<'_> {
+    /// The how-manieth attempt of its push this is, from 1; always 1 without a record.
+    pub(in super::super) const fn number(&self) -> u32 {
+        self.number
+    }
+
     /// It is never answered.
     pub(in super::super) fn unanswered(mut self, accepted: bool) {
         self.end(if accepted { Ending::AcceptedUnanswered } else { Ending::Unanswered });
