@@ -15,7 +15,7 @@ use crate::support::{
     apns_server::{Got, MANY, Server},
     database::{Store, TestDatabase, database, on_both_stores},
     gateway::START,
-    world::{World, ticking_until_done, until},
+    world::{World, ticking, ticking_until_done},
 };
 
 fn token(number: usize) -> String {
@@ -35,7 +35,8 @@ async fn before(server: &Server, database: TestDatabase, clock: Arc<dyn Clock>) 
 
 on_both_stores! {
     async fn m14_words_that_nobody_has_heard_of_are_told_as_they_came(database) {
-        let world = World::start(database).await;
+        let clock = Arc::new(ManualClock::new(START));
+        let world = World::with(database, Arc::clone(&clock) as _, "").await;
         let long = "Long".repeat(30);
         let cases = [
             (400, "NeverHeardOf", "failed"),
@@ -51,7 +52,7 @@ on_both_stores! {
         }
         let tokens: Vec<String> = (0..cases.len()).map(token).collect();
         let id = world.send(json!({ "tokens": tokens })).await;
-        world.done(&id).await;
+        ticking_until_done(&world, &clock, &id).await;
         for delivery in world.deliveries(&id).await {
             let (status, reason, outcome) = cases[usize::try_from(delivery["index"].as_u64().unwrap()).unwrap()];
             assert_eq!(
@@ -62,11 +63,12 @@ on_both_stores! {
 
         // One that blames the key holds the push, says so in APNs' own word, and goes on by itself.
         let answer = Action::Answer { status: 403, reason: Some("KeyOnHoliday".into()), timestamp_ms: None };
-        world.sim.scripts().add(Script::new(token(100), answer).times(1));
+        world.sim.scripts().add(Script::new(token(100), answer));
         let id = world.send(json!({ "tokens": [token(100)] })).await;
-        let check = until("health says so", || world.check("apns:breaker", "production")).await;
+        let check = ticking(&world, &clock, "health says so", || world.check("apns:breaker", "production")).await;
         assert!(check["output"].as_str().unwrap().contains("403 KeyOnHoliday"), "{check}");
-        assert_eq!(world.done(&id).await["counts"]["accepted"], 1);
+        world.sim.scripts().clear(None);
+        assert_eq!(ticking_until_done(&world, &clock, &id).await["counts"]["accepted"], 1);
     }
 }
 

@@ -223,8 +223,12 @@ async fn m08_a_connection_that_dies_without_a_word_loses_nothing_and_holds_nothi
     }
     for order in ["first", "second"] {
         let accepted = accepted_of(&world, order);
-        assert_eq!((accepted.len(), accepted.values().flatten().count()), (PHONES, PHONES), "each once");
-        assert!(accepted.values().flatten().all(|push| push.connection != dead));
+        assert_eq!(accepted.len(), PHONES, "{order}");
+        for (token, pushes) in accepted {
+            assert!(pushes.iter().all(|push| push.connection != dead), "{token}");
+            // A busy machine may be slower than two seconds, so that one is sent again: never as another.
+            assert!(pushes.iter().all(|push| push.apns_id == pushes[0].apns_id), "{token}");
+        }
     }
 }
 

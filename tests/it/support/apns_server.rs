@@ -255,80 +255,89 @@ async fn read_frame(from: &mut (impl AsyncReadExt + Unpin)) -> Option<Vec<u8>> {
     Some(bytes)
 }
 
+/// Between the client and `h2`: sees every frame, and adds, changes and withholds some.
+async fn relay_frames(
+    tls: tokio_rustls::server::TlsStream<tokio::net::TcpStream>,
+    outer: tokio::io::DuplexStream,
+    script: Script,
+    mut orders: mpsc::UnboundedReceiver<Order>,
+    shared: Arc<Shared>,
+) {
+    let (mut from_client, mut to_client) = tokio::io::split(tls);
+    let (mut from_server, mut to_server) = tokio::io::split(outer);
+    let mut preface = [0; 24];
+    if from_client.read_exact(&mut preface).await.is_err() {
+        return;
+    }
+    to_server.write_all(&preface).await.unwrap();
+    let pings = Arc::clone(&shared);
+    let upstream = tokio::spawn(async move {
+        let mut acknowledgements = 0;
+        while let Some(bytes) = read_frame(&mut from_client).await {
+            match (bytes[3], bytes[4]) {
+                (4, 1) => {
+                    // `h2` expects one acknowledgement, for its own SETTINGS.
+                    acknowledgements += 1;
+                    pings.acknowledged.fetch_add(1, Ordering::SeqCst);
+                    if acknowledgements > 1 {
+                        continue;
+                    }
+                }
+                (6, 0) if pings.swallow_pings.load(Ordering::SeqCst) => continue,
+                _ => {}
+            }
+            if to_server.write_all(&bytes).await.is_err() {
+                return;
+            }
+        }
+        let _ = to_server.shutdown().await;
+    });
+    let mut withheld = Vec::new();
+    loop {
+        tokio::select! {
+            bytes = read_frame(&mut from_server) => {
+                let Some(mut bytes) = bytes else { break };
+                if bytes[3] == 4 && bytes[4] == 0 {
+                    for setting in bytes[9..].chunks_exact_mut(6) {
+                        if setting[1] == 3 {
+                            setting[2..].copy_from_slice(&script.streams.to_be_bytes());
+                        }
+                    }
+                    if shared.withhold_greeting.load(Ordering::SeqCst) {
+                        withheld = bytes;
+                        continue;
+                    }
+                }
+                if to_client.write_all(&bytes).await.is_err() { break }
+                let _ = to_client.flush().await;
+            }
+            order = orders.recv() => match order {
+                Some(Order::Frame(bytes)) => {
+                    let _ = to_client.write_all(&bytes).await;
+                    let _ = to_client.flush().await;
+                }
+                Some(Order::Greet) => {
+                    let _ = to_client.write_all(&std::mem::take(&mut withheld)).await;
+                    let _ = to_client.flush().await;
+                }
+                Some(Order::Cut) | None => break,
+            }
+        }
+    }
+    upstream.abort();
+}
+
 async fn serve(
     tls: tokio_rustls::server::TlsStream<tokio::net::TcpStream>,
     number: usize,
     script: Script,
-    mut orders: mpsc::UnboundedReceiver<Order>,
+    orders: mpsc::UnboundedReceiver<Order>,
     sender: mpsc::UnboundedSender<Got>,
     load: Arc<Load>,
     shared: Arc<Shared>,
 ) {
     let (inner, outer) = tokio::io::duplex(1 << 20);
-    let proxy = tokio::spawn(async move {
-        let (mut from_client, mut to_client) = tokio::io::split(tls);
-        let (mut from_server, mut to_server) = tokio::io::split(outer);
-        let mut preface = [0; 24];
-        if from_client.read_exact(&mut preface).await.is_err() {
-            return;
-        }
-        to_server.write_all(&preface).await.unwrap();
-        let pings = Arc::clone(&shared);
-        let upstream = tokio::spawn(async move {
-            let mut acknowledgements = 0;
-            while let Some(bytes) = read_frame(&mut from_client).await {
-                match (bytes[3], bytes[4]) {
-                    (4, 1) => {
-                        // `h2` expects one acknowledgement, for its own SETTINGS.
-                        acknowledgements += 1;
-                        pings.acknowledged.fetch_add(1, Ordering::SeqCst);
-                        if acknowledgements > 1 {
-                            continue;
-                        }
-                    }
-                    (6, 0) if pings.swallow_pings.load(Ordering::SeqCst) => continue,
-                    _ => {}
-                }
-                if to_server.write_all(&bytes).await.is_err() {
-                    return;
-                }
-            }
-            let _ = to_server.shutdown().await;
-        });
-        let mut withheld = Vec::new();
-        loop {
-            tokio::select! {
-                bytes = read_frame(&mut from_server) => {
-                    let Some(mut bytes) = bytes else { break };
-                    if bytes[3] == 4 && bytes[4] == 0 {
-                        for setting in bytes[9..].chunks_exact_mut(6) {
-                            if setting[1] == 3 {
-                                setting[2..].copy_from_slice(&script.streams.to_be_bytes());
-                            }
-                        }
-                        if shared.withhold_greeting.load(Ordering::SeqCst) {
-                            withheld = bytes;
-                            continue;
-                        }
-                    }
-                    if to_client.write_all(&bytes).await.is_err() { break }
-                    let _ = to_client.flush().await;
-                }
-                order = orders.recv() => match order {
-                    Some(Order::Frame(bytes)) => {
-                        let _ = to_client.write_all(&bytes).await;
-                        let _ = to_client.flush().await;
-                    }
-                    Some(Order::Greet) => {
-                        let _ = to_client.write_all(&std::mem::take(&mut withheld)).await;
-                        let _ = to_client.flush().await;
-                    }
-                    Some(Order::Cut) | None => break,
-                }
-            }
-        }
-        upstream.abort();
-    });
+    let proxy = tokio::spawn(relay_frames(tls, outer, script, orders, shared));
     let Ok(mut connection) = h2::server::Builder::new()
         .max_concurrent_streams(10_000)
         .initial_connection_window_size(1 << 20)
