@@ -22,6 +22,7 @@ mod lost;
 mod ownership;
 mod process;
 mod provider_token;
+mod retention;
 mod simulator;
 mod store;
 mod support;
