@@ -51,7 +51,7 @@ impl Beside {
     }
 }
 
-/// Makes the schema, and notifications that ended 40 days ago, each with a chunk, a link and a note; every 100th has 600 links.
+/// Makes the schema, and notifications that ended 40 days ago, each with a chunk, a link and a note; every 500th has 600 links.
 async fn put_old(database: &TestDatabase, count: usize) {
     store(database).await.close().await;
     let at = SystemClock::new().now().minus(40 * DAY).as_millis();
@@ -62,7 +62,7 @@ async fn put_old(database: &TestDatabase, count: usize) {
         notifications
             .push(format!("({id}, '{TOPIC}', 'shop', 0, 'alert', 10, {at}, 1, 'retry', X'7b7d', 1, 0, {at}, {at})"));
         chunks.push(format!("({id}, 0, 0, NULL, 1, {at}, X'01', NULL, 0, 0, 0, 0, 0, 0, 0, 0, {at})"));
-        let links = if number % 100 == 0 { 600 } else { 1 };
+        let links = if number % 500 == 0 { 600 } else { 1 };
         users.extend((0..links).map(|user| format!("(X'{user:08x}', {id})")));
         notes.push(format!("({id}, 0, 0, 'failed', 1, {at})"));
     }
@@ -172,7 +172,7 @@ on_both_stores! {
     }
 
     async fn a_backlog_is_worked_off_while_notifications_are_accepted_and_sent(database) {
-        const OLD: i64 = 3_000;
+        const OLD: i64 = 2_000;
         put_old(&database, usize::try_from(OLD).unwrap()).await;
         let beside = Beside::of(&database).await;
         let world = World::start(database).await;
