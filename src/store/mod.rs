@@ -5,6 +5,7 @@
 //! implementations, one conformance suite (`tests/it/store/`), which is the contract.
 
 pub mod intake;
+pub mod retention;
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
@@ -27,6 +28,7 @@ mod sql;
 mod sqlite;
 mod statement;
 
+use self::retention::Retention;
 use crate::domain::{
     api_key::{ApiKey, ApiKeyId},
     clock::{Clock, Timestamp},
@@ -649,6 +651,6 @@ pub trait Database: Send + Sync {
 }
 
 /// Everything that is kept.
-pub trait Store: Devices + Notifications + Queue + Replicas + Breakers + ApiKeys + Database {}
+pub trait Store: Devices + Notifications + Queue + Replicas + Breakers + ApiKeys + Retention + Database {}
 
-impl<T: Devices + Notifications + Queue + Replicas + Breakers + ApiKeys + Database> Store for T {}
+impl<T: Devices + Notifications + Queue + Replicas + Breakers + ApiKeys + Retention + Database> Store for T {}

@@ -23,6 +23,7 @@ mod mistakes;
 mod ownership;
 mod process;
 mod provider_token;
+mod retention;
 mod simulator;
 mod simulator_behaviour;
 mod store;

@@ -8,7 +8,8 @@ mod migrations;
 mod notifications;
 mod queue;
 mod replicas;
-mod world;
+mod retention;
+pub(crate) mod world;
 
 use std::{sync::Arc, time::Duration};
 
