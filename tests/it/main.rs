@@ -15,6 +15,7 @@
 mod api;
 mod apns;
 mod breaker;
+mod chaos;
 mod database;
 mod kill;
 mod layers;
