@@ -13,6 +13,8 @@ use serde_json::{Map, Value};
 #[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Conduct {
+    /// What Apple may or may not refuse is accepted: docs/simulator.md has the list. By default it is refused.
+    pub lenient: bool,
     /// The stream limit falls to 1 with every refusal but 410, and rises again with the next 200 (openradar 27870881).
     pub adaptive_streams: bool,
     /// When a new connection is sent its first SETTINGS.

@@ -447,10 +447,12 @@ impl Connection<'_> {
             now,
             monotonic: self.state.clock.monotonic(),
             wire_spelling: self.state.wire_spelling,
+            lenient: self.conduct.lenient,
         };
         let key = self.tokens.check(headers.get(header::AUTHORIZATION), &judge).map_err(Answer::refusal)?;
         self.token_accepted(now);
-        let push = check::push(headers).map_err(Answer::refusal)?;
+        let mode = if self.conduct.lenient { check::Mode::Lenient } else { check::Mode::Strict };
+        let push = check::push(headers, mode).map_err(Answer::refusal)?;
         if !key.allows(push.topic) {
             return Err(Answer::refusal(Reason::TopicDisallowed));
         }
@@ -553,10 +555,11 @@ impl Connection<'_> {
             count(&self.tally().accepted);
             return;
         }
-        // These passed when the request was judged; they are pure, so they pass again.
-        let (Ok(token), Ok(push)) =
-            (check::route(&request.head.method, request.head.uri.path()), check::push(&request.head.headers))
-        else {
+        // These passed when the request was judged, strictly or leniently: so they pass again.
+        let (Ok(token), Ok(push)) = (
+            check::route(&request.head.method, request.head.uri.path()),
+            check::push(&request.head.headers, check::Mode::Lenient),
+        ) else {
             return;
         };
         if self.topic.as_ref() != push.topic {

@@ -330,8 +330,11 @@ async fn genuine_mistakes_get_their_own_reason() {
     let mut client = world.connect().await;
     let jwt = client.jwt.clone();
     let bare = |path: &str| Request::builder().method(Method::POST).uri(format!("https://localhost{path}"));
-    let signed = |path: &str| bare(path).header("authorization", format!("bearer {jwt}"));
-    let good = || signed(&format!("/3/device/{TOKEN}")).header("apns-topic", TOPIC);
+    let signed_as = |kind: &str, path: &str| {
+        bare(path).header("authorization", format!("bearer {jwt}")).header("apns-push-type", kind)
+    };
+    let good_as = |kind: &str| signed_as(kind, &format!("/3/device/{TOKEN}")).header("apns-topic", TOPIC);
+    let (signed, good) = (|path: &str| signed_as("alert", path), || good_as("alert"));
     let full = "x".repeat(4097);
     let voip = "x".repeat(5121);
     let cases: Vec<(http::request::Builder, &str, (u16, &str))> = vec![
@@ -346,8 +349,8 @@ async fn genuine_mistakes_get_their_own_reason() {
         (good().header("apns-id", "1042"), "{}", (400, "BadMessageId")),
         (good().header("apns-expiration", "tomorrow"), "{}", (400, "BadExpirationDate")),
         (good().header("apns-priority", "11"), "{}", (400, "BadPriority")),
-        (good().header("apns-push-type", "background").header("apns-priority", "10"), "{}", (400, "BadPriority")),
-        (good().header("apns-push-type", "shout"), "{}", (400, "InvalidPushType")),
+        (good_as("background").header("apns-priority", "10"), "{}", (400, "BadPriority")),
+        (good_as("shout"), "{}", (400, "InvalidPushType")),
         (good().header("apns-collapse-id", "c".repeat(65)), "{}", (400, "BadCollapseId")),
         (signed("/3/device/ab"), "{}", (400, "MissingTopic")),
         (signed("/3/device/ab").header("apns-topic", "<fr.ocpizza>"), "{}", (400, "BadTopic")),
@@ -359,7 +362,7 @@ async fn genuine_mistakes_get_their_own_reason() {
         (signed("/3/device/aa03").header("apns-topic", TOPIC), "{}", (400, "BadDeviceToken")),
         (good(), "", (400, "PayloadEmpty")),
         (good(), &full, (413, "PayloadTooLarge")),
-        (good().header("apns-push-type", "voip"), &voip, (413, "PayloadTooLarge")),
+        (good_as("voip"), &voip, (413, "PayloadTooLarge")),
     ];
     for (request, body, expected) in cases {
         let shown = format!("{request:?}");
@@ -374,7 +377,7 @@ async fn genuine_mistakes_get_their_own_reason() {
         }
     }
     assert_eq!(client.ask(good(), &full[..4096]).await.unwrap().status, 200);
-    assert_eq!(client.ask(good().header("apns-push-type", "voip"), &voip[..5120]).await.unwrap().status, 200);
+    assert_eq!(client.ask(good_as("voip"), &voip[..5120]).await.unwrap().status, 200);
     world.end().await;
 }
 
@@ -461,6 +464,7 @@ async fn a_connection_keeps_to_its_key_and_its_environment() {
         .method(Method::POST)
         .uri(format!("https://localhost/3/device/{TOKEN}"))
         .header("authorization", format!("bearer {}", bound.jwt))
+        .header("apns-push-type", "alert")
         .header("apns-topic", "fr.ocpizza.client");
     assert_eq!(bound.ask(elsewhere, "{}").await.unwrap().reason(), (400, "TopicDisallowed"));
     world.end().await;
@@ -559,6 +563,7 @@ impl RawFrames {
             (":authority", "localhost"),
             ("authorization", &authorization),
             ("apns-topic", TOPIC),
+            ("apns-push-type", "alert"),
         ] {
             block.push(0);
             block.push(u8::try_from(name.len()).unwrap());

@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde_json::json;
 use sonnette::{
     domain::clock::Clock as _,
-    sim::{Action, Conduct, Connects, Environment, GoAwayOrder, MAX_SHOWN, Script, WedgeError, WedgeOrder},
+    sim::{Action, Conduct, Connects, Environment, GoAwayOrder, MAX_SHOWN, PushQuery, Script, WedgeError, WedgeOrder},
 };
 use tokio::{io::AsyncReadExt as _, net::TcpStream};
 
@@ -669,5 +669,45 @@ async fn a_collapse_id_replaces_what_an_online_device_shows() {
     assert_eq!(control(&world, &format!("DELETE /devices/sandbox/{TOKEN}"), "").await.0, 204);
     assert_eq!(control(&world, &format!("GET /devices/sandbox/{TOKEN}"), "").await.0, 404);
     assert_eq!(control(&world, "PUT /devices/sandbox/xyz/online", r#"{"online": true}"#).await.0, 422);
+    world.end().await;
+}
+
+#[tokio::test]
+async fn what_apple_may_or_may_not_refuse_is_refused_unless_the_simulator_is_lenient() {
+    let mut world = World::start().await;
+    let requests = |client: &crate::simulator::Client| {
+        let bare = || {
+            http::Request::builder()
+                .method("POST")
+                .uri(format!("https://localhost/3/device/{TOKEN}"))
+                .header("authorization", format!("bearer {}", client.jwt))
+                .header("apns-topic", TOPIC)
+        };
+        [
+            (bare(), "InvalidPushType"),
+            (bare().header("apns-push-type", "Alert"), "InvalidPushType"),
+            (bare().header("apns-push-type", "background").header("apns-priority", "10"), "BadPriority"),
+            (bare().header("apns-push-type", "alert").header("apns-expiration", "1795372500000"), "BadExpirationDate"),
+        ]
+    };
+    let mut client = world.connect().await;
+    for (request, reason) in requests(&client) {
+        assert_eq!(client.ask(request, "{}").await.unwrap().reason(), (400, reason));
+    }
+    assert_eq!(client.push(TOKEN).await.status, 200);
+    let key = std::mem::take(&mut client.jwt);
+    world.clock.advance(Duration::from_secs(1200));
+    client.jwt = world.jwt("STRANGER01", 0);
+    assert_eq!(client.push(TOKEN).await.reason(), (403, "UnrelatedKeyIdInToken"));
+    assert_eq!(control(&world, "PATCH /environments/sandbox/conduct", r#"{"lenient": true}"#).await.0, 200);
+    assert_eq!(client.push(TOKEN).await.status, 200, "another team key of the same team");
+    let mut other = world.connect().await;
+    other.jwt = key;
+    for (request, reason) in requests(&other) {
+        assert_eq!(other.ask(request, "{}").await.unwrap().status, 200, "{reason}");
+    }
+    let pushes = world.simulator.ledger().pushes(&PushQuery::default());
+    assert_eq!(pushes.len(), 6, "what was let through is in the ledger");
+    assert_eq!((pushes[2].push_type, pushes[3].push_type), (None, Some("alert")));
     world.end().await;
 }
