@@ -66,11 +66,11 @@ pub(super) enum Mode {
     Lenient,
 }
 
-/// Check 6, all but whether the key may send to the topic.
-pub(super) fn push(headers: &HeaderMap, mode: Mode) -> Result<Push<'_>, Reason> {
+/// Check 6, all but whether the sender may send to the topic. `only_topic` is that of a certificate that has no other.
+pub(super) fn push<'a>(headers: &'a HeaderMap, mode: Mode, only_topic: Option<&'a str>) -> Result<Push<'a>, Reason> {
     let is_strict = mode == Mode::Strict;
     let value = |name: &HeaderName| headers.get(name).map(http::HeaderValue::as_bytes);
-    let id = value(&ID).map(|id| identifiers::canonical(id).ok_or(Reason::BadMessageId)).transpose()?;
+    let id = value(&ID).map(|id| message_id(id, mode).ok_or(Reason::BadMessageId)).transpose()?;
     let expiration =
         value(&EXPIRATION).map(|time| expiration(time, mode).ok_or(Reason::BadExpirationDate)).transpose()?;
     let priority = value(&PRIORITY).map(|priority| self::priority(priority).ok_or(Reason::BadPriority)).transpose()?;
@@ -85,7 +85,8 @@ pub(super) fn push(headers: &HeaderMap, mode: Mode) -> Result<Push<'_>, Reason> 
     if collapse_id.is_some_and(|id| id.len() > MAX_COLLAPSE_ID_BYTES) {
         return Err(Reason::BadCollapseId);
     }
-    let topic = value(&TOPIC).filter(|topic| !topic.is_empty()).ok_or(Reason::MissingTopic)?;
+    let own = value(&TOPIC).filter(|topic| !topic.is_empty());
+    let topic = own.or(only_topic.map(str::as_bytes)).ok_or(Reason::MissingTopic)?;
     let topic = std::str::from_utf8(topic).ok().filter(|topic| is_topic(topic)).ok_or(Reason::BadTopic)?;
     Ok(Push { id, expiration, priority, kind, collapse_id, topic })
 }
@@ -110,6 +111,12 @@ pub(super) fn body(bytes: usize, push_type: Option<PushType>) -> Result<(), Reas
     } else {
         Ok(())
     }
+}
+
+/// A UUID in canonical form, which Apple writes in lower case; if lenient, in any.
+fn message_id(value: &[u8], mode: Mode) -> Option<Uuid> {
+    let is_as_written = mode == Mode::Lenient || !value.iter().any(u8::is_ascii_uppercase);
+    identifiers::canonical(value).filter(|_| is_as_written)
 }
 
 /// Seconds since the epoch. What is no such time, but a number, is one if lenient: U28.
@@ -172,7 +179,7 @@ mod tests {
     fn with_mode(name: &'static str, value: &str, mode: Mode) -> Result<(), Reason> {
         let mut map = headers(&[("apns-topic", "a.b"), ("apns-push-type", "alert")]);
         map.insert(name, HeaderValue::from_str(value).unwrap());
-        push(&map, mode).map(|_| ())
+        push(&map, mode, None).map(|_| ())
     }
 
     #[test]
@@ -231,7 +238,7 @@ mod tests {
     fn a_background_push_may_not_ask_for_priority_10() {
         let background = |priority| {
             let map = headers(&[("apns-topic", "a.b"), ("apns-push-type", "background"), ("apns-priority", priority)]);
-            push(&map, Mode::Strict).map(|_| ())
+            push(&map, Mode::Strict, None).map(|_| ())
         };
         assert_eq!(background("10"), Err(Reason::BadPriority));
         assert_eq!(background("5"), Ok(()));
@@ -239,7 +246,10 @@ mod tests {
 
     #[test]
     fn a_topic_is_needed_and_looks_like_a_bundle_id() {
-        assert_eq!(push(&headers(&[("apns-push-type", "alert")]), Mode::Strict).err(), Some(Reason::MissingTopic));
+        assert_eq!(
+            push(&headers(&[("apns-push-type", "alert")]), Mode::Strict, None).err(),
+            Some(Reason::MissingTopic)
+        );
         assert_eq!(with_topic("apns-topic", ""), Err(Reason::MissingTopic));
         for bad in ["a b", "a..b", ".a", "a.", "<com.x.y>", "a/b", "é"] {
             assert_eq!(with_topic("apns-topic", bad), Err(Reason::BadTopic), "{bad}");
@@ -254,6 +264,7 @@ mod tests {
     #[test]
     fn what_apple_may_refuse_is_refused_strictly_and_let_through_leniently() {
         for (name, value, reason) in [
+            ("apns-id", "123E4567-E89B-12D3-A456-4266554400A0", Reason::BadMessageId),
             ("apns-push-type", "Alert", Reason::InvalidPushType),
             ("apns-expiration", "1795372500000", Reason::BadExpirationDate),
             ("apns-expiration", "-1", Reason::BadExpirationDate),
@@ -263,11 +274,11 @@ mod tests {
             assert_eq!(with_mode(name, value, Mode::Lenient), Ok(()), "{name}: {value}");
         }
         let bare = headers(&[("apns-topic", "a.b")]);
-        assert_eq!(push(&bare, Mode::Strict).err(), Some(Reason::InvalidPushType));
-        assert_eq!(push(&bare, Mode::Lenient).map(|push| push.kind), Ok(None));
+        assert_eq!(push(&bare, Mode::Strict, None).err(), Some(Reason::InvalidPushType));
+        assert_eq!(push(&bare, Mode::Lenient, None).map(|push| push.kind), Ok(None));
         let loud = headers(&[("apns-topic", "a.b"), ("apns-push-type", "background"), ("apns-priority", "10")]);
-        assert_eq!(push(&loud, Mode::Strict).err(), Some(Reason::BadPriority));
-        assert_eq!(push(&loud, Mode::Lenient).map(|push| push.priority), Ok(Some(10)));
+        assert_eq!(push(&loud, Mode::Strict, None).err(), Some(Reason::BadPriority));
+        assert_eq!(push(&loud, Mode::Lenient, None).map(|push| push.priority), Ok(Some(10)));
         for (name, value) in [("apns-push-type", "shout"), ("apns-expiration", "soon"), ("apns-expiration", "-")] {
             assert!(with_mode(name, value, Mode::Lenient).is_err(), "{name}: {value}");
         }
@@ -277,9 +288,9 @@ mod tests {
     fn the_first_failing_header_answers() {
         let all =
             headers(&[("apns-id", "x"), ("apns-expiration", "x"), ("apns-priority", "x"), ("apns-push-type", "x")]);
-        assert_eq!(push(&all, Mode::Strict).err(), Some(Reason::BadMessageId));
+        assert_eq!(push(&all, Mode::Strict, None).err(), Some(Reason::BadMessageId));
         let later = headers(&[("apns-priority", "x"), ("apns-push-type", "x")]);
-        assert_eq!(push(&later, Mode::Strict).err(), Some(Reason::BadPriority));
+        assert_eq!(push(&later, Mode::Strict, None).err(), Some(Reason::BadPriority));
     }
 
     #[test]

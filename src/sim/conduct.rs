@@ -32,6 +32,9 @@ pub struct Conduct {
     pub read_bytes_per_second: Option<NonZeroU32>,
     /// What a connection does after `ExpiredProviderToken` and `TooManyProviderTokenUpdates` (pushy 811).
     pub after_token_error: AfterTokenError,
+    /// How many refusals a connection may bring on itself before GOAWAY without a word; 410 does not count, and
+    /// `BadDeviceToken` counts twice, because it weighs more at Apple. Absent: any number.
+    pub max_errors: Option<NonZeroU32>,
     /// How long a connection may be idle; absent: for ever.
     pub idle_timeout: Option<IdleTimeout>,
     /// How many milliseconds the `date` of answers is ahead of the simulator's clock; absent: there is none.

@@ -6,6 +6,7 @@
 //! was handed over, or when a script said so.
 
 mod answers;
+mod sender;
 mod silence;
 mod streams;
 mod wedge;
@@ -32,6 +33,7 @@ use uuid::Uuid;
 use self::{streams::StreamLimit, windows::Windows};
 use super::{
     State, check,
+    client_certificate::KnownCertificate,
     conduct::{Conduct, MessageId},
     environment::Environment,
     fault::{Answer, Fault, FaultAction, LastStream, SHUTDOWN_DEBUG},
@@ -134,7 +136,9 @@ pub(super) async fn serve(state: Arc<State>, environment: Environment, stream: T
     let gate = state.gates.of(environment);
     let mut commands = gate.enter(record.number);
     let conduct = gate.conduct();
-    let initial = gate.initial_stream_limit();
+    let presented = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
+    let certificate = presented.map(|presented| state.client_certificates.check(presented, environment));
+    let initial = if certificate.is_some() { gate.stream_limit() } else { gate.initial_stream_limit() };
     let limit = initial.min(gate.stream_limit());
     let orders = Orders::new(limit);
     let windows = conduct.windows();
@@ -174,6 +178,7 @@ pub(super) async fn serve(state: Arc<State>, environment: Environment, stream: T
                 orders,
                 h2,
                 commands,
+                certificate,
                 tokens: ConnectionTokens::default(),
                 token_record: None,
                 identifiers: Identifiers::new(),
@@ -186,6 +191,7 @@ pub(super) async fn serve(state: Arc<State>, environment: Environment, stream: T
                 wedge: None,
                 last_active: state.clock.monotonic(),
                 is_expired: false,
+                errors: 0,
                 limit: StreamLimit::new(initial, limit),
                 highest: 0,
                 is_violated: false,
@@ -220,6 +226,8 @@ struct Connection<'a> {
     orders: Arc<Orders>,
     h2: server::Connection<Completing, Bytes>,
     commands: mpsc::UnboundedReceiver<Command>,
+    /// The client's certificate, if it presented one, as it was known then.
+    certificate: Option<Result<Arc<KnownCertificate>, Reason>>,
     tokens: ConnectionTokens,
     token_record: Option<Arc<TokenRecord>>,
     identifiers: Identifiers,
@@ -231,6 +239,8 @@ struct Connection<'a> {
     last_active: Duration,
     /// The connection was idle for too long.
     is_expired: bool,
+    /// Refusals that weigh on the client.
+    errors: u32,
     limit: StreamLimit,
     /// The highest stream the client has opened.
     highest: u32,
@@ -441,26 +451,17 @@ impl Connection<'_> {
         let headers = &request.head.headers;
         let token = check::route(&request.head.method, request.head.uri.path()).map_err(Answer::refusal)?;
         check::duplicates(headers).map_err(Answer::refusal)?;
-        let judge = Judge {
-            keys: &self.state.keys,
-            environment: self.environment,
-            now,
-            monotonic: self.state.clock.monotonic(),
-            wire_spelling: self.state.wire_spelling,
-            lenient: self.conduct.lenient,
-        };
-        let key = self.tokens.check(headers.get(header::AUTHORIZATION), &judge).map_err(Answer::refusal)?;
-        self.token_accepted(now);
+        let sender = self.sender(headers, now).map_err(Answer::refusal)?;
         let mode = if self.conduct.lenient { check::Mode::Lenient } else { check::Mode::Strict };
-        let push = check::push(headers, mode).map_err(Answer::refusal)?;
-        if !key.allows(push.topic) {
+        let push = check::push(headers, mode, sender.only_topic()).map_err(Answer::refusal)?;
+        if !sender.allows(push.topic) {
             return Err(Answer::refusal(Reason::TopicDisallowed));
         }
         check::device_token(token).map_err(Answer::refusal)?;
         self.state.devices.check(self.environment, token, push.topic)?;
         check::body(request.body.len(), push.kind).map_err(Answer::refusal)?;
         if let Some(rate) = self.conduct.device_rate
-            && !self.state.rates.allow(self.environment, token, rate, judge.monotonic)
+            && !self.state.rates.allow(self.environment, token, rate, self.state.clock.monotonic())
         {
             return Err(Answer::refusal(Reason::TooManyRequests));
         }
@@ -555,10 +556,11 @@ impl Connection<'_> {
             count(&self.tally().accepted);
             return;
         }
+        let only_topic = self.certificate.as_ref().and_then(|known| known.as_ref().ok()?.only_topic());
         // These passed when the request was judged, strictly or leniently: so they pass again.
         let (Ok(token), Ok(push)) = (
             check::route(&request.head.method, request.head.uri.path()),
-            check::push(&request.head.headers, check::Mode::Lenient),
+            check::push(&request.head.headers, check::Mode::Lenient, only_topic),
         ) else {
             return;
         };
@@ -640,6 +642,7 @@ impl Connection<'_> {
         self.tally().answered(answer);
         self.touch();
         self.wedge_after(answer);
+        self.count_error(answer);
         if self.conduct.adaptive_streams || self.limit.is_shrunk {
             let full = self.state.gates.of(self.environment).stream_limit();
             self.limit.adapt(answer, full, self.conduct.adaptive_streams);
