@@ -13,6 +13,8 @@ use serde_json::{Map, Value};
 #[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Conduct {
+    /// What Apple may or may not refuse is accepted: docs/simulator.md has the list. By default it is refused.
+    pub lenient: bool,
     /// The stream limit falls to 1 with every refusal but 410, and rises again with the next 200 (openradar 27870881).
     pub adaptive_streams: bool,
     /// When a new connection is sent its first SETTINGS.
@@ -30,6 +32,9 @@ pub struct Conduct {
     pub read_bytes_per_second: Option<NonZeroU32>,
     /// What a connection does after `ExpiredProviderToken` and `TooManyProviderTokenUpdates` (pushy 811).
     pub after_token_error: AfterTokenError,
+    /// How many refusals a connection may bring on itself before GOAWAY without a word; 410 does not count, and
+    /// `BadDeviceToken` counts twice, because it weighs more at Apple. Absent: any number.
+    pub max_errors: Option<NonZeroU32>,
     /// How long a connection may be idle; absent: for ever.
     pub idle_timeout: Option<IdleTimeout>,
     /// How many milliseconds the `date` of answers is ahead of the simulator's clock; absent: there is none.

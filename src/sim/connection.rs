@@ -7,6 +7,7 @@
 //! the connection ends first.
 
 mod answers;
+mod sender;
 mod silence;
 mod streams;
 mod wedge;
@@ -33,6 +34,7 @@ use uuid::Uuid;
 use self::{streams::StreamLimit, windows::Windows};
 use super::{
     State, check,
+    client_certificate::KnownCertificate,
     conduct::{Conduct, MessageId},
     environment::Environment,
     fault::{Answer, Fault, FaultAction, LastStream, SHUTDOWN_DEBUG},
@@ -156,7 +158,9 @@ pub(super) async fn serve(state: Arc<State>, environment: Environment, stream: T
     let gate = state.gates.of(environment);
     let mut commands = gate.enter(record.number);
     let conduct = gate.conduct();
-    let initial = gate.initial_stream_limit();
+    let presented = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
+    let certificate = presented.map(|presented| state.client_certificates.check(presented, environment));
+    let initial = if certificate.is_some() { gate.stream_limit() } else { gate.initial_stream_limit() };
     let limit = initial.min(gate.stream_limit());
     let orders = Orders::new(limit);
     let receipts = Receipts::new(state.ledger.clone());
@@ -196,6 +200,7 @@ pub(super) async fn serve(state: Arc<State>, environment: Environment, stream: T
                 h2,
                 prover,
                 commands,
+                certificate,
                 tokens: ConnectionTokens::default(),
                 token_record: None,
                 identifiers: Identifiers::new(),
@@ -208,6 +213,7 @@ pub(super) async fn serve(state: Arc<State>, environment: Environment, stream: T
                 wedge: None,
                 last_active: state.clock.monotonic(),
                 is_expired: false,
+                errors: 0,
                 limit: StreamLimit::new(initial, limit),
                 highest: 0,
                 is_violated: false,
@@ -244,6 +250,8 @@ struct Connection<'a> {
     h2: server::Connection<Completing, Bytes>,
     prover: Prover,
     commands: mpsc::UnboundedReceiver<Command>,
+    /// The client's certificate, if it presented one, as it was known then.
+    certificate: Option<Result<Arc<KnownCertificate>, Reason>>,
     tokens: ConnectionTokens,
     token_record: Option<Arc<TokenRecord>>,
     identifiers: Identifiers,
@@ -255,6 +263,8 @@ struct Connection<'a> {
     last_active: Duration,
     /// The connection was idle for too long.
     is_expired: bool,
+    /// Refusals that weigh on the client.
+    errors: u32,
     limit: StreamLimit,
     /// The highest stream the client has opened.
     highest: u32,
@@ -477,24 +487,17 @@ impl<'a> Connection<'a> {
         let headers = &request.head.headers;
         let token = check::route(&request.head.method, request.head.uri.path()).map_err(Answer::refusal)?;
         check::duplicates(headers).map_err(Answer::refusal)?;
-        let judge = Judge {
-            keys: &self.state.keys,
-            environment: self.environment,
-            now,
-            monotonic: self.state.clock.monotonic(),
-            wire_spelling: self.state.wire_spelling,
-        };
-        let key = self.tokens.check(headers.get(header::AUTHORIZATION), &judge).map_err(Answer::refusal)?;
-        self.token_accepted(now);
-        let push = check::push(headers).map_err(Answer::refusal)?;
-        if !key.allows(push.topic) {
+        let sender = self.sender(headers, now).map_err(Answer::refusal)?;
+        let mode = if self.conduct.lenient { check::Mode::Lenient } else { check::Mode::Strict };
+        let push = check::push(headers, mode, sender.only_topic()).map_err(Answer::refusal)?;
+        if !sender.allows(push.topic) {
             return Err(Answer::refusal(Reason::TopicDisallowed));
         }
         check::device_token(token).map_err(Answer::refusal)?;
         self.state.devices.check(self.environment, token, push.topic)?;
         check::body(request.body.len(), push.kind).map_err(Answer::refusal)?;
         if let Some(rate) = self.conduct.device_rate
-            && !self.state.rates.allow(self.environment, token, rate, judge.monotonic)
+            && !self.state.rates.allow(self.environment, token, rate, self.state.clock.monotonic())
         {
             return Err(Answer::refusal(Reason::TooManyRequests));
         }
@@ -609,10 +612,12 @@ impl<'a> Connection<'a> {
             count(&self.tally().accepted);
             return;
         }
-        // These passed when the request was judged; they are pure, so they pass again.
-        let (Ok(token), Ok(push)) =
-            (check::route(&request.head.method, request.head.uri.path()), check::push(&request.head.headers))
-        else {
+        let only_topic = self.certificate.as_ref().and_then(|known| known.as_ref().ok()?.only_topic());
+        // These passed when the request was judged, strictly or leniently: so they pass again.
+        let (Ok(token), Ok(push)) = (
+            check::route(&request.head.method, request.head.uri.path()),
+            check::push(&request.head.headers, check::Mode::Lenient, only_topic),
+        ) else {
             return;
         };
         if self.topic.as_ref() != push.topic {
@@ -698,6 +703,7 @@ impl<'a> Connection<'a> {
         self.prover.receipts.expect(request.stream, request.attempt.answered(answer));
         self.touch();
         self.wedge_after(answer);
+        self.count_error(answer);
         if self.conduct.adaptive_streams || self.limit.is_shrunk {
             let full = self.state.gates.of(self.environment).stream_limit();
             self.limit.adapt(answer, full, self.conduct.adaptive_streams);

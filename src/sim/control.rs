@@ -18,6 +18,7 @@
 //! | `GET /ledger/repeats` | pushes accepted twice: same device token, same `apns-id` |
 //! | `GET /ledger/provider-tokens` · `GET /ledger/connections` | as they say |
 //! | `GET /keys` · `POST /keys` [`ProviderKey`] · `DELETE /keys/{key_id}` | provider keys |
+//! | `GET /client-certificates` · `POST` [`ClientCertificate`] · `DELETE /client-certificates/{fingerprint}` | client certificates |
 //! | `PUT /keys/{key_id}/team` `{"team_id": "…"}` | corrects a team |
 //! | `GET /devices` · `POST /devices` [`Device`] · `DELETE /devices/{environment}/{token}` | devices |
 //! | `PUT /devices/{environment}/{token}/online` `{"online": false}` · `GET /devices/{environment}/{token}` | follows a device · [`Phone`] |
@@ -55,6 +56,7 @@ use tokio::net::TcpListener;
 use super::{
     State,
     chaos::{ChaosError, ChaosPlan},
+    client_certificate::ClientCertificate,
     conduct::{Conduct, ConductError},
     devices::Device,
     door::Connects,
@@ -96,6 +98,11 @@ fn router(state: Arc<State>) -> Router {
         .route("/keys", get(async |Extract(state): Shared| items(&state.keys.list())).post(register_key))
         .route("/keys/{key_id}", delete(remove_key))
         .route("/keys/{key_id}/team", put(set_team))
+        .route(
+            "/client-certificates",
+            get(async |Extract(state): Shared| items(&state.client_certificates.list())).post(register_certificate),
+        )
+        .route("/client-certificates/{fingerprint}", delete(remove_certificate))
         .route("/devices", get(async |Extract(state): Shared| items(&state.devices.list())).post(register_device))
         .route("/devices/required", put(require_devices))
         .route("/devices/{environment}/{token}", get(phone).delete(remove_device))
@@ -136,6 +143,9 @@ GET    /ledger/connections
 GET    /keys          POST /keys               {\"key_id\", \"team_id\", \"public_key_pem\", \"environments\"?, \"topics\"?, \"related_key_id\"?}
 PUT    /keys/{key_id}/team                     {\"team_id\": \"…\"}
 DELETE /keys/{key_id}
+GET    /client-certificates
+POST   /client-certificates                    {\"certificate_pem\", \"topics\", \"environments\"?}
+DELETE /client-certificates/{fingerprint}
 GET    /devices       POST /devices            {\"environment\", \"token\", \"topic\"?, \"inactive_since_ms\"?}
 PUT    /devices/required                       {\"required\": true}
 GET    /devices/{environment}/{token}          what it shows, what is stored for it
@@ -328,6 +338,18 @@ async fn set_team(Extract(state): Shared, key_id: Place<String>, body: Body<Team
     let (Path(key_id), Json(team)) = (key_id?, body?);
     state.keys.set_team(&key_id, &team.team_id)?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+async fn register_certificate(Extract(state): Shared, body: Body<ClientCertificate>) -> Answer<Json<Value>> {
+    let Json(certificate) = body?;
+    let fingerprint = state.client_certificates.register(certificate);
+    let fingerprint = fingerprint.map_err(|error| Problem::new(StatusCode::UNPROCESSABLE_ENTITY, error.to_string()))?;
+    Ok(Json(json!({ "fingerprint": fingerprint })))
+}
+
+async fn remove_certificate(Extract(state): Shared, fingerprint: Place<String>) -> Answer {
+    let Path(fingerprint) = fingerprint?;
+    found(state.client_certificates.remove(&fingerprint), "no such certificate is registered")
 }
 
 async fn register_device(Extract(state): Shared, body: Body<Device>) -> Answer {

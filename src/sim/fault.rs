@@ -50,6 +50,15 @@ impl Answer {
         }
     }
 
+    /// Whether it counts against the provider: every refusal but 410 (Apple: "Sending notification requests to APNs").
+    pub(super) const fn is_error(&self) -> bool {
+        match self {
+            Self::Accepted => false,
+            Self::Refused(reason, _) => reason.status() != 410,
+            Self::Other { status, .. } => *status != 410,
+        }
+    }
+
     /// A refusal without a timestamp.
     pub(super) const fn refusal(reason: Reason) -> Self {
         Self::Refused(reason, None)

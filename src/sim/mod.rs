@@ -12,7 +12,7 @@
 //! | `frames` | SETTINGS and GOAWAY, which `h2` cannot write as we need them |
 //! | `check`, `provider_token`, `devices` | the checks |
 //! | `reason`, `push_type` | the tables |
-//! | `keys` | provider keys |
+//! | `keys`, `client_certificate` | provider keys, client certificates |
 //! | `fault` | scripted answers, and device tokens that force an answer |
 //! | `chaos` | faults by rate, from a seed |
 //! | `conduct` | how an environment conducts itself on a bad day |
@@ -23,12 +23,12 @@
 //! | `receipts` | which answers the client has certainly read |
 //! | `control` | all of it over plain HTTP |
 //!
-//! Known gaps: broadcasts (`/4/broadcasts/…`) and channel management are answered `404 BadPath`; there is no
-//! certificate authentication.
+//! Known gaps: broadcasts (`/4/broadcasts/…`) and channel management are answered `404 BadPath`.
 
 mod certificate;
 mod chaos;
 mod check;
+mod client_certificate;
 mod conduct;
 mod connection;
 mod control;
@@ -66,6 +66,7 @@ pub use self::{
     certificate::CertificateError,
     chaos::{Chaos, ChaosApplied, ChaosError, ChaosPlan, Latency, RatedFault},
     check::{MAX_COLLAPSE_ID_BYTES, MAX_EXPIRATION_SECONDS},
+    client_certificate::{ClientCertificate, ClientCertificates, KnownCertificate, NotACertificate},
     conduct::{
         AfterTokenError, Conduct, ConductError, DeviceRate, ErrorBody, ExpiredToken, FirstSettings, IdleEnd,
         IdleTimeout, MessageId, RetryAfter,
@@ -183,6 +184,7 @@ struct State {
     clock: Arc<dyn Clock>,
     wire_spelling: bool,
     keys: Keys,
+    client_certificates: ClientCertificates,
     devices: Devices,
     phones: Phones,
     rates: Rates,
@@ -245,6 +247,7 @@ impl Simulator {
         let state = Arc::new(State {
             wire_spelling: settings.wire_spelling,
             keys,
+            client_certificates: ClientCertificates::default(),
             devices,
             phones: Phones::new(Arc::clone(&clock)),
             rates: Rates::default(),
@@ -326,6 +329,12 @@ impl Simulator {
     #[must_use]
     pub fn keys(&self) -> Keys {
         self.state.keys.clone()
+    }
+
+    /// The client certificates.
+    #[must_use]
+    pub fn client_certificates(&self) -> ClientCertificates {
+        self.state.client_certificates.clone()
     }
 
     /// The devices.

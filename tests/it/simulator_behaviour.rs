@@ -1,14 +1,22 @@
 //! What the simulator does beyond Apple's good days: streams, connections, answers and devices at their hardest, seen
 //! by a bare `h2` client and by hand-written frames.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
+use rustls::{
+    pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, pem::PemObject as _},
+    sign::CertifiedKey,
+};
 use serde_json::json;
 use sonnette::{
     domain::clock::Clock as _,
-    sim::{Action, Conduct, Connects, Environment, GoAwayOrder, MAX_SHOWN, Script, WedgeError, WedgeOrder},
+    sim::{
+        Action, ClientCertificate, Conduct, Connects, Environment, GoAwayOrder, MAX_SHOWN, PushQuery, Script,
+        WedgeError, WedgeOrder,
+    },
 };
 use tokio::{io::AsyncReadExt as _, net::TcpStream};
+use tokio_rustls::TlsConnector;
 
 use crate::simulator::{RawFrames, START, TOKEN, TOPIC, World, control, finish, settings};
 
@@ -679,5 +687,154 @@ async fn a_collapse_id_replaces_what_an_online_device_shows() {
     assert_eq!(control(&world, &format!("DELETE /devices/sandbox/{TOKEN}"), "").await.0, 204);
     assert_eq!(control(&world, &format!("GET /devices/sandbox/{TOKEN}"), "").await.0, 404);
     assert_eq!(control(&world, "PUT /devices/sandbox/xyz/online", r#"{"online": true}"#).await.0, 422);
+    world.end().await;
+}
+
+#[tokio::test]
+async fn what_apple_may_or_may_not_refuse_is_refused_unless_the_simulator_is_lenient() {
+    let mut world = World::start().await;
+    let requests = |client: &crate::simulator::Client| {
+        let bare = || {
+            http::Request::builder()
+                .method("POST")
+                .uri(format!("https://localhost/3/device/{TOKEN}"))
+                .header("authorization", format!("bearer {}", client.jwt))
+                .header("apns-topic", TOPIC)
+        };
+        [
+            (bare(), "InvalidPushType"),
+            (bare().header("apns-push-type", "Alert"), "InvalidPushType"),
+            (bare().header("apns-push-type", "background").header("apns-priority", "10"), "BadPriority"),
+            (bare().header("apns-push-type", "alert").header("apns-expiration", "1795372500000"), "BadExpirationDate"),
+            (
+                bare().header("apns-push-type", "alert").header("apns-id", "123E4567-E89B-12D3-A456-4266554400A0"),
+                "BadMessageId",
+            ),
+        ]
+    };
+    let mut client = world.connect().await;
+    for (request, reason) in requests(&client) {
+        assert_eq!(client.ask(request, "{}").await.unwrap().reason(), (400, reason));
+    }
+    assert_eq!(client.push(TOKEN).await.status, 200);
+    let key = std::mem::take(&mut client.jwt);
+    world.clock.advance(Duration::from_secs(1200));
+    client.jwt = world.jwt("STRANGER01", 0);
+    assert_eq!(client.push(TOKEN).await.reason(), (403, "UnrelatedKeyIdInToken"));
+    assert_eq!(control(&world, "PATCH /environments/sandbox/conduct", r#"{"lenient": true}"#).await.0, 200);
+    assert_eq!(client.push(TOKEN).await.status, 200, "another team key of the same team");
+    let mut other = world.connect().await;
+    other.jwt = key;
+    for (request, reason) in requests(&other) {
+        assert_eq!(other.ask(request, "{}").await.unwrap().status, 200, "{reason}");
+    }
+    let pushes = world.simulator.ledger().pushes(&PushQuery::default());
+    assert_eq!(pushes.len(), 7, "what was let through is in the ledger");
+    assert_eq!((pushes[2].push_type, pushes[3].push_type), (None, Some("alert")));
+    world.end().await;
+}
+
+/// A client certificate that nobody knows yet, with its key and in PEM.
+fn client_certificate() -> (CertificateDer<'static>, PrivateKeyDer<'static>, String) {
+    let made = rcgen::generate_simple_self_signed(vec!["fr.ocpizza.livreur".to_owned()]).unwrap();
+    let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(made.signing_key.serialize_der()));
+    (made.cert.der().clone(), key, made.cert.pem())
+}
+
+#[tokio::test]
+async fn a_client_certificate_needs_no_provider_token_and_begins_with_a_thousand_streams() {
+    let mut world = World::start().await;
+    let (certificate, key, pem) = client_certificate();
+    let connector = world.connector_with(&[b"h2"], Some((certificate, key)));
+    let push = |topic: Option<&str>| {
+        let request = http::Request::builder()
+            .method("POST")
+            .uri(format!("https://localhost/3/device/{TOKEN}"))
+            .header("apns-push-type", "alert");
+        match topic {
+            Some(topic) => request.header("apns-topic", topic),
+            None => request,
+        }
+    };
+    let mut stranger = world.connect_by(SANDBOX, connector.clone()).await;
+    assert_eq!(stranger.ask(push(Some(TOPIC)), "{}").await.unwrap().reason(), (403, "BadCertificate"));
+    let registered = |topics: serde_json::Value| {
+        json!({ "certificate_pem": pem, "topics": topics, "environments": ["sandbox"] }).to_string()
+    };
+    let (status, one) = control(&world, "POST /client-certificates", &registered(json!([TOPIC]))).await;
+    assert_eq!(status, 200);
+    let mut elsewhere = world.connect_by(Environment::Production, connector.clone()).await;
+    assert_eq!(elsewhere.ask(push(None), "{}").await.unwrap().reason(), (403, "BadCertificateEnvironment"));
+    let mut client = world.connect_by(SANDBOX, connector.clone()).await;
+    assert_eq!(client.ask(push(None), "{}").await.unwrap().status, 200, "one topic: it need not be named");
+    assert_eq!(client.ask(push(None).header("authorization", "bearer x"), "{}").await.unwrap().status, 200);
+    assert_eq!(client.ask(push(Some("fr.ocpizza.client")), "{}").await.unwrap().reason(), (400, "TopicDisallowed"));
+    assert_eq!(world.simulator.ledger().pushes(&PushQuery::default())[0].topic, TOPIC);
+    control(&world, "POST /client-certificates", &registered(json!([TOPIC, "fr.ocpizza.livreur.voip"]))).await;
+    let mut client = world.connect_by(SANDBOX, connector.clone()).await;
+    assert_eq!(client.ask(push(None), "{}").await.unwrap().reason(), (400, "MissingTopic"));
+    assert_eq!(client.ask(push(Some("fr.ocpizza.livreur.voip")), "{}").await.unwrap().status, 200);
+
+    let tcp = TcpStream::connect(world.simulator.sandbox()).await.unwrap();
+    let stream = connector.connect(ServerName::try_from("localhost").unwrap(), tcp).await.unwrap();
+    let mut raw = RawFrames::over(stream).await;
+    assert!(settings(&raw.next_of(SETTINGS).await.2).contains(&(3, 1000)), "at once");
+
+    let path = format!("DELETE /client-certificates/{}", one["fingerprint"].as_str().unwrap());
+    assert_eq!(control(&world, &path, "").await.0, 204);
+    assert_eq!(control(&world, &path, "").await.0, 404);
+    let nonsense = json!({ "certificate_pem": "no", "topics": [] }).to_string();
+    assert_eq!(control(&world, "POST /client-certificates", &nonsense).await.0, 422);
+    world.end().await;
+}
+
+#[tokio::test]
+async fn a_client_certificate_is_worth_nothing_without_its_key() {
+    let world = World::start().await;
+    let (certificate, _, pem) = client_certificate();
+    let known = ClientCertificate { certificate_pem: pem, topics: vec![TOPIC.to_owned()], environments: vec![SANDBOX] };
+    world.simulator.client_certificates().register(known).unwrap();
+    let (_, key, _) = client_certificate();
+    let key = rustls::crypto::ring::sign::any_ecdsa_type(&key).unwrap();
+    let stolen = Arc::new(rustls::sign::CertifiedKey::new(vec![certificate], key));
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_slice(world.simulator.ca_pem().as_bytes()).unwrap()).unwrap();
+    let mut config = rustls::ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_client_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(CertifiedKey::clone(&stolen))));
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let tcp = TcpStream::connect(world.simulator.sandbox()).await.unwrap();
+    let connected = TlsConnector::from(Arc::new(config)).connect(ServerName::try_from("localhost").unwrap(), tcp).await;
+    if let Ok(mut stream) = connected {
+        assert!(stream.read_u8().await.is_err(), "TLS 1.3: the client learns of it behind its own handshake");
+    }
+    world.until("it is counted", |world| world.simulator.ledger().counters().tls_failures == 1).await;
+    world.end().await;
+}
+
+#[tokio::test]
+async fn too_many_errors_cost_the_connection_and_bad_device_tokens_weigh_double() {
+    let mut world = conducted(r#"{"max_errors": 4}"#).await;
+    for (tokens, what) in [
+        (vec!["fa17ed4004"; 4], "four of one"),
+        (vec!["fa17ed4001"; 2], "two that weigh double"),
+        (
+            vec!["fa17ed4100", "fa17ed4100", "fa17ed4100", "fa17ed5000", TOKEN, "fa17ed4100", "fa17ed4004", "abc"],
+            "410 is free",
+        ),
+    ] {
+        let mut client = world.connect().await;
+        let last = tokens.len() - 1;
+        for (n, token) in tokens.into_iter().enumerate() {
+            assert!(client.end.as_mut().unwrap().try_recv().is_err(), "{what}: too soon, before {n}");
+            client.push(token).await;
+            assert_eq!(world.simulator.gates().state(SANDBOX).open_connections, 1, "{what}: {n} of {last}");
+        }
+        let _ = client.ended().await; // by GOAWAY, once the last answer was read
+        world.until("it is closed", |world| world.simulator.gates().state(SANDBOX).open_connections == 0).await;
+    }
+    assert_eq!(world.simulator.ledger().counters().accepted, 1);
     world.end().await;
 }

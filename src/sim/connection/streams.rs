@@ -1,6 +1,6 @@
 //! The stream limit of one connection: how it rises and falls, and what becomes of the streams above it.
 
-use super::{Connection, Reason, Whole, count};
+use super::{Connection, Whole, count};
 use crate::sim::fault::Answer;
 
 /// `MAX_CONCURRENT_STREAMS` of one connection.
@@ -44,10 +44,8 @@ impl StreamLimit {
     pub(super) fn adapt(&mut self, answer: &Answer, full: u32, adapts: bool) {
         let is_shrunk = match answer {
             Answer::Accepted => false,
-            Answer::Refused(Reason::Unregistered | Reason::ExpiredToken, _) | Answer::Other { status: 410, .. } => {
-                return;
-            }
-            Answer::Refused(..) | Answer::Other { .. } => adapts,
+            refusal if refusal.is_error() => adapts,
+            _ => return,
         };
         if is_shrunk != self.is_shrunk {
             self.is_shrunk = is_shrunk;

@@ -42,6 +42,17 @@ impl Connection<'_> {
         }
     }
 
+    /// Counts what the client has brought on itself, and sends it away for too much of it.
+    pub(super) fn count_error(&mut self, answer: &Answer) {
+        let Some(max) = self.conduct.max_errors.filter(|_| answer.is_error()) else { return };
+        let weight = if matches!(answer, Answer::Refused(Reason::BadDeviceToken, _)) { 2 } else { 1 };
+        let were_few = self.errors < max.get();
+        self.errors = self.errors.saturating_add(weight);
+        if were_few && self.errors >= max.get() {
+            self.go_away(None, 0, String::new(), false);
+        }
+    }
+
     /// Something was answered, or the timeout is new.
     pub(super) fn touch(&mut self) {
         if self.conduct.idle_timeout.is_some() {
