@@ -20,7 +20,7 @@ use crate::{
     http::{self, listener::Listener},
     lifecycle::Tasks,
     ops::{
-        Health,
+        self, Health,
         keeper::{self, Keeper},
     },
     store::{
@@ -185,6 +185,10 @@ impl App {
             warnings,
             telemetry::prometheus(),
         ));
+        tasks.spawn(
+            "ops.clock",
+            ops::clock::watch(Arc::clone(&gateway) as Arc<dyn Gateway>, Arc::clone(&clock), tasks.stopping().clone()),
+        );
         let services = http::Services {
             store: Arc::clone(&store),
             intake: Arc::new(intake),

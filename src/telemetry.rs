@@ -104,6 +104,15 @@ pub mod names {
         metrics::counter!(RETENTION_DELETED, "table" => table).increment(rows);
     }
 
+    /// How many seconds APNs' clock is ahead of ours; negative: behind.
+    pub const CLOCK_SKEW: &str = "sonnette_clock_skew_seconds";
+
+    /// The clocks were compared.
+    #[expect(clippy::cast_precision_loss, reason = "gauges are floats; 2^52 seconds are long")]
+    pub fn clock_skew(seconds: i64) {
+        metrics::gauge!(CLOCK_SKEW).set(seconds as f64);
+    }
+
     /// APNs has answered a push: `seconds` from the write.
     pub fn apns_answered(environment: &'static str, status: u16, seconds: f64) {
         metrics::histogram!(APNS_DURATION, "environment" => environment, "status" => status.to_string())

@@ -12,12 +12,16 @@
 //! | `settle.rs` | making outcomes durable |
 //! | `pulse.rs` | heartbeats and take-overs |
 //! | [`breakers`] | credentials that APNs refuses |
+//! | `wave.rs` | whether refused tokens are bad, or a mistake of ours |
+//! | `backoff.rs` | devices that APNs wants left alone for a while |
 
+mod backoff;
 pub mod breakers;
 mod fence;
 mod pulse;
 mod send;
 mod settle;
+mod wave;
 
 use std::{
     sync::{
@@ -27,7 +31,10 @@ use std::{
     time::Duration,
 };
 
+use tokio::sync::mpsc;
+
 use self::{
+    backoff::BusyDevices,
     breakers::Board,
     fence::{Guard, Reader},
     pulse::Pulse,
@@ -65,6 +72,13 @@ impl Default for Settings {
 
 /// How often breakers are read: replicas agree within two seconds.
 const REFRESH_EVERY: Duration = Duration::from_secs(1);
+
+/// How many pushes are taken for one probe while nothing can be written for them: they end first, or wait for something
+/// else.
+const UNSPENT_TRIES: u32 = 20;
+
+/// How many such probes may wait to be made again.
+const UNSPENT: usize = 64;
 
 /// How often what the database says is ours is compared with what we have.
 const SWEEP_EVERY: Duration = Duration::from_secs(5);
@@ -114,8 +128,10 @@ impl Dispatcher {
                 reader: Reader::start(Arc::clone(&store), Arc::clone(&clock), tasks),
             },
             settler: Settler::start(Arc::clone(&store), Arc::clone(&clock), identity.clone(), tasks),
+            busy: BusyDevices::new(Arc::clone(&clock)),
             stopping: tasks.stopping().clone(),
         });
+        let (unspent, again) = mpsc::channel(UNSPENT);
         let desk = Desk {
             store: Arc::clone(&store),
             clock,
@@ -126,9 +142,10 @@ impl Dispatcher {
             sender,
             board,
             in_memory: Arc::default(),
+            unspent,
             tasks: tasks.clone(),
         };
-        tasks.spawn("dispatch", desk.run(handover));
+        tasks.spawn("dispatch", desk.run(handover, again));
         Ok(Self { store, identity, heart })
     }
 
@@ -159,11 +176,25 @@ impl InMemory {
     }
 }
 
-/// Takes one off the count of targets in memory when its chunk has left.
+/// A claimed chunk's share of the room; given back when it is dropped.
 struct Weight {
     in_memory: Arc<InMemory>,
     lane: Lane,
     targets: usize,
+}
+
+impl Weight {
+    fn new(in_memory: &Arc<InMemory>, lane: Lane, targets: usize) -> Self {
+        in_memory.of(lane).fetch_add(targets, Ordering::Relaxed);
+        Self { in_memory: Arc::clone(in_memory), lane, targets }
+    }
+
+    /// Gives back all but so many: the rest of the chunk has ended.
+    fn shrink(&mut self, targets: usize) {
+        let less = self.targets.saturating_sub(targets);
+        self.targets -= less;
+        self.in_memory.of(self.lane).fetch_sub(less, Ordering::Relaxed);
+    }
 }
 
 impl Drop for Weight {
@@ -183,20 +214,22 @@ struct Desk {
     sender: Arc<Sender>,
     board: Arc<Board>,
     in_memory: Arc<InMemory>,
+    /// Probes for which nothing was written.
+    unspent: mpsc::Sender<Probe>,
     tasks: Tasks,
 }
 
 impl Desk {
     /// Sends until the service stops. Cut only where it holds nothing.
-    async fn run(self, handover: Handover) {
+    async fn run(self, handover: Handover, again: mpsc::Receiver<Probe>) {
         let Handover { mut handed, wake, .. } = handover;
         let stop = self.tasks.stopping().clone();
-        let upkeep = self.upkeep();
+        let upkeep = self.upkeep(again);
         tokio::pin!(upkeep);
         // Sending what is handed over must never wait for a claim: two loops, side by side.
         let hand = async {
             while let Some(Handed { lease, replica, entry, permit }) = handed.recv().await {
-                self.launch(Work { lease, replica, _entry: entry, _permit: permit, probe: None }, None);
+                self.launch(Work { lease, replica, _entry: entry, _permit: permit, weight: None, probe: None });
             }
         };
         tokio::pin!(hand);
@@ -225,7 +258,6 @@ impl Desk {
         }
     }
 
-    /// Takes what is due. True if there may be more.
     /// Takes what is due, urgent first. True if there may be more.
     async fn claim(&self) -> bool {
         let mut more = false;
@@ -266,26 +298,35 @@ impl Desk {
     }
 
     fn take(&self, lease: Lease, replica: ReplicaId, probe: Option<Probe>) {
-        let (targets, lane) = (lease.chunk.targets.len(), lease.notification.lane);
-        self.in_memory.of(lane).fetch_add(targets, Ordering::Relaxed);
-        let weight = Weight { in_memory: Arc::clone(&self.in_memory), lane, targets };
+        let weight = Some(Weight::new(&self.in_memory, lease.notification.lane, lease.chunk.targets.len()));
         let entry = self.roster.enter(lease.key.notification);
-        self.launch(Work { lease, replica, _entry: entry, _permit: None, probe }, Some(weight));
+        self.launch(Work { lease, replica, _entry: entry, _permit: None, weight, probe });
     }
 
-    fn launch(&self, work: Work, weight: Option<Weight>) {
-        let sender = Arc::clone(&self.sender);
+    fn launch(&self, work: Work) {
+        let (sender, unspent) = (Arc::clone(&self.sender), self.unspent.clone());
         self.tasks.spawn_brief("dispatch.chunk", async move {
-            sender.run(work).await;
-            drop(weight);
+            if let Some(probe) = sender.run(work).await {
+                // Full: the breaker's next interval will do.
+                _ = unspent.try_send(probe);
+            }
         });
     }
 
     /// Breakers, probes, and the sweep.
-    async fn upkeep(&self) {
+    async fn upkeep(&self, mut again: mpsc::Receiver<Probe>) {
         let mut swept_at = self.clock.monotonic();
         loop {
-            self.clock.sleep(REFRESH_EVERY).await;
+            tokio::select! {
+                () = self.clock.sleep(REFRESH_EVERY) => {}
+                Some(probe) = again.recv() => {
+                    // Nothing was written for it: the interval is not over for that.
+                    if probe.unspent < UNSPENT_TRIES {
+                        self.probe(Probe { unspent: probe.unspent + 1, ..probe }).await;
+                    }
+                    continue;
+                }
+            }
             match self.board.refresh().await {
                 Ok(probes) => {
                     for probe in probes {
@@ -299,6 +340,7 @@ impl Desk {
             let now = self.clock.monotonic();
             if now.saturating_sub(swept_at) >= SWEEP_EVERY {
                 swept_at = now;
+                self.sender.busy.sweep();
                 if let Err(error) = self.sweep().await {
                     tracing::warn!(error = &error as &dyn std::error::Error, "the sweep could not be made");
                 }

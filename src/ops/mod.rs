@@ -4,6 +4,7 @@
 //! check and the whole is `warn`. Each check says what it means and what to do. Looking costs the database at most one
 //! round a second, however many ask.
 
+pub mod clock;
 pub mod keeper;
 
 use std::{fmt::Write as _, sync::Arc, time::Duration};
@@ -237,6 +238,9 @@ impl Health {
             }
         }
         judge_routes(&routes, now, &mut checks);
+        if !routes.is_empty() {
+            checks.push(clock::check(&routes, now));
+        }
         for warning in &self.warnings {
             checks.push(Check {
                 name: "configuration:secrets".into(),
@@ -309,18 +313,7 @@ impl Health {
                 checks.push(paused(breaker, now));
                 continue;
             }
-            checks.push(Check {
-                name: "apns:breaker".into(),
-                component: Some(format!("{} {}", breaker.topic, breaker.environment)),
-                status: Status::Fail,
-                observed: Some(breaker.fault.to_string()),
-                output: format!(
-                    "APNs refuses the credential of `{}` in {} since {}: {}. {} pieces of work wait; no device is touched; one push is tried at {}.",
-                    breaker.topic, breaker.environment, breaker.opened_at, breaker.fault, breaker.parked, breaker.next_probe_at
-                ),
-                advice: breaker.fault.cure().into(),
-                time: now,
-            });
+            checks.push(broken(breaker, now));
         }
         for lane in Lane::ALL {
             let oldest = seen.depth.iter().filter(|d| d.lane == lane).filter_map(|d| d.oldest_due_at).min();
@@ -361,6 +354,22 @@ impl Health {
             "replicas that share this database",
             Some(seen.replicas.len().to_string()),
         ));
+    }
+}
+
+fn broken(breaker: &Breaker, now: Timestamp) -> Check {
+    let refused = if breaker.fault.is_wave() { "device tokens that worked before" } else { "the credential" };
+    Check {
+        name: "apns:breaker".into(),
+        component: Some(format!("{} {}", breaker.topic, breaker.environment)),
+        status: Status::Fail,
+        observed: Some(breaker.fault.to_string()),
+        output: format!(
+            "APNs refuses {refused} of `{}` in {} since {}: {}. {} pieces of work wait; no device is touched; one push is tried at {}.",
+            breaker.topic, breaker.environment, breaker.opened_at, breaker.fault, breaker.parked, breaker.next_probe_at
+        ),
+        advice: breaker.fault.cure().into(),
+        time: now,
     }
 }
 
@@ -436,6 +445,9 @@ fn gauges(seen: &Seen, routes: &[RouteReport], now: Timestamp) {
         metrics::gauge!(names::QUEUE_DEPTH, &labels).set((depth.due + depth.waiting) as f64);
         let age = depth.oldest_due_at.map_or(Duration::ZERO, |at| now.since(at));
         metrics::gauge!(names::QUEUE_OLDEST_AGE, &labels).set(age.as_secs_f64());
+    }
+    if let Some(skew) = clock::skew_seconds(routes) {
+        names::clock_skew(skew);
     }
     for route in routes {
         let labels = [("topic", route.topic.to_string()), ("environment", route.environment.to_string())];

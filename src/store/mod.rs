@@ -322,8 +322,7 @@ pub struct Settled<'a> {
     pub chunk: &'a Chunk,
     /// What the chunk does next.
     pub disposition: Disposition,
-    /// What the attempts said of devices: the token that was tried, whether it was ever accepted before (then only
-    /// a day-old `last_accepted_at` is written again), and the effect.
+    /// What the attempts said of devices: the token that was tried, and the effect.
     pub effects: &'a [(DeviceSeq, DeviceToken, DeviceEffect)],
     /// `apns-unique-id`s by position.
     pub unique_ids: &'a [(u32, Box<str>)],
@@ -378,7 +377,7 @@ pub struct Breaker {
     pub fault: Fault,
     /// When one replica may try again.
     pub next_probe_at: Timestamp,
-    /// How many probes have failed.
+    /// How many probes have failed that told something new.
     pub probes: u32,
     /// Chunks that wait for it.
     pub parked: u64,
@@ -538,7 +537,8 @@ pub trait Queue: Send + Sync {
         replica: ReplicaId,
         now: Timestamp,
     ) -> Result<Vec<Lease>, StoreError>;
-    /// Takes the oldest chunk parked by this breaker, for a probe.
+    /// Takes a chunk parked by this breaker, for a probe: an urgent one nothing of which was tried, the oldest first;
+    /// else a bulk one; else the one that has waited longest since it was tried. Never one whose time is over.
     async fn claim_probe(
         &self,
         breaker: BreakerId,
@@ -593,7 +593,7 @@ pub trait Replicas: Send + Sync {
 /// Credentials that APNs refuses.
 #[async_trait]
 pub trait Breakers: Send + Sync {
-    /// Opens a breaker; one that is open already keeps its times and counts a failed probe.
+    /// Opens a breaker; one that is open already stays as it is.
     async fn open_breaker(
         &self,
         topic: &Topic,
@@ -603,6 +603,9 @@ pub trait Breakers: Send + Sync {
         now: Timestamp,
         next_probe_at: Timestamp,
     ) -> Result<BreakerId, StoreError>;
+    /// A probe got the same answer, or another of the kind: counted, and the last answer is shown. Nothing, if the breaker
+    /// has closed.
+    async fn probe_failed(&self, breaker: BreakerId, fault: &Fault) -> Result<(), StoreError>;
     /// All open breakers.
     async fn breakers(&self) -> Result<Vec<Breaker>, StoreError>;
     /// Tries to become the one that probes now: true for one replica only. Moves the next probe to `next_probe_at`.

@@ -15,7 +15,9 @@
 mod api;
 mod apns;
 mod breaker;
+mod busy;
 mod chaos;
+mod clock;
 mod database;
 mod kill;
 mod layers;
@@ -31,3 +33,4 @@ mod store;
 mod support;
 mod tour;
 mod tree;
+mod wave;

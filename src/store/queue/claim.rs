@@ -59,12 +59,12 @@ pub(in crate::store) async fn claim(
     }
     let mut chosen = Vec::new();
     for lane in lanes.iter().copied() {
-        let passable = parked.passable.iter().map(|breaker| (parked_holder(*breaker), None));
-        let overdue = parked.overdue.iter().map(|breaker| (parked_holder(*breaker), Some(now)));
-        for (holder, due) in std::iter::once((FREE, Some(now))).chain(passable).chain(overdue) {
+        let passable = parked.passable.iter().map(|breaker| (parked_holder(*breaker), Which::All));
+        let overdue = parked.overdue.iter().map(|breaker| (parked_holder(*breaker), Which::Due));
+        for (holder, which) in std::iter::once((FREE, Which::Due)).chain(passable).chain(overdue) {
             let room = max.saturating_sub(chosen.len());
             if room > 0 {
-                let more = choose(conn, holder, lane, due, room).await?;
+                let more = choose(conn, holder, &[lane], which, now, room).await?;
                 let known: BTreeSet<ChunkKey> = chosen.iter().map(|one: &Chosen| one.key).collect();
                 chosen.extend(more.into_iter().filter(|one| !known.contains(&one.key)));
             }
@@ -73,7 +73,8 @@ pub(in crate::store) async fn claim(
     take(conn, context, chosen, max, replica, now).await
 }
 
-/// Takes one chunk that a breaker has parked: an urgent one if there is one, else the oldest.
+/// Takes one chunk that a breaker has parked. What was not tried says most, an urgent one soonest; among those that were
+/// tried, whose turn it is, so that one that is refused rightly does not stand before all others.
 pub(in crate::store) async fn claim_probe(
     conn: &mut Conn<'_>,
     context: &Context,
@@ -84,8 +85,9 @@ pub(in crate::store) async fn claim_probe(
     if !super::lives(conn, replica).await? {
         return Ok(None);
     }
-    for lane in Lane::ALL {
-        let chosen = choose(conn, parked_holder(breaker), lane, None, 1).await?;
+    let untried = Lane::ALL.map(|lane| (vec![lane], Which::Untried));
+    for (lanes, which) in untried.into_iter().chain([(Lane::ALL.to_vec(), Which::LongestAgo)]) {
+        let chosen = choose(conn, parked_holder(breaker), &lanes, which, now, 1).await?;
         if let Some(lease) = take(conn, context, chosen, 1, replica, now).await?.pop() {
             return Ok(Some(lease));
         }
@@ -93,13 +95,27 @@ pub(in crate::store) async fn claim_probe(
     Ok(None)
 }
 
+/// Which chunks of a holder, and in which order. Of what is parked, `due_at` is the end of its time.
+#[derive(Clone, Copy)]
+enum Which {
+    /// All.
+    All,
+    /// Those that are due.
+    Due,
+    /// Those that are not due, and nothing of which was tried.
+    Untried,
+    /// Those that are not due; whatever has waited longest first.
+    LongestAgo,
+}
+
 /// Chooses and locks. Rows that another replica is choosing are passed over; the index is read in its order, so that
-/// no more rows are locked than are taken.
+/// no more rows are locked than are taken, but by [`Which::LongestAgo`], which has few to choose from.
 async fn choose(
     conn: &mut Conn<'_>,
     holder: i64,
-    lane: Lane,
-    due: Option<Timestamp>,
+    lanes: &[Lane],
+    which: Which,
+    now: Timestamp,
     max: usize,
 ) -> Result<Vec<Chosen>, Failure> {
     // Differs: how the index is named, and SQLite's one writer needs no locks.
@@ -110,11 +126,26 @@ async fn choose(
     let mut statement =
         Statement::new("-- queue.claim\nSELECT notification_id, number, epoch, targets, states FROM chunks");
     statement.push(index).push(" WHERE holder = ").bind(holder);
-    statement.push(" AND lane = ").bind(lane.as_number());
-    if let Some(now) = due {
-        statement.push(" AND due_at <= ").bind(now);
+    match lanes {
+        [lane] => drop(statement.push(" AND lane = ").bind(lane.as_number())),
+        lanes => drop(statement.push(" AND lane IN ").list(lanes.iter().map(|lane| lane.as_number()))),
     }
-    statement.push(" ORDER BY due_at LIMIT ").bind(max as u64).push(lock);
+    let order = match which {
+        Which::All => " ORDER BY due_at",
+        Which::Due => {
+            statement.push(" AND due_at <= ").bind(now);
+            " ORDER BY due_at"
+        }
+        Which::Untried => {
+            statement.push(" AND due_at > ").bind(now).push(" AND states IS NULL");
+            " ORDER BY due_at"
+        }
+        Which::LongestAgo => {
+            statement.push(" AND due_at > ").bind(now);
+            " ORDER BY waiting_since"
+        }
+    };
+    statement.push(order).push(" LIMIT ").bind(max as u64).push(lock);
     let rows = conn.fetch(statement).await?;
     let chosen = rows.iter().map(|row| {
         Ok(Chosen {

@@ -13,24 +13,13 @@ use sonnette::{
 
 use crate::support::{
     apns_server::{Got, MANY, Server},
-    database::{Store, TestDatabase, database, on_both_stores},
+    database::{Store, database, on_both_stores},
     gateway::START,
     world::{World, ticking, ticking_until_done},
 };
 
 fn token(number: usize) -> String {
     format!("{number:064x}")
-}
-
-/// The service before a server that the test answers for.
-async fn before(server: &Server, database: TestDatabase, clock: Arc<dyn Clock>) -> World {
-    World::configured(database, clock, "environments = [\"production\"]", |config, _| {
-        let ca_file = config.apns.ca_file.as_mut().unwrap();
-        ca_file.set_file_name("server.pem");
-        std::fs::write(ca_file, &server.ca_pem).unwrap();
-        config.apns.production = server.url();
-    })
-    .await
 }
 
 on_both_stores! {
@@ -88,7 +77,7 @@ fn answer(got: Got, status: u16, apns_id: Option<&str>, body: &str) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn m20_an_answer_belongs_to_its_stream_whatever_apns_id_it_bears() {
     let mut server = Server::start(MANY).await;
-    let world = before(&server, database(Store::Sqlite).await, Arc::new(SystemClock::new())).await;
+    let world = World::before(&server, database(Store::Sqlite).await, Arc::new(SystemClock::new())).await;
     let first = world.send(json!({ "tokens": [token(9)] })).await;
     server.next().await.answer(200, "");
     world.done(&first).await;
@@ -126,7 +115,7 @@ async fn m22_what_apns_puts_off_is_tried_again_later_and_later_and_not_all_at_on
     const PHONES: usize = 20;
     let server = Server::start(MANY).await;
     let clock = Arc::new(ManualClock::new(START));
-    let world = before(&server, database(Store::Sqlite).await, Arc::clone(&clock) as _).await;
+    let world = World::before(&server, database(Store::Sqlite).await, Arc::clone(&clock) as _).await;
     let log = Log::default();
     let (seen, time) = (Arc::clone(&log), Arc::clone(&clock));
     server.answer_by(move |got| {

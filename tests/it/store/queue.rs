@@ -498,6 +498,44 @@ on_both_stores! {
         assert_eq!(free.len(), 1, "a breaker that was closed meanwhile parks nothing");
     }
 
+    async fn a_probe_takes_what_was_not_tried_and_then_whosever_turn_it_is(database) {
+        let world = World::on(database).await;
+        world.phone("77", Some("u")).await;
+        let fault = Fault { status: 400, reason: Reason::BadDeviceToken };
+        let breaker = world.store.open_breaker(&topic(), Environment::Production, "abc", &fault, NOW, NOW).await.unwrap();
+        let park = async |lane, tried: bool, until: u64| {
+            let mut submission = world.submission(users(&["u"]));
+            submission.notification.lane = lane;
+            let (view, leases) = world.accept(submission).await;
+            let mut chunk = leases[0].chunk.clone();
+            if tried {
+                chunk.states[0].attempts = 1;
+                chunk.states[0].cause = Some(apple(400, "BadDeviceToken"));
+            }
+            let until = NOW.plus(Duration::from_secs(until));
+            world.settle(&leases[0], &chunk, Disposition::Park { breaker, until }).await;
+            view.id
+        };
+        let over = park(Lane::Transactional, false, 0).await;
+        let refused = park(Lane::Transactional, true, 100).await;
+        world.clock.advance(Duration::from_secs(1));
+        let refused_later = park(Lane::Transactional, true, 50).await;
+        let bulk = park(Lane::Bulk, false, 30).await;
+        let urgent = park(Lane::Transactional, false, 900).await;
+        let mut taken = Vec::new();
+        for _ in 0..6 {
+            world.clock.advance(Duration::from_secs(1));
+            let Some(lease) = world.store.claim_probe(breaker, world.replica, world.now()).await.unwrap() else { break };
+            taken.push(lease.key.notification);
+            let mut chunk = lease.chunk.clone();
+            chunk.states[0].attempts += 1;
+            let until = world.now().plus(Duration::from_secs(900));
+            world.settle(&lease, &chunk, Disposition::Park { breaker, until }).await;
+        }
+        assert!(!taken.contains(&over), "its time is over: it is claimed to be counted");
+        assert_eq!(taken, [urgent, bulk, refused, refused_later, urgent, bulk]);
+    }
+
     async fn held_work_stays_until_it_is_released(database) {
         let world = World::on(database).await;
         world.phone("76", Some("u")).await;
@@ -544,7 +582,7 @@ on_both_stores! {
         let tried = "8a8a".parse().unwrap();
         let since = NOW;
         for (n, effect) in [
-            DeviceEffect::Accepted(Environment::Sandbox), DeviceEffect::Bad, DeviceEffect::Suspend,
+            DeviceEffect::Accepted(Environment::Sandbox), DeviceEffect::Bad { sent_at: NOW }, DeviceEffect::Suspend { sent_at: NOW },
             DeviceEffect::Dead { reason: "Unregistered".into(), since },
         ].into_iter().enumerate() {
             let phone = world.phone(&format!("81{n:02x}"), Some(&format!("u{n}"))).await;
@@ -562,16 +600,26 @@ on_both_stores! {
         }
     }
 
-    async fn a_bad_token_is_kept_if_it_was_accepted_or_has_registered_since(database) {
+    async fn a_bad_token_is_kept_if_it_was_accepted_or_has_registered_since_the_push_was_written(database) {
         let world = World::on(database).await;
-        for (n, (column, value)) in [("last_accepted_at", 1), ("last_registered_at", NOW.as_millis() + 1)].into_iter().enumerate() {
+        let written = NOW.minus(Duration::from_secs(2));
+        let bad = || DeviceEffect::Bad { sent_at: written };
+        let suspend = || DeviceEffect::Suspend { sent_at: written };
+        let (accepted, registered) = ("last_accepted_at", "last_registered_at");
+        let at = written.as_millis();
+        for (n, (column, value, effect, expected)) in [
+            (accepted, 1, bad(), "active"), (registered, at + 1, bad(), "active"), (registered, at, bad(), "inactive"),
+            (accepted, 1, suspend(), "suspended"), (registered, at + 1, suspend(), "active"), (registered, at, suspend(), "suspended"),
+        ].into_iter().enumerate() {
             let phone = world.phone(&format!("82{n:02x}"), Some(&format!("u{n}"))).await;
             let (_, leases) = world.accept(world.submission(users(&[&format!("u{n}")]))).await;
             world.run(&format!("UPDATE devices SET {column} = {value} WHERE seq = {}", phone.seq.0)).await;
             let mut done = leases[0].chunk.clone();
+            // Concluded later than it was written: the answer was judged first.
             done.states[0] = ended(DeliveryStatus::Failed, Some(apple(400, "BadDeviceToken")), NOW);
-            world.settle_with(&leases[0], &done, Disposition::Keep, &[(phone.seq, phone.token.clone(), DeviceEffect::Bad)]).await;
-            assert_eq!(world.device(&phone, "status").await.as_deref(), Some("active"));
+            let what = format!("{column}, {effect:?}");
+            world.settle_with(&leases[0], &done, Disposition::Keep, &[(phone.seq, phone.token.clone(), effect)]).await;
+            assert_eq!(world.device(&phone, "status").await.as_deref(), Some(expected), "{what}");
         }
     }
 

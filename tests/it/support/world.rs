@@ -15,7 +15,7 @@ use sonnette::{
     sim::{self, Simulator},
 };
 
-use super::{client::Client, database::TestDatabase, scratch::Folder};
+use super::{apns_server::Server, client::Client, database::TestDatabase, scratch::Folder};
 
 /// The app that all worlds have.
 pub(crate) const TOPIC: &str = "fr.ocpizza.livreur";
@@ -110,6 +110,17 @@ impl World {
     /// The running service.
     pub(crate) fn app(&self) -> &App {
         self.app.as_ref().expect("the service runs")
+    }
+
+    /// With a server scripted by hand where APNs' production is.
+    pub(crate) async fn before(server: &Server, database: TestDatabase, clock: Arc<dyn Clock>) -> Self {
+        Self::configured(database, clock, "environments = [\"production\"]", |config, _| {
+            let ca_file = config.apns.ca_file.as_mut().unwrap();
+            ca_file.set_file_name("server.pem");
+            std::fs::write(ca_file, &server.ca_pem).unwrap();
+            config.apns.production = server.url();
+        })
+        .await
     }
 
     /// A new API key for all apps.
