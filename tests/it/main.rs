@@ -15,6 +15,8 @@
 mod api;
 mod apns;
 mod breaker;
+mod broadcast;
+mod cancel;
 mod database;
 mod kill;
 mod layers;
