@@ -26,12 +26,12 @@ mod wave;
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 
 use self::{
     backoff::BusyDevices,
@@ -46,8 +46,8 @@ use crate::{
     domain::{clock::Clock, delivery::CHUNK_TARGETS, notification::Lane},
     lifecycle::Tasks,
     store::{
-        Lease, ReplicaId, Store, StoreError,
-        intake::{Handed, Handover, Identity, Roster},
+        Claimed, Lease, ReplicaId, Store, StoreError,
+        intake::{Cancelled, Handed, Handover, Identity, Roster},
     },
 };
 
@@ -126,6 +126,7 @@ impl Dispatcher {
                 pulse,
                 board: Arc::clone(&board),
                 reader: Reader::start(Arc::clone(&store), Arc::clone(&clock), tasks),
+                cancelled: handover.cancelled.clone(),
             },
             settler: Settler::start(Arc::clone(&store), Arc::clone(&clock), identity.clone(), tasks),
             busy: BusyDevices::new(Arc::clone(&clock)),
@@ -138,10 +139,11 @@ impl Dispatcher {
             identity: identity.clone(),
             claiming: tokio::sync::Mutex::new(()),
             roster: handover.roster.clone(),
-            settings,
             sender,
             board,
-            in_memory: Arc::default(),
+            in_memory: Arc::new(InMemory::new(settings.targets, Arc::clone(&handover.wake))),
+            cancelled: handover.cancelled.clone(),
+            settings,
             unspent,
             tasks: tasks.clone(),
         };
@@ -161,17 +163,47 @@ impl Dispatcher {
 }
 
 /// Open targets of claimed chunks in memory, by lane.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct InMemory {
-    transactional: AtomicUsize,
-    bulk: AtomicUsize,
+    transactional: Room,
+    bulk: Room,
+}
+
+/// The room of one lane.
+#[derive(Debug)]
+struct Room {
+    held: AtomicUsize,
+    /// A claim stopped though there was more to take.
+    wanted: AtomicBool,
+    /// With so many left, the claim that stopped goes on.
+    enough_left: usize,
+    wake: Arc<Notify>,
 }
 
 impl InMemory {
-    const fn of(&self, lane: Lane) -> &AtomicUsize {
+    fn new(targets: usize, wake: Arc<Notify>) -> Self {
+        let room = |wake| Room {
+            held: AtomicUsize::new(0),
+            wanted: AtomicBool::new(false),
+            enough_left: targets / 4 * 3,
+            wake,
+        };
+        Self { transactional: room(Arc::clone(&wake)), bulk: room(wake) }
+    }
+
+    const fn of(&self, lane: Lane) -> &Room {
         match lane {
             Lane::Transactional => &self.transactional,
             Lane::Bulk => &self.bulk,
+        }
+    }
+}
+
+impl Room {
+    fn leave(&self, targets: usize) {
+        let left = self.held.fetch_sub(targets, Ordering::Relaxed).saturating_sub(targets);
+        if left <= self.enough_left && self.wanted.swap(false, Ordering::Relaxed) {
+            self.wake.notify_one();
         }
     }
 }
@@ -185,7 +217,7 @@ struct Weight {
 
 impl Weight {
     fn new(in_memory: &Arc<InMemory>, lane: Lane, targets: usize) -> Self {
-        in_memory.of(lane).fetch_add(targets, Ordering::Relaxed);
+        in_memory.of(lane).held.fetch_add(targets, Ordering::Relaxed);
         Self { in_memory: Arc::clone(in_memory), lane, targets }
     }
 
@@ -193,13 +225,13 @@ impl Weight {
     fn shrink(&mut self, targets: usize) {
         let less = self.targets.saturating_sub(targets);
         self.targets -= less;
-        self.in_memory.of(self.lane).fetch_sub(less, Ordering::Relaxed);
+        self.in_memory.of(self.lane).leave(less);
     }
 }
 
 impl Drop for Weight {
     fn drop(&mut self) {
-        self.in_memory.of(self.lane).fetch_sub(self.targets, Ordering::Relaxed);
+        self.in_memory.of(self.lane).leave(self.targets);
     }
 }
 
@@ -216,6 +248,7 @@ struct Desk {
     in_memory: Arc<InMemory>,
     /// Probes for which nothing was written.
     unspent: mpsc::Sender<Probe>,
+    cancelled: Cancelled,
     tasks: Tasks,
 }
 
@@ -269,7 +302,8 @@ impl Desk {
 
     /// Each lane has an allowance of its own: bulk that waits in memory never keeps urgent work out.
     async fn claim_in(&self, lane: Lane) -> bool {
-        let held = self.in_memory.of(lane).load(Ordering::Relaxed);
+        let lane_room = self.in_memory.of(lane);
+        let held = lane_room.held.load(Ordering::Relaxed);
         let room = self.settings.targets.saturating_sub(held);
         // A bulk chunk is mostly full, an urgent one mostly of one.
         let max = match lane {
@@ -283,12 +317,13 @@ impl Desk {
         let replica = self.identity.get();
         let now = self.clock.now();
         match self.store.claim(&[lane], max, &self.board.passable(), &self.board.all(), replica, now).await {
-            Ok(leases) => {
-                let full = leases.len() >= max;
+            Ok(Claimed { leases, more }) => {
+                let more = more || leases.len() >= max;
+                lane_room.wanted.store(more, Ordering::Relaxed);
                 for lease in leases {
                     self.take(lease, replica, None);
                 }
-                full
+                more
             }
             Err(error) => {
                 tracing::warn!(error = &error as &dyn std::error::Error, "nothing could be claimed");
@@ -313,7 +348,7 @@ impl Desk {
         });
     }
 
-    /// Breakers, probes, and the sweep.
+    /// Breakers, probes, what was cancelled, and the sweep.
     async fn upkeep(&self, mut again: mpsc::Receiver<Probe>) {
         let mut swept_at = self.clock.monotonic();
         loop {
@@ -335,6 +370,12 @@ impl Desk {
                 }
                 Err(error) => {
                     tracing::warn!(error = &error as &dyn std::error::Error, "breakers could not be read");
+                }
+            }
+            match self.store.cancelled(self.clock.now()).await {
+                Ok(ids) => self.cancelled.replace(ids),
+                Err(error) => {
+                    tracing::warn!(error = &error as &dyn std::error::Error, "what was cancelled could not be read");
                 }
             }
             let now = self.clock.monotonic();

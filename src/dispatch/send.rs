@@ -214,6 +214,10 @@ impl Sender {
         self.end_marked(&mut work.lease.chunk);
         loop {
             let now = self.guard.clock.now();
+            // Nothing is in flight here: those that wait for a later try end as well.
+            if self.guard.cancelled.holds(work.lease.key.notification) {
+                work.lease.chunk.end_open(DeliveryStatus::Cancelled, &own::CANCELLED, now);
+            }
             let due = due(&work.lease.chunk, now);
             let mut left = Left::Open;
             let mut blocked = HashSet::new();
@@ -280,6 +284,7 @@ impl Sender {
             }
             tokio::select! {
                 () = self.guard.clock.sleep(next.since(self.guard.clock.now())) => {}
+                () = self.guard.cancelled.reached(work.lease.key.notification) => {}
                 () = self.stopping.cancelled() => {}
             }
         }
@@ -467,6 +472,10 @@ impl Sender {
         // The mark stands in the database until this attempt is settled.
         let mut attempted = Attempted::at(position, State { marked: false, ..state });
         let now = self.guard.clock.now();
+        if self.guard.cancelled.holds(notification.id) {
+            attempted.state.end(DeliveryStatus::Cancelled, Some(own::CANCELLED), now);
+            return attempted;
+        }
         if now >= notification.deadline() {
             attempted.state.end(DeliveryStatus::Expired, Some(own::EXPIRED), now);
             return attempted;
@@ -523,6 +532,7 @@ impl Sender {
         let fence = AttemptFence {
             guard: &self.guard,
             replica,
+            notification: notification.id,
             topic: &notification.topic,
             environment,
             token: &device.token,

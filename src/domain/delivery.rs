@@ -257,6 +257,14 @@ impl Chunk {
         self.states.iter().all(|state| !state.is_open())
     }
 
+    /// Ends whatever is open, without an attempt. What bears a durable mark may have been written: it is ambiguous.
+    pub fn end_open(&mut self, status: DeliveryStatus, cause: &Cause, at: Timestamp) {
+        for state in self.states.iter_mut().filter(|state| state.is_open()) {
+            state.ambiguous |= state.marked;
+            state.end(status, Some(cause.clone()), at);
+        }
+    }
+
     /// When the next open target may be tried; `None` if none is open.
     #[must_use]
     pub fn next_try_at(&self, due_at: Timestamp) -> Option<Timestamp> {

@@ -238,6 +238,8 @@ pub mod own {
     pub const NO_ANSWER: Cause = Cause::own("NoAnswer");
     /// The app has no key for the environment.
     pub const NO_KEY: Cause = Cause::own("NoKeyForEnvironment");
+    /// The caller cancelled the notification before it left.
+    pub const CANCELLED: Cause = Cause::own("Cancelled");
     /// Dropped by the operator while held.
     pub const DROPPED: Cause = Cause::own("Dropped");
 }

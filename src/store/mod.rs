@@ -21,6 +21,7 @@ mod migrate;
 mod mysql;
 mod notifications;
 mod queue;
+mod ranges;
 mod reasons;
 mod replicas;
 mod rows;
@@ -292,6 +293,15 @@ pub struct Lease {
     pub read_at: Duration,
 }
 
+/// What a claim has come to.
+#[derive(Debug, Default)]
+pub struct Claimed {
+    /// To be sent by this replica.
+    pub leases: Vec<Lease>,
+    /// An audience has a rest that may be claimed at once, though this claim may have brought no lease.
+    pub more: bool,
+}
+
 /// What the chunk does after a settle. A chunk all of whose targets have ended is ended whatever is said here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Disposition {
@@ -527,7 +537,8 @@ pub trait Queue: Send + Sync {
     async fn committed(&self, ids: &[NotificationId]) -> Result<BTreeSet<NotificationId>, StoreError>;
     /// Takes over at most `max` due chunks of `lanes`, in that order, that nobody owns, oldest first; also those parked by one of
     /// `passable` breakers (open for another credential than this replica's), and those whose time parked by one of
-    /// `overdue` is over. Audiences that are due are resolved.
+    /// `overdue` is over. Audiences that are due are resolved: long ones a piece at a time, whose chunks are this
+    /// replica's, and whose rest is due behind what else waits in its lane. What was cancelled ends, and is not taken.
     async fn claim(
         &self,
         lanes: &[Lane],
@@ -536,7 +547,7 @@ pub trait Queue: Send + Sync {
         overdue: &[BreakerId],
         replica: ReplicaId,
         now: Timestamp,
-    ) -> Result<Vec<Lease>, StoreError>;
+    ) -> Result<Claimed, StoreError>;
     /// Takes a chunk parked by this breaker, for a probe: an urgent one nothing of which was tried, the oldest first;
     /// else a bulk one; else the one that has waited longest since it was tried. Never one whose time is over.
     async fn claim_probe(
@@ -553,6 +564,13 @@ pub trait Queue: Send + Sync {
         replica: ReplicaId,
         now: Timestamp,
     ) -> Result<Vec<ChunkKey>, StoreError>;
+    /// Cancels what no replica holds, of a notification that has not ended, and tells the others by
+    /// [`Queue::cancelled`]; how it stands now. May be repeated; what has ended stays as it is. `None` if there is no such
+    /// notification.
+    async fn cancel(&self, id: NotificationId, now: Timestamp) -> Result<Option<NotificationView>, StoreError>;
+    /// Notifications that were cancelled and of which some deliveries are open: nothing of them may leave. What was put
+    /// back or parked by a replica that did not know yet may be claimed at once, to be ended.
+    async fn cancelled(&self, now: Timestamp) -> Result<BTreeSet<NotificationId>, StoreError>;
     /// The chunks that this replica owns according to the database.
     async fn owned(&self, replica: ReplicaId) -> Result<Vec<ChunkKey>, StoreError>;
     /// Gives back chunks that this replica owns but does not have in memory.

@@ -15,7 +15,9 @@
 mod api;
 mod apns;
 mod breaker;
+mod broadcast;
 mod busy;
+mod cancel;
 mod chaos;
 mod clock;
 mod database;

@@ -223,7 +223,7 @@ async fn notes(conn: &mut Conn<'_>, context: &Context, held: &[(&Settled<'_>, &B
             notes.push(Notes { key: settled.key, chunk: settled.chunk, ended, unique_ids: settled.unique_ids });
         }
     }
-    chunk::note(conn, &notes).await
+    chunk::note(conn, context, &notes).await
 }
 
 /// Applies what was learned of devices, in the order of their numbers.

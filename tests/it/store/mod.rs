@@ -1,7 +1,9 @@
 //! What every store promises, tried through the traits: one text, run on SQLite and on MariaDB or MySQL.
 
 mod api_keys;
+mod audience;
 mod breakers;
+mod cancel;
 mod connection;
 mod devices;
 mod migrations;

@@ -103,6 +103,11 @@ impl Service {
         .await;
     }
 
+    /// Sends it a signal by name.
+    pub(crate) fn signal(&self, name: &str) {
+        self.process.as_ref().expect("the service was started").signal(name);
+    }
+
     pub(crate) fn process(&mut self) -> &mut Process {
         self.process.as_mut().expect("the service was started")
     }
