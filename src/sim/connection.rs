@@ -124,8 +124,6 @@ struct Waiting {
 enum Flow {
     Continue,
     End,
-    /// It ends, but first whatever was answered leaves.
-    CloseTls,
     /// It stays, and nothing goes on any more.
     HalfOpen,
 }
@@ -310,10 +308,6 @@ impl Connection<'_> {
             match flow {
                 Flow::Continue => continue,
                 Flow::End => {}
-                Flow::CloseTls => {
-                    self.orders.close_tls();
-                    poll_fn(|cx| Poll::Ready(self.h2.poll_closed(cx).is_ready())).await; // one try, as above
-                }
                 Flow::HalfOpen => self.lie_half_open().await,
             }
             break;
@@ -508,7 +502,7 @@ impl Connection<'_> {
             }
             FaultAction::CloseTls { accepted } => {
                 self.accept_unanswered(&request, accepted, now);
-                return Flow::CloseTls;
+                return self.close_tls();
             }
             FaultAction::HalfOpen { accepted } => {
                 self.accept_unanswered(&request, accepted, now);
@@ -702,7 +696,7 @@ impl Connection<'_> {
             Command::GoAway(order) => self.obey_go_away(order),
             Command::Wedge(wedge) => self.wedge = Some(wedge),
             Command::HalfOpen => return Flow::HalfOpen,
-            Command::CloseTls => return Flow::CloseTls,
+            Command::CloseTls => return self.close_tls(),
             Command::Close => {
                 self.orders.cut();
                 return Flow::End;

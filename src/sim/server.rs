@@ -43,13 +43,13 @@ pub(super) async fn listen(state: Arc<State>, environment: Environment, listener
             Ok(()) = orders.changed() => {
                 order = *orders.borrow_and_update();
                 over = order.lasting.map(|lasting| state.clock.sleep(lasting));
-                obey(&mut port, order.connects, environment).await;
+                obey(&state, &mut port, order.connects, environment).await;
                 door.done(order);
             }
             () = async { match &mut over { Some(timer) => timer.await, None => std::future::pending().await } } => {
                 over = None;
                 order.connects = Connects::Accept;
-                obey(&mut port, order.connects, environment).await;
+                obey(&state, &mut port, order.connects, environment).await;
                 door.over(order);
             }
             accepted = port.accept() => match accepted {
@@ -63,10 +63,10 @@ pub(super) async fn listen(state: Arc<State>, environment: Environment, listener
     }
 }
 
-async fn obey(port: &mut Port, connects: Connects, environment: Environment) {
+async fn obey(state: &State, port: &mut Port, connects: Connects, environment: Environment) {
     while let Err(error) = if connects == Connects::Refuse { port.shut() } else { port.open() } {
         tracing::warn!(environment = %environment, error = %error, "the port is another's for a moment");
-        if connects == Connects::Refuse {
+        if connects == Connects::Refuse || state.stop.is_cancelled() {
             return; // nobody listens: that is what was asked for
         }
         tokio::time::sleep(PAUSE).await;
