@@ -146,8 +146,6 @@ impl Prover {
 enum Flow {
     Continue,
     End,
-    /// It ends, but first whatever was answered leaves.
-    CloseTls,
     /// It stays, and nothing goes on any more.
     HalfOpen,
 }
@@ -336,10 +334,6 @@ impl<'a> Connection<'a> {
             match flow {
                 Flow::Continue => continue,
                 Flow::End => {}
-                Flow::CloseTls => {
-                    self.orders.close_tls();
-                    poll_fn(|cx| Poll::Ready(self.h2.poll_closed(cx).is_ready())).await; // one try, as above
-                }
                 Flow::HalfOpen => self.lie_half_open().await,
             }
             break;
@@ -556,8 +550,7 @@ impl<'a> Connection<'a> {
             FaultAction::CloseTls { accepted } => {
                 self.accept_unanswered(&request, accepted, now);
                 request.attempt.unanswered(accepted);
-                self.silent.push(request.respond); // dropped, it would be reset before TLS ends
-                return Flow::CloseTls;
+                return self.close_tls();
             }
             FaultAction::HalfOpen { accepted } => {
                 self.accept_unanswered(&request, accepted, now);
@@ -765,7 +758,7 @@ impl<'a> Connection<'a> {
             Command::GoAway(order) => self.obey_go_away(order),
             Command::Wedge(wedge) => self.wedge = Some(wedge),
             Command::HalfOpen => return Flow::HalfOpen,
-            Command::CloseTls => return Flow::CloseTls,
+            Command::CloseTls => return self.close_tls(),
             Command::Close => {
                 self.orders.cut();
                 return Flow::End;

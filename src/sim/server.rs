@@ -43,13 +43,13 @@ pub(super) async fn listen(state: Arc<State>, environment: Environment, listener
             Ok(()) = orders.changed() => {
                 order = *orders.borrow_and_update();
                 over = order.lasting.map(|lasting| state.clock.sleep(lasting));
-                obey(&mut port, order.connects, environment).await;
+                obey(&state, &mut port, order.connects, environment).await;
                 door.done(order);
             }
             () = async { match &mut over { Some(timer) => timer.await, None => std::future::pending().await } } => {
                 over = None;
                 order.connects = Connects::Accept;
-                obey(&mut port, order.connects, environment).await;
+                obey(&state, &mut port, order.connects, environment).await;
                 door.over(order);
             }
             accepted = port.accept() => match accepted {
@@ -63,10 +63,10 @@ pub(super) async fn listen(state: Arc<State>, environment: Environment, listener
     }
 }
 
-async fn obey(port: &mut Port, connects: Connects, environment: Environment) {
+async fn obey(state: &State, port: &mut Port, connects: Connects, environment: Environment) {
     while let Err(error) = if connects == Connects::Refuse { port.shut() } else { port.open() } {
         tracing::warn!(environment = %environment, error = %error, "the port is another's for a moment");
-        if connects == Connects::Refuse {
+        if connects == Connects::Refuse || state.stop.is_cancelled() {
             return; // nobody listens: that is what was asked for
         }
         tokio::time::sleep(PAUSE).await;
@@ -115,7 +115,7 @@ async fn handshake(state: Arc<State>, environment: Environment, stream: TcpStrea
     };
     match done {
         Ok(stream) if stream.get_ref().1.alpn_protocol() == Some(b"h2") => {
-            connection::serve(state, environment, stream).await;
+            Box::pin(connection::serve(state, environment, stream)).await; // large: in a place of its own
         }
         Ok(_) => {
             count(&state.ledger.tally(environment).tls_failures);

@@ -1,14 +1,24 @@
-//! Connections on which nothing is said: TCP stays up, and that is all.
+//! Connections that end without a word, or on which nothing is said: TCP stays up, and that is all.
 //!
 //! Promises: none of them outlives the simulator, nor a client that closes or resets TCP.
+
+use std::task::{Context, Waker};
 
 use tokio::{io::AsyncReadExt as _, net::TcpStream};
 use tokio_rustls::server::TlsStream;
 
-use super::{Command, Connection, State, mpsc, poll_fn};
+use super::{Command, Connection, Flow, State, mpsc, poll_fn};
 use crate::sim::conduct::FirstSettings;
 
 impl Connection<'_> {
+    /// Ends the connection without GOAWAY. What was answered leaves, if the client reads; no stream is reset.
+    pub(super) fn close_tls(&mut self) -> Flow {
+        // One try, and before anything is dropped: a stream that is dropped is reset. Nobody waits for a slow reader.
+        let _ = self.h2.poll_closed(&mut Context::from_waker(Waker::noop()));
+        self.orders.close_tls();
+        Flow::End
+    }
+
     /// Lets TCP stay up, and that is all.
     pub(super) async fn lie_half_open(&mut self) {
         self.orders.be_half_open();
