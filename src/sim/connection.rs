@@ -16,7 +16,7 @@ mod windows;
 use std::{
     collections::BTreeMap,
     sync::{Arc, atomic::Ordering},
-    task::{Context, Poll},
+    task::{Context, Poll, Waker},
     time::Duration,
 };
 
@@ -132,7 +132,7 @@ struct Prover {
 }
 
 impl Prover {
-    /// Sends a PING behind what was written and is not proved. Says whether there is one to write.
+    /// Sends a PING behind what was told and is not proved. Says whether there is one to write.
     fn ask(&mut self, cx: &mut Context<'_>) -> bool {
         let Some(ping) = &mut self.ping else { return false };
         // Its acknowledgement is seen by `frames`; here it frees the way for the next, and wakes us for it.
@@ -517,6 +517,10 @@ impl<'a> Connection<'a> {
 
     /// Does to a request what was decided.
     fn perform(&mut self, mut request: Whole<'_>, action: FaultAction, now: Timestamp) -> Flow {
+        if self.last_processed.is_some_and(|last| request.stream > last) {
+            self.exclude(request); // a GOAWAY went out since it was judged
+            return Flow::Continue;
+        }
         match self.or_wedged(action) {
             FaultAction::Answer(answer) => {
                 self.answer(request, &answer, now);
@@ -586,7 +590,12 @@ impl<'a> Connection<'a> {
     }
 
     /// A request lies behind the last stream that a GOAWAY names.
-    fn exclude(&mut self, request: Whole<'_>) {
+    fn exclude(&mut self, mut request: Whole<'_>) {
+        if request.respond.poll_reset(&mut Context::from_waker(Waker::noop())).is_ready() {
+            self.open -= 1;
+            count(&self.tally().cancelled);
+            return; // the client had given it up: the GOAWAY tells it nothing
+        }
         self.prover.receipts.expect(request.stream, request.attempt.unprocessed());
         self.silent.push(request.respond);
     }
@@ -825,6 +834,7 @@ fn poll_batch(
 ) -> Poll<Flow> {
     let before = arriving.len();
     let mut is_limit_new = false;
+    prover.ask(cx);
     loop {
         match h2.poll_accept(cx) {
             Poll::Ready(Some(Ok((request, respond)))) => {

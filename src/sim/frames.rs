@@ -47,6 +47,8 @@ const MAX_CONCURRENT_STREAMS: u16 = 3;
 const MAX_SLOW_BYTES: usize = 1024;
 /// Above this the peer must read before more is taken from `h2`.
 const MAX_BUFFERED_BYTES: usize = 64 * 1024;
+/// A PING of our own: `h2` sends none while it closes.
+const LAST_PING: &[u8; PING_BYTES] = b"the last";
 /// How long the client may take to end TLS once it was ended here.
 const LINGER: Duration = Duration::from_secs(1);
 
@@ -176,6 +178,8 @@ struct Rewriter {
     left: usize,
     /// The payload of a frame that is held back to be completed, with its type, flags and stream.
     held: Option<([u8; HEADER_BYTES], BytesMut)>,
+    /// PINGs that go behind all that is flushed with them, so that they ask for it: `h2` writes them first.
+    pings: Vec<[u8; PING_BYTES]>,
     out: BytesMut,
 }
 
@@ -187,6 +191,7 @@ impl Rewriter {
             header: BytesMut::with_capacity(HEADER_BYTES),
             left: 0,
             held: None,
+            pings: Vec::new(),
             out: BytesMut::with_capacity(16 * 1024),
         }
     }
@@ -235,6 +240,10 @@ impl Rewriter {
 
     fn complete(&mut self, header: [u8; HEADER_BYTES], payload: &[u8]) {
         let [_, _, _, kind, rest @ ..] = header;
+        if let (TYPE_PING, Ok(payload)) = (kind, payload.try_into()) {
+            self.pings.push(payload);
+            return;
+        }
         let order = if kind == TYPE_GOAWAY { self.orders.go_away() } else { None };
         let is_twice = order.as_ref().is_some_and(|order| order.twice);
         let payload = match kind {
@@ -242,26 +251,27 @@ impl Rewriter {
             TYPE_GOAWAY => go_away(payload, order),
             _ => BytesMut::from(payload),
         };
-        match (kind, payload.first_chunk(), payload.first_chunk()) {
-            (TYPE_GOAWAY, Some(last_stream), _) => self.receipts.excluded(u32::from_be_bytes(*last_stream)),
-            (TYPE_PING, _, Some(payload)) => self.receipts.ping_sent(*payload),
-            _ => {}
+        if let (TYPE_GOAWAY, Some(last_stream)) = (kind, payload.first_chunk()) {
+            self.receipts.excluded(u32::from_be_bytes(*last_stream));
         }
         for _ in 0..=u8::from(is_twice) {
             put_frame(&mut self.out, kind, rest, &payload);
         }
     }
 
-    /// Puts in frames of our own, if this is between two of `h2`'s.
+    /// Puts in frames of our own and the PINGs that waited, if this is between two of `h2`'s.
     fn add(&mut self) {
-        if self.orders.has_additional.load(Ordering::Acquire)
-            && self.left == 0
-            && self.header.is_empty()
-            && self.held.is_none()
-        {
+        if self.left > 0 || !self.header.is_empty() || self.held.is_some() {
+            return;
+        }
+        if self.orders.has_additional.load(Ordering::Acquire) {
             self.orders.has_additional.store(false, Ordering::Relaxed);
             let mut frames = self.orders.additional.lock().unwrap_or_else(PoisonError::into_inner);
             self.out.extend_from_slice(&frames.split());
+        }
+        for payload in self.pings.drain(..) {
+            put_frame(&mut self.out, TYPE_PING, [0; 5], &payload);
+            self.receipts.ping_sent(payload);
         }
     }
 }
@@ -422,9 +432,6 @@ impl Completing {
     }
 
     fn poll_drain(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if self.rewriter.out.is_empty() {
-            return Poll::Ready(Ok(()));
-        }
         while !self.rewriter.out.is_empty() {
             let written = ready!(Pin::new(&mut self.stream).poll_write(cx, &self.rewriter.out))?;
             if written == 0 {
@@ -433,7 +440,6 @@ impl Completing {
             self.rewriter.out.advance(written);
             self.traffic.written.fetch_add(written as u64, Ordering::Relaxed);
         }
-        self.rewriter.receipts.flushed();
         Poll::Ready(Ok(()))
     }
 
@@ -484,12 +490,16 @@ impl AsyncWrite for Completing {
     }
 
     /// Ends TLS and waits, at most [`LINGER`], until the client has ended it too: else what it still sends would make
-    /// the kernel reset the connection, and answers that it has not read would be lost.
+    /// the kernel reset the connection, and answers that it has not read would be lost. A last PING asks for those.
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if self.rewriter.orders.is_half_open() {
             return Poll::Ready(Ok(()));
         }
         if self.linger.is_none() {
+            if self.rewriter.receipts.wants_ping() {
+                self.rewriter.pings.push(*LAST_PING);
+            }
+            self.rewriter.add();
             ready!(self.poll_drain(cx))?;
             ready!(Pin::new(&mut self.stream).poll_shutdown(cx))?;
             self.linger = Some(Box::pin(tokio::time::sleep(LINGER)));
@@ -588,6 +598,15 @@ mod tests {
             input.chunks(size).for_each(|chunk| reader.look(chunk, &orders, &receipts()));
             assert!(orders.is_unaware(7) && !orders.is_unaware(9), "in pieces of {size} bytes");
         }
+    }
+
+    #[test]
+    fn a_ping_goes_behind_what_is_flushed_with_it() {
+        let mut rewriter = rewriter(Orders::new(1));
+        let ping: &[u8] = &[0, 0, 8, 6, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8];
+        rewriter.take(&[ping, DATA].concat());
+        rewriter.add();
+        assert_eq!(rewriter.out, [DATA, ping].concat());
     }
 
     #[test]

@@ -4,9 +4,9 @@
 //! goes a PING: HTTP/2 is read in order, so its acknowledgement says that everything before it was read. A stream that
 //! the client resets before the proof was given up: its answer stays uncertain, as does all that is unproved when the
 //! connection ends. Clients write the acknowledgement of a PING before resets that were decided earlier (`h2` and nghttp2
-//! do), so the proof is the acknowledgement of a second PING, sent when the first was acknowledged. A client that ends TLS
-//! in good order (`close_notify`) has read what was flushed to it until then. One PING is under way at a time, and none
-//! while there is nothing to prove.
+//! do), so the proof is the acknowledgement of a second PING, sent when the first was acknowledged, or the end of TLS in
+//! good order (`close_notify`). That alone proves nothing: Node ends TLS in good order with answers unread. One PING is
+//! under way at a time, and none while there is nothing to prove.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -26,18 +26,20 @@ pub(super) struct Receipts {
 struct Inner {
     /// What was told on which stream.
     told: HashMap<u32, Unproved>,
+    /// How often something was told.
+    tellings: u64,
     /// Streams whose last frame was written, in order.
     written: VecDeque<u32>,
     /// How many were taken off the front of `written`.
     passed: u64,
-    /// How many, counted from the connection's start, TLS has taken.
-    flushed: u64,
-    /// How many lie before a PING that was acknowledged.
+    /// How many, counted from the connection's start, lie before a PING that was acknowledged.
     read: u64,
     /// The PINGs under way.
     pings: VecDeque<Sent>,
     /// What the last PING asks for.
     asked: Asked,
+    /// `tellings` when it was sent.
+    asked_tellings: u64,
 }
 
 #[derive(Debug)]
@@ -73,7 +75,9 @@ impl Receipts {
     /// The client is told something on `stream`, in a frame that is not written yet.
     pub(super) fn expect(&self, stream: u32, told: Option<Unproved>) {
         if let Some(told) = told {
-            self.inner().told.insert(stream, told);
+            let mut inner = self.inner();
+            inner.tellings += 1;
+            inner.told.insert(stream, told);
         }
     }
 
@@ -94,24 +98,22 @@ impl Receipts {
         );
     }
 
-    /// Everything written was taken by TLS.
-    pub(super) fn flushed(&self) {
-        let mut inner = self.inner();
-        inner.flushed = inner.written();
-    }
-
     /// A PING is written.
     pub(super) fn ping_sent(&self, payload: [u8; 8]) {
         let mut inner = self.inner();
         let asked = Asked { read: inner.written(), proved: inner.read };
         inner.asked = asked;
+        inner.asked_tellings = inner.tellings;
         inner.pings.push_back(Sent { payload, asked });
     }
 
     /// Whether another PING would prove something.
     pub(super) fn wants_ping(&self) -> bool {
         let inner = self.inner();
-        inner.written() > inner.asked.read || inner.read > inner.asked.proved.max(inner.passed)
+        // What was told is about to be written; what the client's window held up was written behind the PING.
+        inner.tellings > inner.asked_tellings
+            || inner.written() > inner.asked.read
+            || inner.read > inner.asked.proved.max(inner.passed)
     }
 
     /// The client has acknowledged a PING.
@@ -132,11 +134,11 @@ impl Receipts {
         }
     }
 
-    /// The client has ended TLS in good order.
+    /// The client has ended TLS in good order: no reset is on its way any more.
     pub(super) fn closed_in_order(&self) {
         let mut inner = self.inner();
-        let flushed = inner.flushed;
-        self.prove(&mut inner, flushed);
+        let read = inner.read;
+        self.prove(&mut inner, read);
     }
 
     fn prove(&self, inner: &mut Inner, before: u64) {

@@ -55,10 +55,12 @@ for (const [id, outcome] of outcomes) {
     assert.ok(number(truth, 'accepted_certain', 'accepted_uncertain') > 0, `sent, and never answered 200: ${seen}`);
   } else if (outcome.status) {
     counts.refused++;
+    assert.equal(number(truth, 'accepted_certain'), 0, `refused, and a 200 was certainly read: ${seen}`);
     assert.ok(number(truth, 'refused_certain', 'refused_uncertain') > 0, `refused, and never answered so: ${seen}`);
     assert.equal(String(truth.last_status), String(outcome.status), seen);
   } else {
     counts.unanswered++;
+    assert.equal(number(truth, 'accepted_certain'), 0, `not sent, and a 200 was certainly read: ${seen}`);
     assert.equal(truth?.verdict === 'refused' && number(truth, 'refused_certain') === truth.received, false, seen);
   }
 }

@@ -132,6 +132,8 @@ bad_day "{\"seed\": 8, \"dead_tokens\": 0.05, \"latency\": {\"percentiles_ms\": 
     {\"rate\": 0.01, \"action\": {\"reset\": {\"code\": 2, \"accepted\": true}}},
     {\"rate\": $rare, \"action\": {\"close\": {\"accepted\": true}}},
     {\"rate\": $rare, \"action\": {\"close\": {\"accepted\": false}}},
+    {\"rate\": $rare, \"action\": {\"close_tls\": {\"accepted\": true}}},
+    {\"rate\": $rare, \"action\": {\"go_away\": {}}},
     {\"rate\": $rare, \"action\": {\"go_away\": {\"last_stream\": \"before_this\"}}}]}"
 NODE_APN_FOLDER=$clients node "$here/node-apn-chaos.mjs" "$sandbox" "$control" "$work/ca/ca.pem" \
     "$work/keys/AuthKey_FOREIGN001.p8" FOREIGN001 TEAMFOREIG com.example.foreign "$pushes"

@@ -167,16 +167,40 @@ async fn an_answer_to_a_stream_that_the_client_gave_up_is_uncertain() {
 }
 
 #[tokio::test]
-async fn a_client_that_ends_tls_in_good_order_has_read_its_answers_and_one_that_vanishes_may_not() {
-    for (in_order, ending) in [(true, "accepted_certain"), (false, "accepted_uncertain")] {
+async fn a_goaway_tells_nothing_of_a_stream_that_the_client_had_given_up() {
+    let world = World::start().await;
+    world.simulator.gates().hold(Environment::Sandbox);
+    let mut raw = RawFrames::open(&world).await;
+    raw.frame(4, 1, 0, b"").await;
+    raw.post(1, &world.jwt("KEY0000001", 0)).await;
+    world.until("it is held", |world| world.simulator.ledger().summary().waiting == 1).await;
+    raw.frame(3, 0, 1, &[0, 0, 0, 8]).await;
+    raw.frame(6, 0, 0, b"are they").await; // its acknowledgement says that the reset was read
+    while raw.next_of(6).await.0 & 1 == 0 {}
+    let order = GoAwayOrder { last_stream: Some(0), ..GoAwayOrder::default() };
+    world.simulator.gates().go_away(Environment::Sandbox, &order);
+    raw.next_of(7).await;
+    assert_eq!(endings(&only(&world).await), one("unanswered"));
+    world.end().await;
+}
+
+#[tokio::test]
+async fn a_client_that_ends_tls_in_good_order_has_read_what_it_acknowledged() {
+    for (acknowledges, in_order, ending) in
+        [(true, true, "accepted_certain"), (true, false, "accepted_uncertain"), (false, true, "accepted_uncertain")]
+    {
         let world = World::start().await;
         let mut raw = answered_raw(&world).await;
-        raw.next_of(1).await;
+        let (_, _, payload) = raw.next_of(6).await;
+        if acknowledges {
+            raw.frame(6, 1, 0, &payload).await;
+            raw.next_of(6).await;
+        }
         if in_order {
             raw.stream.shutdown().await.unwrap();
         }
         drop(raw);
-        assert_eq!(endings(&only(&world).await), one(ending));
+        assert_eq!(endings(&only(&world).await), one(ending), "acknowledges {acknowledges}, in order {in_order}");
         world.end().await;
     }
 }
@@ -196,6 +220,8 @@ async fn the_simulator_ends_a_connection_so_that_its_last_answer_can_be_read_and
     raw.next_of(7).await; // the second GOAWAY: from here the connection ends with its last stream
     world.simulator.gates().release(Environment::Sandbox);
     raw.next_of(1).await;
+    let (_, _, payload) = raw.next_of(6).await;
+    raw.frame(6, 1, 0, &payload).await;
     while raw.stream.read_u8().await.is_ok() {}
     raw.stream.shutdown().await.unwrap();
     assert_eq!(endings(&only(&world).await), one("accepted_certain"));
