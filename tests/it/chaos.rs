@@ -135,8 +135,12 @@ async fn all(client: &Client, path: &str) -> Vec<Value> {
 async fn post(client: &Client, to: Value) -> String {
     let payload = json!({ "aps": { "alert": "Ding dong" } });
     let body = json!({ "topic": TOPIC, "to": to, "payload": payload }).to_string();
+    let key = uuid::Uuid::new_v4().to_string();
     until("the notification is accepted", || async {
-        let answer = client.send(http::Method::POST, "/v1/notifications", &[], body.clone()).await.ok()?;
+        let headers = [("idempotency-key", key.as_str())];
+        let patience = Duration::from_secs(10);
+        let answer =
+            client.send_within(patience, http::Method::POST, "/v1/notifications", &headers, body.clone()).await?;
         match answer.status.as_u16() {
             202 => answer.body["id"].as_str().map(str::to_owned),
             503 | 429 => None,
