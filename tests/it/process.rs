@@ -16,7 +16,7 @@ on_both_stores! {
     async fn told_to_stop_while_pushes_are_in_flight_it_settles_them_and_exits_with_0(database) {
         let folder = Folder::new("stop");
         let keys = keys_folder(&folder, "environments = [\"production\"]");
-        let sim = SimulatorProcess::start(folder.path(), &keys, &["--latency-ms", "700"]).await;
+        let sim = SimulatorProcess::start(folder.path(), &keys, &["--latency-ms", "2500"]).await;
         let mut service = Service::start(folder.path(), database.url(), &sim).await;
         let (_, key, _) = run(folder.path(), &["api-keys", "create", "--owner", "shop", "--scopes", "register,send,read"]);
         let client = Client::new(service.address, Some(key.trim()));
@@ -34,7 +34,8 @@ on_both_stores! {
         })
         .await;
         service.process().signal("TERM");
-        let status = service.process().wait(Duration::from_secs(30)).await.expect("it ends");
+        // Longer than the grace, so that the exit status tells which it was.
+        let status = service.process().wait(Duration::from_secs(60)).await.expect("it ends");
         assert_eq!(status.code(), Some(0), "drained in good order");
         service.restart().await;
         for id in &ids {

@@ -9,7 +9,6 @@
 
 use std::{
     fs::File,
-    net::{Ipv4Addr, TcpListener},
     path::{Path, PathBuf},
     process::{Command, Stdio},
     time::{Duration, Instant},
@@ -19,7 +18,10 @@ use sqlx::{AssertSqlSafe, ConnectOptions, Connection, MySqlConnection, mysql::My
 use tokio::sync::OnceCell;
 use uuid::Uuid;
 
-use super::scratch::{Folder, Process};
+use super::{
+    ports::free_port,
+    scratch::{Folder, Process},
+};
 
 /// What the names of our databases begin with, on whatever server.
 const PREFIX: &str = "sonnette_test_";
@@ -340,11 +342,6 @@ fn find_program(names: &[&str]) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let folders: Vec<_> = std::env::split_paths(&path).chain(std::env::split_paths(USUAL)).collect();
     names.iter().find_map(|name| folders.iter().map(|folder| folder.join(name)).find(|program| program.is_file()))
-}
-
-fn free_port() -> u16 {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
-    listener.local_addr().expect("a bound socket has an address").port()
 }
 
 async fn create_database(server_url: &str) -> TestDatabase {

@@ -1,19 +1,19 @@
 //! The real binary in processes of its own: `serve`, and the simulator beside it, to be killed and frozen.
 
 use std::{
-    net::{SocketAddr, TcpListener},
+    net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
 
-use super::{client::Client, scratch::Process, world::until};
+use super::{client::Client, ports::free_port, scratch::Process, world::until};
 
 /// The binary under test.
 pub(crate) const SONNETTE: &str = env!("CARGO_BIN_EXE_sonnette");
 
-/// A port that was free a moment ago.
+/// Where a process may listen, and listen again after its end.
 pub(crate) fn free_address() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+    (Ipv4Addr::LOCALHOST, free_port()).into()
 }
 
 /// Runs a command to its end: exit status, standard output, standard error.
