@@ -149,8 +149,7 @@ struct Attempted {
     unique_id: Option<Box<str>>,
     environment: Option<Environment>,
     readdressed: Option<Box<Address>>,
-    /// The request was written: APNs has answered it, or may have.
-    moved: bool,
+    went: Went,
     /// A probe's answer: the breaker may close.
     proves: bool,
     /// The token was refused before, in this delivery, and that came to no judgement.
@@ -172,11 +171,22 @@ impl Attempted {
             unique_id: None,
             environment: None,
             readdressed: None,
-            moved: false,
+            went: Went::No,
             proves: false,
             hearing: None,
         }
     }
+}
+
+/// How far an attempt got.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Went {
+    /// Not to the connection: it ended first, or something held it back.
+    No,
+    /// No connection took it.
+    Back,
+    /// It was written: APNs has answered it, or may have.
+    Out,
 }
 
 /// What the conclusion of an attempt needs to know of it.
@@ -197,7 +207,7 @@ struct Hearing {
 
 impl Sender {
     /// Sends a chunk to its end. Never cancelled; ends early, giving the chunk back, when the service stops. The probe
-    /// that it was to make comes back if nothing was written for it.
+    /// that it was to make comes back if there was nothing to be sent for it: another push may do.
     pub(super) async fn run(&self, mut work: Work) -> Option<Probe> {
         let probe = work.probe;
         let mut spent = false;
@@ -247,7 +257,7 @@ impl Sender {
                 }
                 let began = self.guard.clock.monotonic();
                 let round = self.round(work, &head, &due, &mut addresses, read_at).await;
-                *spent |= round.written;
+                *spent |= round.spent;
                 left = round.left;
                 blocked = round.blocked;
                 unsent = if round.moved { 0 } else { unsent + 1 };
@@ -354,7 +364,7 @@ impl Sender {
         addresses: &mut HashMap<DeviceSeq, Address>,
         read_at: Duration,
     ) -> Round {
-        let mut round = Round { left: Left::Open, moved: false, written: false, over: false, blocked: HashSet::new() };
+        let mut round = Round { left: Left::Open, moved: false, spent: false, over: false, blocked: HashSet::new() };
         let mut learned = Learned::default();
         let notification = Arc::clone(&work.lease.notification);
         let mut rest = in_order(work, due).into_iter();
@@ -387,7 +397,7 @@ impl Sender {
             };
             let pause = next.is_none();
             if let Some(mut attempted) = next {
-                round.written |= attempted.moved;
+                round.spent |= attempted.went != Went::No;
                 if work.probe.is_some() {
                     room = beside(&mut running, &mut ended, self.judge_probe(work, &attempted, &mut round)).await;
                 } else if let Some((environment, fault)) = &attempted.fault {
@@ -459,7 +469,7 @@ impl Sender {
             work.probe = None;
             return IN_FLIGHT;
         }
-        if attempted.moved || attempted.left != Left::Open || attempted.state.is_open() {
+        if attempted.went == Went::Out || attempted.left != Left::Open || attempted.state.is_open() {
             // No answer, or one that proves nothing: the breaker stays, and so does everything behind it.
             round.block(attempted.position, probe.environment);
             return 0;
@@ -566,7 +576,7 @@ impl Sender {
     /// What follows from an answer, or from none.
     fn answered(&self, notification: &Notification, mut facts: Facts, probe: Option<Probe>, attempted: &mut Attempted) {
         let reply = &facts.reply;
-        attempted.moved = reply.sent_at.is_some();
+        attempted.went = if reply.sent_at.is_some() { Went::Out } else { Went::Back };
         attempted.proves = probe.is_some_and(|probe| probe.proves(&reply.outcome));
         if let (Some(sent_at), Some(answer)) = (reply.sent_at, &reply.answer) {
             let took = self.guard.clock.now().since(sent_at);
@@ -587,12 +597,15 @@ impl Sender {
         let conclusion = self.conclude(notification, &facts, wave);
         let awaits = conclusion.awaits_judgement;
         self.learn(notification, &facts, conclusion, attempted);
-        let Some(fault) = facts.reply.answer.as_ref().map(Fault::from) else { return };
-        if awaits {
-            attempted.hearing = Some(Box::new(self.hear(notification, facts, fault, probe.is_some())));
-        } else if facts.reply.outcome == Outcome::BadToken && wave.is_none() {
-            // Tried elsewhere next; what is thought of this environment by then decides about that one too.
-            self.guard.board.refused(topic, facts.environment, Refused::Unknown, &fault, probe.is_some());
+        let goes_elsewhere = facts.reply.outcome == Outcome::BadToken && wave.is_none() && !awaits;
+        if let Some(answer) = facts.reply.answer.as_ref().filter(|_| awaits || goes_elsewhere) {
+            let (fault, passed) = (Fault::from(answer), probe.is_some());
+            if awaits {
+                attempted.hearing = Some(Box::new(self.hear(notification, facts, fault, passed)));
+            } else {
+                // What is thought of this environment by the time the other has answered decides about that one too.
+                self.guard.board.refused(topic, facts.environment, Refused::Unknown, &fault, passed);
+            }
         }
     }
 
@@ -719,8 +732,8 @@ struct Round {
     left: Left,
     /// Something came of it: an answer, an end, a new address.
     moved: bool,
-    /// Something was written to APNs.
-    written: bool,
+    /// A probe was made, as far as that was possible.
+    spent: bool,
     /// The chunk has ended or is no longer ours: nothing more to do.
     over: bool,
     /// Targets behind an open breaker.
@@ -775,7 +788,7 @@ impl Round {
         addresses: &mut HashMap<DeviceSeq, Address>,
         learned: &mut Learned,
     ) {
-        self.moved |= attempted.moved || !attempted.state.is_open() || attempted.readdressed.is_some();
+        self.moved |= attempted.went == Went::Out || !attempted.state.is_open() || attempted.readdressed.is_some();
         match attempted.left {
             Left::Blocked(environment) => self.block(attempted.position, environment),
             left => self.left = self.left.max(left),
@@ -920,4 +933,32 @@ fn open_devices(chunk: &Chunk) -> Vec<DeviceSeq> {
         Target::Token { .. } => None,
     })
     .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_closes_a_breaker_depends_on_why_it_is_open() {
+        let later = |whose| Outcome::Deferred { whose, after: None };
+        let fault = Fault { status: 403, reason: "InvalidProviderToken".into() };
+        for (outcome, closes_a_credentials, closes_a_wave) in [
+            (Outcome::Accepted, true, true),
+            (Outcome::Gone { since: None }, true, true),
+            (later(Busy::Device), true, true),
+            (Outcome::Rejected, true, false),
+            (Outcome::BadToken, true, false),
+            (Outcome::WrongTopic, true, false),
+            (later(Busy::Server), false, false),
+            (Outcome::Withheld(fault), false, false),
+            (Outcome::Unsent, false, false),
+            (Outcome::Unknown, false, false),
+            (Outcome::Fenced, false, false),
+        ] {
+            let probe = |wave| Probe { breaker: BreakerId(1), environment: Environment::Production, wave, unspent: 0 };
+            assert_eq!(probe(false).proves(&outcome), closes_a_credentials, "{outcome:?}, credential");
+            assert_eq!(probe(true).proves(&outcome), closes_a_wave, "{outcome:?}, wave");
+        }
+    }
 }

@@ -146,7 +146,11 @@ on_both_stores! {
         for number in 50..60 {
             answers(&world, number, 400, "BadDeviceToken");
         }
-        let (first, second) = (shop.send(&world).await, new.send(&world).await);
+        // The new ones are refused everywhere before the others show that something is wrong with production.
+        let before = requests(&world);
+        let second = new.send(&world).await;
+        until("both environments have refused them", || async { (requests(&world) == before + 20).then_some(()) }).await;
+        let first = shop.send(&world).await;
         waits(&world, &clock, &first, "breaker: BadDeviceToken").await;
         waits(&world, &clock, &second, "breaker: BadDeviceToken").await;
         let check = breaker(&world).await.unwrap();

@@ -14,18 +14,18 @@
 //! | M8 | a TCP connection that died in silence | `connections::m08_…` | `apns::a_silent_server_…`, `apns::a_connection_that_does_not_acknowledge_…` |
 //! | M9 | connections of days | `connections::m09_…` | |
 //! | M10 | no account of streams | `connections::m10_…` (two) | `apns::there_is_one_stream_…`, `apns::a_limit_that_falls_…` |
-//! | M11 | a sandbox token sent to production destroys its device | `devices::m11_…` | |
+//! | M11 | a sandbox token sent to production destroys its device | `devices::m11_…` | `wave`, `breaker::ten_minutes_of_the_sandbox_…` |
 //! | M12 | a 410 deletes a device that has registered again | `devices::m12_…` | `store::queue` |
-//! | M13 | a wrong topic destroys devices | `devices::m13_…` (two) | `breaker` |
+//! | M13 | a wrong topic destroys devices | `devices::m13_…` (two) | `wave`, `breaker::ten_minutes_of_…` |
 //! | M14 | reasons as a closed list | `answers::m14_…` | `apns::response` |
 //! | M15 | tokens of 64 digits only | `devices::m15_…` | |
-//! | M16 | a clock that is wrong | `tokens::m16_…` (three) | |
+//! | M16 | a clock that is wrong | `tokens::m16_…` (three) | `clock` |
 //! | M17 | milliseconds for seconds | `requests::m17_…` | |
 //! | M18 | expiration 0 by default | `requests::m18_…` | |
 //! | M19 | background pushes at priority 10, or no push type | `requests::m19_…` (two) | |
 //! | M20 | answers matched by `apns-id` | `answers::m20_…` | |
 //! | M21 | a connection per push | `connections::m21_…` | `apns::where_streams_are_scarce_…` |
-//! | M22 | what is put off is tried again at once | `answers::m22_…` | `domain::delivery` |
+//! | M22 | what is put off is tried again at once | `answers::m22_…` | `domain::delivery`, `busy` |
 //! | M23 | several credentials on one connection | `connections::m23_…` | `apns::two_credentials_…` |
 //! | M24 | 410s counted as uninstalls | `devices::m24_…` | |
 //! | M25 | `{}` taken for no body | `requests::m25_…` | `domain::payload` |
