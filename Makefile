@@ -3,7 +3,7 @@
 
 CARGO ?= cargo
 
-.PHONY: help test lint fmt docs bench chaos foreign database
+.PHONY: help test lint fmt docs bench chaos million foreign database
 
 help:
 	@echo 'make test     formatting, lints, all tests on SQLite and MariaDB or MySQL, documentation; what CI runs'
@@ -12,6 +12,7 @@ help:
 	@echo 'make docs     builds the documentation of the code into target/doc, with warnings denied'
 	@echo 'make bench    measures against yardsticks (docs/performance.md)'
 	@echo 'make chaos    200,000 pushes through everything APNs and a network can do; CHAOS_SEED repeats one (tests/it/chaos.rs)'
+	@echo 'make million  a broadcast to 1,000,000 devices with kills in it, each outcome held against the ledger (tests/it/million.rs)'
 	@echo 'make foreign  tests with clients and tools that are not ours (tests/foreign/run.sh)'
 	@echo
 	@echo 'TEST_DATABASE_URL=mysql://user:password@host/ names a server for the tests. Without it they start one of their'
@@ -44,6 +45,11 @@ bench: database
 chaos: database
 	CHAOS_PUSHES=$${CHAOS_PUSHES:-200000} CHAOS_SEED=$${CHAOS_SEED:-$$(date +%s)} \
 		$(CARGO) test --locked --test it chaos:: -- --nocapture --test-threads=1
+
+# The short one is among the tests.
+million: database
+	MILLION_DEVICES=$${MILLION_DEVICES:-1000000} \
+		$(CARGO) test --locked --test it million:: -- --nocapture --test-threads=1
 
 foreign:
 	@bash tests/foreign/run.sh

@@ -20,6 +20,7 @@
 mod support {
     #[expect(dead_code, unused_macros, unused_imports, reason = "the tests use more of it")]
     pub(crate) mod database;
+    pub(crate) mod ports;
     #[expect(dead_code, reason = "the tests use more of it")]
     pub(crate) mod scratch;
 }

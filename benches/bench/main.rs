@@ -32,6 +32,7 @@ mod yardstick;
 mod support {
     #[expect(dead_code, unused_macros, unused_imports, reason = "the tests use more of it")]
     pub(crate) mod database;
+    pub(crate) mod ports;
     pub(crate) mod scratch;
 }
 

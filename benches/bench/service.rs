@@ -4,7 +4,7 @@ use std::{
     cell::RefCell,
     collections::HashMap,
     fmt, fs,
-    net::{Ipv4Addr, SocketAddr, TcpListener},
+    net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     process::{Command, Stdio},
     time::{Duration, Instant},
@@ -15,7 +15,11 @@ use serde_json::Value;
 use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _, MySqlConnection, mysql::MySqlConnectOptions};
 use tokio::net::TcpStream;
 
-use crate::{durability, load, support::scratch::Process, wire};
+use crate::{
+    durability, load,
+    support::{ports::free_port, scratch::Process},
+    wire,
+};
 
 pub(crate) const TOPIC: &str = "fr.ocpizza.livreur";
 pub(crate) const PAYLOAD: &str = r#"{"aps":{"alert":{"title":"Nouvelle livraison","body":"Commande 1042, 12 rue Oberkampf"},"sound":"default"},"order_id":1042}"#;
@@ -173,11 +177,6 @@ impl Kit {
         assert_eq!(answer.status, http::StatusCode::OK, "serve is not ready:\n{}", serve.log_end());
         serve
     }
-}
-
-fn free_port() -> u16 {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
-    listener.local_addr().expect("a bound socket has an address").port()
 }
 
 /// `sonnette serve`.

@@ -21,6 +21,7 @@ mod fence;
 mod pulse;
 mod send;
 mod settle;
+mod slots;
 mod wave;
 
 use std::{
@@ -40,6 +41,7 @@ use self::{
     pulse::Pulse,
     send::{Probe, Sender, Work},
     settle::Settler,
+    slots::Slots,
 };
 use crate::{
     apns::Gateway,
@@ -130,6 +132,7 @@ impl Dispatcher {
             },
             settler: Settler::start(Arc::clone(&store), Arc::clone(&clock), identity.clone(), tasks),
             busy: BusyDevices::new(Arc::clone(&clock)),
+            slots: Slots::default(),
             stopping: tasks.stopping().clone(),
         });
         let (unspent, again) = mpsc::channel(UNSPENT);

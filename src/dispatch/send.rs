@@ -21,6 +21,7 @@ use super::{
     backoff::BusyDevices,
     fence::{AttemptFence, Guard, OWNERSHIP_MAX_AGE, Owned, Verdict, judge, millis},
     settle::{Progress, Settlement, Settler},
+    slots::{self, Slot, Slots},
     wave::{Opinion, Refused},
 };
 use crate::{
@@ -28,8 +29,8 @@ use crate::{
     domain::{
         clock::Timestamp,
         delivery::{
-            Chunk, Circumstances, Conclusion, DeliveryStatus, DeviceEffect, Judgement, State, Target, conclude,
-            postpone,
+            Chunk, Circumstances, Conclusion, DeliveryStatus, DeviceEffect, Judgement, SMALL_CHUNK, State, Target,
+            conclude, postpone,
         },
         device::{Address, DeviceSeq, DeviceToken},
         notification::Notification,
@@ -48,6 +49,7 @@ pub(super) struct Sender {
     pub(super) guard: Guard,
     pub(super) settler: Settler,
     pub(super) busy: BusyDevices,
+    pub(super) slots: Slots,
     pub(super) stopping: CancellationToken,
 }
 
@@ -110,9 +112,6 @@ const NO_CREDENTIAL_FOR: Duration = Duration::from_secs(30);
 
 /// The shortest time for which a chunk with targets behind a breaker is put back.
 const BLOCKED_PAUSE: Duration = Duration::from_secs(1);
-
-/// The most pushes of one chunk in flight.
-const IN_FLIGHT: usize = 1_000;
 
 /// Progress of a large chunk is settled at least this often while it is sent.
 const SETTLE_EVERY: Duration = Duration::from_millis(25);
@@ -221,7 +220,7 @@ impl Sender {
             std::mem::take(&mut work.lease.addresses).into_iter().map(|a| (a.seq, a)).collect();
         let mut read_at = work.lease.read_at;
         let mut unsent = 0_u32;
-        self.end_marked(&mut work.lease.chunk);
+        self.end_marked(work);
         loop {
             let now = self.guard.clock.now();
             // Nothing is in flight here: those that wait for a later try end as well.
@@ -231,7 +230,13 @@ impl Sender {
             let due = due(&work.lease.chunk, now);
             let mut left = Left::Open;
             let mut blocked = HashSet::new();
+            let mut slot = None;
             if !due.is_empty() {
+                tokio::select! {
+                    entered = self.slots.enter(&work.lease.notification, due.len()) => slot = Some(entered),
+                    () = self.guard.cancelled.reached(work.lease.key.notification) => continue,
+                    () = self.stopping.cancelled() => {}
+                }
                 let old = self.guard.clock.monotonic().saturating_sub(read_at) >= OWNERSHIP_MAX_AGE;
                 if old || addresses.is_empty() {
                     let began = self.guard.clock.monotonic();
@@ -256,7 +261,7 @@ impl Sender {
                     Settlement::Lost | Settlement::GivenUp => return,
                 }
                 let began = self.guard.clock.monotonic();
-                let round = self.round(work, &head, &due, &mut addresses, read_at).await;
+                let round = self.round(work, &head, &due, &mut addresses, read_at, slot).await;
                 *spent |= round.spent;
                 left = round.left;
                 blocked = round.blocked;
@@ -300,17 +305,21 @@ impl Sender {
         }
     }
 
-    /// What bears a durable mark was written, or may have been, before somebody died: never again.
-    fn end_marked(&self, chunk: &mut Chunk) {
-        for state in chunk.states.iter_mut().filter(|s| s.is_open() && s.marked) {
+    /// With `on_unknown: stop`, what was written, or may have been, before somebody died is never written again.
+    fn end_marked(&self, work: &mut Work) {
+        if work.lease.notification.on_unknown != OnUnknown::Stop {
+            return;
+        }
+        for state in work.lease.chunk.states.iter_mut().filter(|s| s.is_open() && s.marked) {
             state.ambiguous = true;
             state.end(DeliveryStatus::Unknown, Some(own::NO_ANSWER), self.guard.clock.now());
         }
     }
 
-    /// The durable mark before the write, for `on_unknown: stop`.
+    /// The durable mark before the write: for `on_unknown: stop`, and on what a process that dies would leave in doubt.
     async fn mark(&self, work: &mut Work, due: &[usize]) -> Settlement {
-        if work.lease.notification.on_unknown != OnUnknown::Stop {
+        let is_small = work.lease.chunk.targets.len() <= SMALL_CHUNK;
+        if is_small && work.lease.notification.on_unknown != OnUnknown::Stop {
             return Settlement::Done;
         }
         for position in due {
@@ -363,6 +372,7 @@ impl Sender {
         due: &[usize],
         addresses: &mut HashMap<DeviceSeq, Address>,
         read_at: Duration,
+        mut slot: Option<Slot>,
     ) -> Round {
         let mut round = Round { left: Left::Open, moved: false, spent: false, over: false, blocked: HashSet::new() };
         let mut learned = Learned::default();
@@ -372,26 +382,31 @@ impl Sender {
         let mut judged = FuturesUnordered::new();
         let mut ended = VecDeque::new();
         let mut settled_at = self.guard.clock.monotonic();
-        let mut unsettled = false;
+        let mut unsettled = 0;
         // A probe is one push; the others wait for what it says.
-        let mut room = if work.probe.is_some() { 1 } else { IN_FLIGHT };
+        let mut room = if work.probe.is_some() { 1 } else { slots::IN_FLIGHT };
         loop {
-            while running.len() < room && !self.stopping.is_cancelled() {
+            while running.len() + ended.len() + unsettled < room && !self.stopping.is_cancelled() {
                 let Some(position) = rest.next() else { break };
                 if let Some(attempt) = attempt_at(work, addresses, position, read_at) {
                     running.push(self.attempt(Arc::clone(&notification), Arc::clone(head), attempt));
                 }
             }
+            // Once what was answered is settled.
+            let more = rest.len() > 0 && unsettled > 0 && room > 0 && !self.stopping.is_cancelled();
+            if rest.len() == 0 && running.len() <= slots::STRAGGLERS {
+                drop(slot.take());
+            }
             let next = match ended.pop_front().or_else(|| running.next().now_or_never().flatten()) {
                 Some(attempted) => Some(attempted),
-                None if running.is_empty() && judged.is_empty() => break,
+                None if running.is_empty() && judged.is_empty() && !more => break,
                 // What was answered does not wait for what is to be judged.
-                None if running.is_empty() && unsettled => None,
+                None if running.is_empty() && unsettled > 0 => None,
                 None => tokio::select! {
                     biased;
                     Some(attempted) = running.next(), if !running.is_empty() => Some(attempted),
                     Some(attempted) = judged.next(), if !judged.is_empty() => Some(attempted),
-                    () = self.guard.clock.sleep(SETTLE_EVERY), if unsettled => None,
+                    () = self.guard.clock.sleep(SETTLE_EVERY), if unsettled > 0 => None,
                     else => break,
                 },
             };
@@ -410,17 +425,20 @@ impl Sender {
                     continue;
                 }
                 round.take(&notification, attempted, &mut work.lease.chunk, addresses, &mut learned);
-                unsettled = true;
+                unsettled += 1;
             } else if running.is_empty()
                 && let Some(weight) = &mut work.weight
             {
                 weight.shrink(judged.len().max(LEAST_WEIGHT));
             }
             let now = self.guard.clock.monotonic();
-            let goes_on = !running.is_empty() || !judged.is_empty();
-            if unsettled && goes_on && (pause || now.saturating_sub(settled_at) >= SETTLE_EVERY) {
+            let goes_on = !running.is_empty() || !judged.is_empty() || more;
+            if unsettled > 0
+                && goes_on
+                && (pause || unsettled >= slots::IN_FLIGHT / 2 || now.saturating_sub(settled_at) >= SETTLE_EVERY)
+            {
                 settled_at = now;
-                unsettled = false;
+                unsettled = 0;
                 let settle = self.settle(work, Disposition::Keep, std::mem::take(&mut learned));
                 if beside(&mut running, &mut ended, settle).await != Settlement::Done {
                     // What is in flight is still read to its end: a written push is never dropped.
@@ -451,7 +469,7 @@ impl Sender {
     /// What a probe's end says of the breaker. Returns how many pushes may be in flight now.
     async fn judge_probe(&self, work: &mut Work, attempted: &Attempted, round: &mut Round) -> usize {
         let topic = &work.lease.notification.topic;
-        let Some(probe) = work.probe else { return IN_FLIGHT };
+        let Some(probe) = work.probe else { return slots::IN_FLIGHT };
         if let Some((environment, fault)) = &attempted.fault {
             // A token that was refused before tells nothing new: the others are not kept waiting longer for it.
             if !(fault.is_wave() && attempted.in_doubt) {
@@ -467,7 +485,7 @@ impl Sender {
         if attempted.proves {
             self.guard.board.close(topic, probe.environment, probe.breaker).await;
             work.probe = None;
-            return IN_FLIGHT;
+            return slots::IN_FLIGHT;
         }
         if attempted.went == Went::Out || attempted.left != Left::Open || attempted.state.is_open() {
             // No answer, or one that proves nothing: the breaker stays, and so does everything behind it.

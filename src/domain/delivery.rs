@@ -109,6 +109,10 @@ pub struct ChunkKey {
 /// The most targets of one chunk.
 pub const CHUNK_TARGETS: usize = 1_000;
 
+/// A chunk of more targets bears a durable mark while it is sent, whatever `on_unknown` says, so that it is known what a
+/// process that dies may have written. Of a smaller one all that is open is in doubt then.
+pub const SMALL_CHUNK: usize = 100;
+
 /// One target of a chunk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Target {
@@ -130,7 +134,7 @@ pub enum Target {
 
 /// Where the delivery to one target stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
-#[expect(clippy::struct_excessive_bools, reason = "four independent facts, each a bit of the compact form")]
+#[expect(clippy::struct_excessive_bools, reason = "independent facts, each asked for by name")]
 pub struct State {
     /// The count word.
     pub status: DeliveryStatus,
@@ -142,8 +146,10 @@ pub struct State {
     pub at: Option<Timestamp>,
     /// An attempt was written and never answered.
     pub ambiguous: bool,
-    /// A durable mark was made before a write (`on_unknown: stop`): after a crash it counts as written.
+    /// A durable mark was made before a write: after a crash it counts as written.
     pub marked: bool,
+    /// A replica ended while it sent its chunk: an attempt may have been written that nobody knows of.
+    pub maybe_written: bool,
     /// `BadDeviceToken` came from production.
     pub refused_production: bool,
     /// `BadDeviceToken` came from the sandbox.
@@ -161,6 +167,7 @@ impl State {
         at: None,
         ambiguous: false,
         marked: false,
+        maybe_written: false,
         refused_production: false,
         refused_sandbox: false,
         retry_at: None,
@@ -178,11 +185,15 @@ impl State {
         self.status == DeliveryStatus::Pending
     }
 
-    /// Ends it. After an ambiguous attempt anything but `accepted` is `unknown`: the first try may have arrived.
+    /// Ends it. After an ambiguous attempt anything but `accepted` is `unknown`: the first try may have arrived. Where
+    /// there may have been one that nobody knows of, so is all that APNs did not say itself.
     pub fn end(&mut self, status: DeliveryStatus, cause: Option<Cause>, at: Timestamp) {
         self.status = match status {
             DeliveryStatus::Accepted => DeliveryStatus::Accepted,
             _ if self.ambiguous => DeliveryStatus::Unknown,
+            DeliveryStatus::Expired | DeliveryStatus::Cancelled | DeliveryStatus::Suppressed if self.maybe_written => {
+                DeliveryStatus::Unknown
+            }
             other => other,
         };
         self.cause = match status {
@@ -192,6 +203,7 @@ impl State {
         self.at = Some(at);
         self.retry_at = None;
         self.marked = false;
+        self.maybe_written = false;
         self.refused_production = false;
         self.refused_sandbox = false;
     }
@@ -257,10 +269,16 @@ impl Chunk {
         self.states.iter().all(|state| !state.is_open())
     }
 
-    /// Ends whatever is open, without an attempt. What bears a durable mark may have been written: it is ambiguous.
+    /// Whoever had it is gone: what bears a mark may have been written, and so may `all` that is open.
+    pub fn taken_over(&mut self, all: bool) {
+        for state in self.states.iter_mut().filter(|state| state.is_open()) {
+            state.maybe_written |= all || state.marked;
+        }
+    }
+
+    /// Ends whatever is open, without an attempt.
     pub fn end_open(&mut self, status: DeliveryStatus, cause: &Cause, at: Timestamp) {
         for state in self.states.iter_mut().filter(|state| state.is_open()) {
-            state.ambiguous |= state.marked;
             state.end(status, Some(cause.clone()), at);
         }
     }
@@ -585,8 +603,9 @@ const REFUSED_PRODUCTION: u8 = 1 << 2;
 const REFUSED_SANDBOX: u8 = 1 << 3;
 const HAS_RETRY_AT: u8 = 1 << 4;
 const HAS_AT: u8 = 1 << 5;
+const MAYBE_WRITTEN: u8 = 1 << 6;
 /// Only written with something to tell: the common end, `at` and nothing else, is folded into [`HAS_FACTS`] = 0.
-const FACTS_BEYOND_AT: u8 = AMBIGUOUS | MARKED | REFUSED_PRODUCTION | REFUSED_SANDBOX | HAS_RETRY_AT;
+const FACTS_BEYOND_AT: u8 = AMBIGUOUS | MARKED | REFUSED_PRODUCTION | REFUSED_SANDBOX | HAS_RETRY_AT | MAYBE_WRITTEN;
 
 /// The compact form of states: version, a base time, then runs of equal states. Neighbours that ended in one settle
 /// share a time and so a run: a broadcast costs well under a byte a device.
@@ -612,6 +631,7 @@ fn put_state(out: &mut Vec<u8>, state: &State, base: i64, code: &mut impl FnMut(
     for (bit, set) in [
         (AMBIGUOUS, state.ambiguous),
         (MARKED, state.marked),
+        (MAYBE_WRITTEN, state.maybe_written),
         (REFUSED_PRODUCTION, state.refused_production),
         (REFUSED_SANDBOX, state.refused_sandbox),
         (HAS_RETRY_AT, state.retry_at.is_some()),
@@ -708,6 +728,7 @@ fn take_state(input: &mut Input<'_>, base: i64, cause: &impl Fn(u32) -> Option<C
         at,
         ambiguous: facts & AMBIGUOUS != 0,
         marked: facts & MARKED != 0,
+        maybe_written: facts & MAYBE_WRITTEN != 0,
         refused_production: facts & REFUSED_PRODUCTION != 0,
         refused_sandbox: facts & REFUSED_SANDBOX != 0,
         retry_at,
@@ -810,6 +831,28 @@ mod tests {
 
     fn bad_token() -> Reply {
         reply(Outcome::BadToken, 400, "BadDeviceToken")
+    }
+
+    #[test]
+    fn what_a_process_that_died_may_have_written_ends_as_unknown_unless_apns_says_what_it_is() {
+        let mut chunk = Chunk::new(vec![Target::Device { seq: DeviceSeq(1), generation: None }; 2]);
+        chunk.states[0].marked = true;
+        chunk.taken_over(false);
+        let ended = |state: &State, status| {
+            let mut state = state.clone();
+            state.end(status, Some(own::CANCELLED), NOW);
+            assert!(!state.maybe_written && !state.marked, "what has ended is like its neighbours");
+            state.status
+        };
+        for status in [DeliveryStatus::Cancelled, DeliveryStatus::Expired, DeliveryStatus::Suppressed] {
+            assert_eq!(ended(&chunk.states[0], status), DeliveryStatus::Unknown);
+            assert_eq!(ended(&chunk.states[1], status), status, "this one bore no mark");
+        }
+        for status in [DeliveryStatus::Accepted, DeliveryStatus::Failed, DeliveryStatus::Unregistered] {
+            assert_eq!(ended(&chunk.states[0], status), status);
+        }
+        chunk.taken_over(true);
+        assert_eq!(ended(&chunk.states[1], DeliveryStatus::Cancelled), DeliveryStatus::Unknown);
     }
 
     #[test]
@@ -968,6 +1011,7 @@ mod tests {
             at: Some(NOW.minus(Duration::from_secs(5))),
             ambiguous: true,
             marked: true,
+            maybe_written: true,
             refused_production: true,
             refused_sandbox: true,
             retry_at: Some(NOW.plus(Duration::from_secs(900))),

@@ -24,6 +24,7 @@ mod database;
 mod kill;
 mod layers;
 mod lost;
+mod million;
 mod mistakes;
 mod ownership;
 mod process;

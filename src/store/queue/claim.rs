@@ -25,6 +25,7 @@ use crate::store::{
     BoxError, BreakerId, Claimed, Kind, Lease, ReplicaId, StoreError,
     audience::{self, LIST, parsed, parsed_or_null},
     breakers::parked_holder,
+    replicas::A_DEATH,
     sql::Failure,
     statement::{Conn, Row, Statement, corrupt, id_value},
 };
@@ -204,7 +205,12 @@ pub(super) async fn take(
         let notification = &asked.notification;
         match (&one.targets, &asked.audience) {
             (Some(targets), _) => {
-                match chunk::read(conn, &context.reasons, key, targets, one.states.as_deref()).await {
+                let read = chunk::read(conn, &context.reasons, key, targets, one.states.as_deref()).await;
+                let read = read.map(|mut chunk| {
+                    chunk.taken_over(epoch >= A_DEATH);
+                    chunk
+                });
+                match read {
                     Ok(chunk) if asked.cancelled => cancelled.push((key, chunk)),
                     Ok(chunk) => open.push(Own { key, epoch, notification: Arc::clone(notification), chunk }),
                     Err(Failure::Store(error @ StoreError::Corrupt { .. })) => {

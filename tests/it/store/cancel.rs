@@ -137,7 +137,7 @@ on_both_stores! {
         }
     }
 
-    async fn a_chunk_of_a_dead_replica_ends_when_it_is_taken_over(database) {
+    async fn what_a_dead_replica_may_have_written_ends_as_unknown_when_it_is_taken_over(database) {
         let world = World::on(database).await;
         world.phone("e1", Some("u")).await;
         let lease = leased(&world, "u").await;
@@ -146,7 +146,30 @@ on_both_stores! {
         assert!(world.store.bury(world.replica, beat).await.unwrap());
         let heir = world.store.join("two", "0.1.0", NOW).await.unwrap();
         assert!(world.store.claim(&Lane::ALL, 9, &[], &[], heir, NOW).await.unwrap().leases.is_empty());
-        assert_eq!(world.view(lease.key.notification).await.counts.cancelled, 1);
+        assert_eq!(world.view(lease.key.notification).await.counts.unknown, 1);
+    }
+
+    async fn what_was_left_behind_stays_in_doubt_through_every_hand_until_apns_says_what_it_is(database) {
+        let mut world = World::on(database).await;
+        world.phone("e1", Some("u")).await;
+        for (said, word) in [
+            (DeliveryStatus::Expired, DeliveryStatus::Unknown),
+            (DeliveryStatus::Unregistered, DeliveryStatus::Unregistered),
+        ] {
+            let id = leased(&world, "u").await.key.notification;
+            let beat = world.store.replicas().await.unwrap()[0].beat;
+            assert!(world.store.bury(world.replica, beat).await.unwrap());
+            world.replica = world.store.join("heir", "0.1.0", NOW).await.unwrap();
+            let lease = claim(&world).await.remove(0);
+            assert!(lease.chunk.states[0].maybe_written);
+            world.settle(&lease, &lease.chunk, Disposition::Free { due_at: NOW }).await;
+            let lease = claim(&world).await.remove(0);
+            assert!(lease.chunk.states[0].maybe_written, "given back in good order, it is what it was");
+            let mut chunk = lease.chunk.clone();
+            chunk.states[0].end(said, None, NOW);
+            world.settle(&lease, &chunk, Disposition::Keep).await;
+            assert_eq!(world.deliveries(id).await[0].state.status, word);
+        }
     }
 
     async fn cancelling_twice_or_too_late_changes_nothing(database) {
