@@ -1,8 +1,8 @@
 //! The APNs client against an HTTP/2 server that the test scripts frame by frame, over real TLS.
 //!
 //! The server is `h2` behind a proxy that sees every frame: the test can raise and lower the stream limit, say GOAWAY
-//! with any last-stream-id, swallow PINGs, and cut the connection, none of which `h2`'s server offers. It shares no code
-//! with the client.
+//! with any last-stream-id, swallow PINGs, stop reading, say nothing at all, and cut the connection, none of which
+//! `h2`'s server offers. It shares no code with the client.
 
 use std::{
     collections::HashMap,
@@ -105,15 +105,19 @@ struct Shared {
     orders: Mutex<Vec<mpsc::UnboundedSender<Order>>>,
     acknowledged: AtomicUsize,
     swallow_pings: AtomicBool,
+    /// Nothing is read of what clients send, so that their sockets fill up.
+    deaf: AtomicBool,
 }
 
 #[derive(Clone, Copy)]
 struct Script {
     streams: u32,
     alpn: bool,
+    /// The first connections are accepted and told nothing, not even SETTINGS.
+    mute: usize,
 }
 
-const ONE: Script = Script { streams: 1, alpn: true };
+const ONE: Script = Script { streams: 1, alpn: true, mute: 0 };
 const MANY: Script = Script { streams: 1_000, ..ONE };
 
 impl Server {
@@ -133,6 +137,8 @@ impl Server {
         }
         let tls = tokio_rustls::TlsAcceptor::from(Arc::new(config));
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        // Little room in the kernel: a client notices soon that nobody reads.
+        socket2::SockRef::from(&listener).set_recv_buffer_size(16 * 1024).unwrap();
         let port = listener.local_addr().unwrap().port();
         let (sender, got) = mpsc::unbounded_channel();
         let load = Arc::new(Load::default());
@@ -184,6 +190,11 @@ impl Server {
         payload.extend(value.to_be_bytes());
         self.order(connection, Order::Frame(frame(4, 0, 0, &payload)));
         until("the SETTINGS are acknowledged", || self.shared.acknowledged.load(Ordering::SeqCst) > before).await;
+    }
+
+    /// Waits until so many connections have acknowledged their first SETTINGS, where there are no others.
+    async fn greeted(&self, connections: usize, what: &str) {
+        until(what, || self.shared.acknowledged.load(Ordering::SeqCst) == connections).await;
     }
 
     fn go_away(&self, connection: usize, last_stream: u32) {
@@ -240,6 +251,37 @@ async fn read_frame(from: &mut (impl AsyncReadExt + Unpin)) -> Option<Vec<u8>> {
     Some(bytes)
 }
 
+/// What the client says, but for what the script keeps back.
+async fn pass_on(
+    mut from_client: impl AsyncReadExt + Unpin,
+    mut to_server: impl AsyncWriteExt + Unpin,
+    shared: Arc<Shared>,
+) {
+    let mut acknowledgements = 0;
+    loop {
+        while shared.deaf.load(Ordering::SeqCst) {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        let Some(bytes) = read_frame(&mut from_client).await else { break };
+        match (bytes[3], bytes[4]) {
+            (4, 1) => {
+                // `h2` expects one acknowledgement, for its own SETTINGS.
+                acknowledgements += 1;
+                shared.acknowledged.fetch_add(1, Ordering::SeqCst);
+                if acknowledgements > 1 {
+                    continue;
+                }
+            }
+            (6, 0) if shared.swallow_pings.load(Ordering::SeqCst) => continue,
+            _ => {}
+        }
+        if to_server.write_all(&bytes).await.is_err() {
+            return;
+        }
+    }
+    let _ = to_server.shutdown().await;
+}
+
 async fn serve(
     tls: tokio_rustls::server::TlsStream<tokio::net::TcpStream>,
     number: usize,
@@ -249,6 +291,10 @@ async fn serve(
     load: Arc<Load>,
     shared: Arc<Shared>,
 ) {
+    if number <= script.mute {
+        while !matches!(orders.recv().await, Some(Order::Cut) | None) {}
+        return;
+    }
     let (inner, outer) = tokio::io::duplex(1 << 20);
     let proxy = tokio::spawn(async move {
         let (mut from_client, mut to_client) = tokio::io::split(tls);
@@ -258,28 +304,7 @@ async fn serve(
             return;
         }
         to_server.write_all(&preface).await.unwrap();
-        let pings = Arc::clone(&shared);
-        let upstream = tokio::spawn(async move {
-            let mut acknowledgements = 0;
-            while let Some(bytes) = read_frame(&mut from_client).await {
-                match (bytes[3], bytes[4]) {
-                    (4, 1) => {
-                        // `h2` expects one acknowledgement, for its own SETTINGS.
-                        acknowledgements += 1;
-                        pings.acknowledged.fetch_add(1, Ordering::SeqCst);
-                        if acknowledgements > 1 {
-                            continue;
-                        }
-                    }
-                    (6, 0) if pings.swallow_pings.load(Ordering::SeqCst) => continue,
-                    _ => {}
-                }
-                if to_server.write_all(&bytes).await.is_err() {
-                    return;
-                }
-            }
-            let _ = to_server.shutdown().await;
-        });
+        let upstream = tokio::spawn(pass_on(from_client, to_server, shared));
         loop {
             tokio::select! {
                 bytes = read_frame(&mut from_server) => {
@@ -432,14 +457,28 @@ impl Client {
     }
 }
 
+/// A fence that answers for the instant only, or that says until when, on the monotonic clock.
 struct Switch {
     open: AtomicBool,
     asked: AtomicUsize,
+    until: Duration,
 }
 
 impl Switch {
     fn new(open: bool) -> Arc<Self> {
-        Arc::new(Self { open: AtomicBool::new(open), asked: AtomicUsize::new(0) })
+        Self::until(open, Duration::ZERO)
+    }
+
+    fn until(open: bool, until: Duration) -> Arc<Self> {
+        Arc::new(Self { open: AtomicBool::new(open), asked: AtomicUsize::new(0), until })
+    }
+
+    fn asked(&self) -> usize {
+        self.asked.load(Ordering::SeqCst)
+    }
+
+    fn close(&self) {
+        self.open.store(false, Ordering::SeqCst);
     }
 }
 
@@ -448,6 +487,10 @@ impl Fence for Switch {
     fn is_open(&self) -> bool {
         self.asked.fetch_add(1, Ordering::SeqCst);
         self.open.load(Ordering::SeqCst)
+    }
+
+    fn open_until(&self) -> Option<Duration> {
+        self.is_open().then_some(self.until)
     }
 
     async fn renew(&self) -> bool {
@@ -1033,4 +1076,296 @@ async fn a_dead_connection_holds_up_an_urgent_push_for_two_seconds_and_not_for_t
     assert_eq!(got.connection, 2);
     got.answer(200, "");
     assert_eq!(outcome(sent).await, Outcome::Accepted);
+}
+
+/// Longer than any of these tests lets pass.
+const LONG: Duration = Duration::from_secs(24 * 3600);
+
+#[tokio::test]
+async fn a_fence_that_holds_is_asked_once_and_the_push_leaves_whole() {
+    let mut server = Server::start(ONE).await;
+    let client = client(&server);
+    client.warm_up(&mut server).await;
+    let fence = Switch::until(true, LONG);
+    let sent = client.send_fenced(push(1, Lane::Transactional), Arc::<Switch>::clone(&fence));
+    server.next().await.answer(200, "");
+    assert_eq!(outcome(sent).await, Outcome::Accepted);
+    assert_eq!(fence.asked(), 1);
+}
+
+#[tokio::test]
+async fn a_body_that_has_waited_too_long_for_room_asks_the_fence_again_and_is_taken_back() {
+    let mut server = Server::start(ONE).await;
+    let client = client(&server);
+    client.warm_up(&mut server).await;
+    server.window(1, 0).await;
+    let fence = Switch::until(true, LONG);
+    let sent = client.send_fenced(push(1, Lane::Transactional), Arc::<Switch>::clone(&fence));
+    until("the head came", || server.load.heads.load(Ordering::SeqCst) == 2).await;
+    fence.close();
+    // Nobody sees it close who was told that it holds; but that is believed for a tenth of a second only.
+    client.clock.advance(Duration::from_millis(100));
+    server.window(1, 65_535).await;
+    assert_eq!(outcome(sent).await, Outcome::Fenced);
+    assert_eq!(fence.asked(), 2);
+    until("it is taken back", || server.load.taken_back.load(Ordering::SeqCst) == 1).await;
+    assert!(server.has_nothing(), "no request came to its end");
+    let next = client.send(push(2, Lane::Transactional));
+    server.next().await.answer(200, "");
+    assert_eq!(outcome(next).await, Outcome::Accepted, "its stream was given back");
+}
+
+#[tokio::test]
+async fn what_a_fence_said_is_not_acted_on_past_the_moment_that_it_named() {
+    let mut server = Server::start(ONE).await;
+    let client = client(&server);
+    client.warm_up(&mut server).await;
+    server.window(1, 0).await;
+    let fence = Switch::until(true, Duration::from_millis(50));
+    let sent = client.send_fenced(push(1, Lane::Transactional), Arc::<Switch>::clone(&fence));
+    until("the head came", || server.load.heads.load(Ordering::SeqCst) == 2).await;
+    fence.close();
+    client.clock.advance(Duration::from_millis(50));
+    server.window(1, 65_535).await;
+    assert_eq!(outcome(sent).await, Outcome::Fenced);
+    assert!(server.has_nothing());
+}
+
+/// So many bytes that two hundred of them fill every buffer between client and server.
+fn large(number: usize) -> Push {
+    let mut large = push(number, Lane::Transactional);
+    let payload = format!("{{\"aps\":{{\"alert\":\"{}\"}}}}", "a".repeat(4_000));
+    Arc::make_mut(&mut large.head).payload = Bytes::from(payload);
+    large
+}
+
+/// A connection whose peer has stopped reading, with pushes that it has taken and pushes that it has not.
+async fn clogged(server: &mut Server, client: &Client, fence: &Arc<Switch>) -> Vec<JoinHandle<Reply>> {
+    client.warm_up(server).await;
+    server.shared.deaf.store(true, Ordering::SeqCst);
+    let sent: Vec<_> = (0..200).map(|n| client.send_fenced(large(n), Arc::<Switch>::clone(fence))).collect();
+    until("all have asked their fence", || fence.asked() == 200).await;
+    // What can leave has had the time to.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    sent
+}
+
+#[tokio::test]
+#[cfg_attr(not(target_os = "linux"), ignore = "the kernel takes whatever comes")]
+async fn what_waits_for_a_socket_that_takes_nothing_asks_its_fence_again_before_it_leaves() {
+    let mut server = Server::start(MANY).await;
+    let client = client_with(server.port, &server.ca_pem, |s| s.max_connections = 1);
+    let fence = Switch::until(true, LONG);
+    let sent = clogged(&mut server, &client, &fence).await;
+    fence.close();
+    client.clock.advance(Duration::from_secs(1));
+    server.shared.deaf.store(false, Ordering::SeqCst);
+    let seen = server.answer_all(200, "");
+    let all = outcomes(sent).await;
+    let (accepted, fenced) = (count(&all, &Outcome::Accepted), count(&all, &Outcome::Fenced));
+    assert_eq!(accepted + fenced, 200, "{all:?}");
+    assert!(fenced >= 100, "{fenced} were fenced: most were not yet out of our hands");
+    assert_eq!(seen.lock().unwrap().len(), accepted, "nothing that was fenced has left");
+}
+
+#[tokio::test]
+#[cfg_attr(not(target_os = "linux"), ignore = "the kernel takes whatever comes")]
+async fn a_socket_that_takes_nothing_for_ten_seconds_is_given_up_and_what_it_had_not_taken_goes_elsewhere() {
+    let mut server = Server::start(MANY).await;
+    let client = client_with(server.port, &server.ca_pem, |s| s.max_connections = 1);
+    let fence = Switch::until(true, LONG);
+    let sent = clogged(&mut server, &client, &fence).await;
+    client.clock.advance(Duration::from_secs(5));
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    assert_eq!(server.connections(), 1, "not sooner");
+    client.clock.advance(Duration::from_secs(5));
+    until("another connection", || server.connections() == 2).await;
+    server.shared.deaf.store(false, Ordering::SeqCst);
+    let seen = server.answer_all(200, "");
+    let all = outcomes(sent).await;
+    let (accepted, unknown) = (count(&all, &Outcome::Accepted), count(&all, &Outcome::Unknown));
+    let unsent = count(&all, &Outcome::Unsent);
+    assert_eq!(accepted + unknown + unsent, 200, "{all:?}");
+    assert!(accepted >= 100, "{accepted} went elsewhere");
+    let elsewhere = seen.lock().unwrap().iter().filter(|(connection, _)| *connection == 2).count();
+    assert_eq!(elsewhere, accepted);
+}
+
+#[tokio::test]
+async fn whoever_waits_for_a_stream_goes_elsewhere_as_soon_as_goaway_is_said() {
+    let mut server = Server::start(ONE).await;
+    let client = client_with(server.port, &server.ca_pem, |s| s.max_connections = 1);
+    client.warm_up(&mut server).await;
+    let first = client.send(push(1, Lane::Transactional));
+    let in_flight = server.next().await;
+    let waiting = client.send(push(2, Lane::Transactional));
+    until("it waits", || client.production().waiting == 1).await;
+    // Everything on the connection will still be answered, so no stream's failure tells of it.
+    server.go_away(1, in_flight.stream);
+    let elsewhere = server.next().await;
+    assert_eq!((elsewhere.connection, elsewhere.path.as_str()), (2, "/3/device/00000002"));
+    elsewhere.answer(200, "");
+    assert_eq!(outcome(waiting).await, Outcome::Accepted);
+    in_flight.answer(200, "");
+    assert_eq!(outcome(first).await, Outcome::Accepted);
+    until("the old connection is gone", || client.production().connections == 1).await;
+}
+
+#[tokio::test]
+async fn a_connection_at_its_age_serves_until_its_successor_does() {
+    let mut server = Server::start(MANY).await;
+    // A push that is under way all the time.
+    let client = client_with(server.port, &server.ca_pem, |s| s.request_deadline = Duration::from_secs(20 * 3600));
+    client.warm_up(&mut server).await;
+    let long = client.send(push(1, Lane::Transactional));
+    let in_flight = server.next().await;
+    client.clock.advance(Duration::from_secs(10 * 3600 - 60));
+    let early = client.send(push(2, Lane::Transactional));
+    let got = server.next().await;
+    assert_eq!((got.connection, server.connections()), (1, 1), "ten hours are no age");
+    got.answer(200, "");
+    assert_eq!(outcome(early).await, Outcome::Accepted);
+    client.clock.advance(Duration::from_secs(4 * 3600 + 60));
+    server.greeted(2, "a successor, though nobody waits for it").await;
+    assert_eq!(client.production().connections, 2);
+    let next = client.send(push(3, Lane::Transactional));
+    let got = server.next().await;
+    assert_eq!(got.connection, 2, "nothing new goes where it is to be closed");
+    got.answer(200, "");
+    assert_eq!(outcome(next).await, Outcome::Accepted);
+    in_flight.answer(200, "");
+    assert_eq!(outcome(long).await, Outcome::Accepted, "what was under way is answered");
+    until("the old one is closed", || client.production().connections == 1).await;
+    assert_eq!(server.connections(), 2);
+}
+
+#[tokio::test]
+async fn an_idle_connection_at_its_age_is_closed_and_not_replaced() {
+    let mut server = Server::start(MANY).await;
+    let client = client(&server);
+    client.warm_up(&mut server).await;
+    client.clock.advance(Duration::from_secs(14 * 3600));
+    until("it is closed", || client.production().connections == 0).await;
+    assert_eq!(server.connections(), 1);
+    let next = client.send(push(1, Lane::Transactional));
+    let got = server.next().await;
+    assert_eq!(got.connection, 2);
+    got.answer(200, "");
+    assert_eq!(outcome(next).await, Outcome::Accepted);
+}
+
+#[tokio::test]
+async fn a_connection_is_replaced_before_its_stream_ids_run_out() {
+    let mut server = Server::start(MANY).await;
+    let client = client_with(server.port, &server.ca_pem, |s| s.max_requests_per_connection = 5);
+    client.warm_up(&mut server).await;
+    let sent = client.send_n(3);
+    for got in server.next_many(3).await {
+        got.answer(200, "");
+    }
+    assert_eq!(count(&outcomes(sent).await, &Outcome::Accepted), 3);
+    client.clock.advance(Duration::from_secs(1));
+    let fifth = client.send(push(5, Lane::Transactional));
+    let in_flight = server.next().await;
+    assert_eq!((in_flight.connection, server.connections()), (1, 1), "four are not five");
+    client.clock.advance(Duration::from_secs(1));
+    server.greeted(2, "a successor").await;
+    let next = client.send(push(6, Lane::Transactional));
+    let got = server.next().await;
+    assert_eq!(got.connection, 2);
+    got.answer(200, "");
+    assert_eq!(outcome(next).await, Outcome::Accepted);
+    in_flight.answer(200, "");
+    assert_eq!(outcome(fifth).await, Outcome::Accepted);
+    until("the old one is closed", || client.production().connections == 1).await;
+}
+
+#[tokio::test]
+async fn streams_are_spread_over_connections_and_spare_ones_are_closed_one_a_minute() {
+    let mut server = Server::start(Script { streams: 10, ..ONE }).await;
+    let client = client_with(server.port, &server.ca_pem, |s| s.max_connections = 3);
+    let sent = client.send_n(30);
+    // A connection carries one until it has proved itself.
+    let mut held = Vec::new();
+    let mut proved = std::collections::HashSet::new();
+    while held.len() < 27 {
+        let got = server.next().await;
+        if proved.insert(got.connection) {
+            got.answer(200, "");
+        } else {
+            held.push(got);
+        }
+    }
+    assert_eq!(server.connections(), 3);
+    for got in held {
+        got.answer(200, "");
+    }
+    assert_eq!(count(&outcomes(sent).await, &Outcome::Accepted), 30);
+
+    let sent = client.send_n(9);
+    let mut share = HashMap::new();
+    for got in server.next_many(9).await {
+        *share.entry(got.connection).or_insert(0) += 1;
+        got.answer(200, "");
+    }
+    assert_eq!(share, HashMap::from([(1, 3), (2, 3), (3, 3)]));
+    assert_eq!(count(&outcomes(sent).await, &Outcome::Accepted), 9);
+
+    let left = || client.production().connections;
+    client.clock.advance(Duration::from_secs(9 * 60));
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert_eq!(left(), 3, "nine minutes are not idle");
+    client.clock.advance(Duration::from_secs(61));
+    until("one is closed", || left() == 2).await;
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert_eq!(left(), 2, "one a minute");
+    client.clock.advance(Duration::from_secs(60));
+    until("another is closed", || left() == 1).await;
+    client.clock.advance(Duration::from_secs(3600));
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert_eq!(left(), 1, "one stays");
+}
+
+#[tokio::test]
+async fn a_server_that_never_sends_settings_is_given_up_and_another_is_tried() {
+    let mut server = Server::start(Script { mute: 1, ..ONE }).await;
+    let client = client_with(server.port, &server.ca_pem, |s| s.max_connections = 1);
+    let sent = client.send(push(1, Lane::Transactional));
+    until("the first connection", || client.production().connections == 1).await;
+    client.clock.advance(Duration::from_secs(9));
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    assert_eq!(server.connections(), 1, "nine seconds of patience and more");
+    client.clock.advance(Duration::from_secs(1));
+    until("it is closed", || client.production().connections == 0).await;
+    // It counts as a failure: the next attempt comes after a pause.
+    client.clock.advance(Duration::from_secs(1));
+    let got = server.next().await;
+    assert_eq!(got.connection, 2);
+    got.answer(200, "");
+    assert_eq!(outcome(sent).await, Outcome::Accepted);
+}
+
+#[tokio::test]
+async fn a_server_that_hangs_up_at_once_is_not_hammered() {
+    let server = Server::start(ONE).await;
+    let client = client(&server);
+    let (shared, clock) = (Arc::clone(&server.shared), Arc::clone(&client.clock));
+    // Whoever connects is cut off, for two minutes in which somebody always waits.
+    let mut cut = 0;
+    for _ in 0..480 {
+        if client.production().waiting == 0 {
+            drop(client.send(push(1, Lane::Transactional)));
+        }
+        {
+            let orders = shared.orders.lock().unwrap();
+            for connection in orders.iter().skip(cut) {
+                _ = connection.send(Order::Cut);
+            }
+            cut = orders.len();
+        }
+        tokio::time::sleep(Duration::from_millis(4)).await;
+        clock.advance(Duration::from_millis(250));
+    }
+    // 1 + 2 + 4 + 8 + 16 + 32 s and a minute, a quarter less at most.
+    assert!((4..=9).contains(&server.connections()), "{} connections in two minutes", server.connections());
 }
