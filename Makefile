@@ -3,7 +3,7 @@
 
 CARGO ?= cargo
 
-.PHONY: help test lint fmt docs bench foreign database
+.PHONY: help test lint fmt docs bench chaos foreign database
 
 help:
 	@echo 'make test     formatting, lints, all tests on SQLite and MariaDB or MySQL, documentation; what CI runs'
@@ -11,6 +11,7 @@ help:
 	@echo 'make lint     formatting and clippy, with warnings denied'
 	@echo 'make docs     builds the documentation of the code into target/doc, with warnings denied'
 	@echo 'make bench    measures against yardsticks (docs/performance.md)'
+	@echo 'make chaos    200,000 pushes through everything APNs and a network can do; CHAOS_SEED repeats one (tests/it/chaos.rs)'
 	@echo 'make foreign  tests with clients and tools that are not ours (tests/foreign/run.sh)'
 	@echo
 	@echo 'TEST_DATABASE_URL=mysql://user:password@host/ names a server for the tests. Without it they start one of their'
@@ -38,6 +39,11 @@ database:
 
 bench: database
 	$(CARGO) bench --locked --bench bench
+
+# The short one is among the tests. The seed is printed, and decides what happens to each push.
+chaos: database
+	CHAOS_PUSHES=$${CHAOS_PUSHES:-200000} CHAOS_SEED=$${CHAOS_SEED:-$$(date +%s)} \
+		$(CARGO) test --locked --test it chaos:: -- --nocapture --test-threads=1
 
 foreign:
 	@bash tests/foreign/run.sh

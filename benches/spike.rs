@@ -14,17 +14,15 @@
 )]
 #![expect(clippy::cast_precision_loss, reason = "rates")]
 
-#[path = "../tests/it/support/mod.rs"]
-#[allow(
-    dead_code,
-    unused_imports,
-    unused_macros,
-    clippy::expect_used,
-    clippy::print_stderr,
-    clippy::allow_attributes,
-    reason = "the tests' support, of which the server is used"
-)]
-mod support;
+/// The tests' private database server, and the processes and folders it needs.
+#[path = "../tests/it/support"]
+#[expect(clippy::expect_used, clippy::print_stderr, reason = "as in the tests: a failure is to stop it and say where")]
+mod support {
+    #[expect(dead_code, unused_macros, unused_imports, reason = "the tests use more of it")]
+    pub(crate) mod database;
+    #[expect(dead_code, reason = "the tests use more of it")]
+    pub(crate) mod scratch;
+}
 
 use std::{
     fmt::Write as _,
@@ -45,7 +43,9 @@ use sonnette::{
         secret::Secret,
         topic::Environment,
     },
-    store::{self, Accepted, Disposition, Idempotency, Lease, ReplicaId, Role, Settings, Settled, Store, Submission},
+    store::{
+        self, Accepted, Claimed, Disposition, Idempotency, Lease, ReplicaId, Role, Settings, Settled, Store, Submission,
+    },
 };
 use sqlx::{AssertSqlSafe, Connection, MySqlConnection, Row};
 
@@ -346,33 +346,29 @@ impl Spike {
         }
     }
 
-    /// A broadcast: lists of 20,000 devices, claimed chunk by chunk, each settled in four steps.
+    /// A broadcast to everyone, resolved as it is claimed, each chunk settled in four steps.
     async fn broadcast(&self, conn: &mut MySqlConnection, which: &str) {
         println!("\n| broadcast, {which} | count | took | rate |\n|---|---|---|---|");
         let before = bytes(conn, "chunks").await;
         let started = Instant::now();
-        for first in (0..self.devices).step_by(Audience::MAX_LIST) {
-            let last = (first + u32::try_from(Audience::MAX_LIST).unwrap()).min(self.devices);
-            let ids = (first..last).map(device_id).collect();
-            let submission = Submission {
-                notification: self.notification(Lane::Bulk),
-                audience: Audience::Devices { ids, user_id: None },
-                idempotency: None,
-                own: false,
-            };
-            self.store.accept(&[submission], self.replica, self.clock.now()).await.unwrap().pop().unwrap().unwrap();
-        }
-        line("resolve and insert as chunks", self.devices.into(), started.elapsed(), "devices");
-        sizes_since(conn, "chunks", before, u64::from(self.devices)).await;
+        let submission = Submission {
+            notification: self.notification(Lane::Bulk),
+            audience: Audience::Everyone,
+            idempotency: None,
+            own: false,
+        };
+        self.store.accept(&[submission], self.replica, self.clock.now()).await.unwrap().pop().unwrap().unwrap();
+        line("accepted", 1, started.elapsed(), "notifications");
 
         let started = Instant::now();
         let (mut claiming, mut settling) = (Duration::ZERO, Duration::ZERO);
         let (mut chunks, mut settles, mut devices) = (0_u64, 0_u64, 0_u64);
         loop {
             let began = Instant::now();
-            let leases = self.store.claim(&Lane::ALL, 16, &[], &[], self.replica, self.clock.now()).await.unwrap();
+            let Claimed { leases, more } =
+                self.store.claim(&Lane::ALL, 16, &[], &[], self.replica, self.clock.now()).await.unwrap();
             claiming += began.elapsed();
-            if leases.is_empty() {
+            if leases.is_empty() && !more {
                 break;
             }
             chunks += leases.len() as u64;
@@ -402,7 +398,7 @@ impl Spike {
             }
         }
         line(
-            &format!("{chunks} chunks claimed, 16 at a time, with addresses"),
+            &format!("resolved and claimed as {chunks} chunks, 10 at a time, with addresses"),
             self.devices.into(),
             claiming,
             "devices",

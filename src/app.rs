@@ -19,7 +19,10 @@ use crate::{
     domain::{clock::Clock, secret::Secret},
     http::{self, listener::Listener},
     lifecycle::Tasks,
-    ops::Health,
+    ops::{
+        self, Health,
+        keeper::{self, Keeper},
+    },
     store::{
         self, Role, Store, StoreError,
         intake::{self, Identity, Intake},
@@ -160,12 +163,21 @@ impl App {
             Arc::clone(&store),
             Arc::clone(&gateway) as Arc<dyn Gateway>,
             Arc::clone(&clock),
-            identity,
+            identity.clone(),
             handover,
             dispatch::Settings { name: replica_name(), ..dispatch::Settings::default() },
             &tasks,
         )
         .await?;
+        let keeper = Keeper::new(Arc::clone(&store), Arc::clone(&clock), identity, retention(config));
+        let stopping = tasks.stopping().clone();
+        tasks.spawn("ops.keeper", async move {
+            // A step that is cut is rolled back, or was committed.
+            tokio::select! {
+                () = keeper.run() => {}
+                () = stopping.cancelled() => {}
+            }
+        });
         let health = Arc::new(Health::new(
             Arc::clone(&store),
             Arc::clone(&gateway) as Arc<dyn Gateway>,
@@ -173,6 +185,10 @@ impl App {
             warnings,
             telemetry::prometheus(),
         ));
+        tasks.spawn(
+            "ops.clock",
+            ops::clock::watch(Arc::clone(&gateway) as Arc<dyn Gateway>, Arc::clone(&clock), tasks.stopping().clone()),
+        );
         let services = http::Services {
             store: Arc::clone(&store),
             intake: Arc::new(intake),
@@ -260,6 +276,16 @@ impl App {
         };
         self.store.close().await;
         drained && left && !self.tasks.failed()
+    }
+}
+
+fn retention(config: &Config) -> keeper::Settings {
+    let kept = &config.retention;
+    keeper::Settings {
+        notifications: kept.notifications_days.duration(),
+        payloads: kept.payloads_days.duration(),
+        inactive_devices: kept.inactive_devices_days.duration(),
+        api_keys: kept.api_keys_days.duration(),
     }
 }
 

@@ -7,6 +7,7 @@
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use serde::Deserialize;
@@ -157,10 +158,76 @@ impl Default for Apns {
     }
 }
 
-/// `[retention]`: its keys come with the housekeeping that obeys them.
-#[derive(Debug, Clone, Copy, Deserialize, Default)]
-#[serde(deny_unknown_fields)]
-pub struct Retention {}
+/// `[retention]`
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Retention {
+    /// Notifications and their outcomes, from their end.
+    pub notifications_days: Days,
+    /// Payloads, from their notification's end.
+    pub payloads_days: Days,
+    /// Devices that are inactive or suspended and do not register.
+    pub inactive_devices_days: Days,
+    /// API keys, from their revocation or expiry.
+    pub api_keys_days: Days,
+}
+
+impl Default for Retention {
+    fn default() -> Self {
+        Self {
+            notifications_days: Days(Some(30)),
+            payloads_days: Days(Some(7)),
+            inactive_devices_days: Days(Some(90)),
+            api_keys_days: Days(Some(90)),
+        }
+    }
+}
+
+/// For how long something is kept: 1 to [`Days::MOST`] days, or for ever.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Days(Option<u32>);
+
+impl Days {
+    /// A hundred years.
+    pub const MOST: u32 = 36_500;
+
+    /// As a duration; `None`: for ever.
+    #[must_use]
+    pub fn duration(self) -> Option<Duration> {
+        self.0.map(|days| Duration::from_secs(u64::from(days) * 24 * 3600))
+    }
+}
+
+impl<'de> Deserialize<'de> for Days {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+
+        impl serde::de::Visitor<'_> for Visitor {
+            type Value = Days;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                write!(f, "a number of days from 1 to {}, or \"never\" to keep it for ever", Days::MOST)
+            }
+
+            fn visit_i64<E: serde::de::Error>(self, days: i64) -> Result<Days, E> {
+                let days_in_bounds = u32::try_from(days).ok().filter(|days| (1..=Days::MOST).contains(days));
+                match days_in_bounds {
+                    Some(days) => Ok(Days(Some(days))),
+                    None => Err(E::invalid_value(serde::de::Unexpected::Signed(days), &self)),
+                }
+            }
+
+            fn visit_str<E: serde::de::Error>(self, word: &str) -> Result<Days, E> {
+                match word {
+                    "never" => Ok(Days(None)),
+                    _ => Err(E::invalid_value(serde::de::Unexpected::Str(word), &self)),
+                }
+            }
+        }
+
+        deserializer.deserialize_any(Visitor)
+    }
+}
 
 /// `[log]`
 #[derive(Debug, Clone, Deserialize)]
@@ -259,7 +326,7 @@ impl Config {
         overlay(&mut table, environment)?;
         let place = file.as_ref().map_or_else(|| "the environment".to_owned(), |p| p.display().to_string());
         let mut config: Self =
-            toml::Value::Table(table).try_into().map_err(|error: toml::de::Error| wrong(&place, error.message()))?;
+            toml::Value::Table(table).try_into().map_err(|error: toml::de::Error| wrong(&place, with_key(&error)))?;
         config.anchor(&folder);
         config.read_apps()?;
         config.check(&place)?;
@@ -299,7 +366,7 @@ impl Config {
         let place = path.display().to_string();
         let mut file: AppsFile = toml::Value::Table(read_table(&path)?)
             .try_into()
-            .map_err(|error: toml::de::Error| wrong(&place, error.message()))?;
+            .map_err(|error: toml::de::Error| wrong(&place, with_key(&error)))?;
         anchor_apps(&mut file.apps, &self.apns.keys);
         self.apps.append(&mut file.apps);
         Ok(())
@@ -367,6 +434,11 @@ fn anchor_apps(apps: &mut [App], folder: &Path) {
             key.public_key_file = folder.join(&key.public_key_file);
         }
     }
+}
+
+/// What is wrong with a value, and in which key. The text of the file, which may hold a password, is not at hand.
+fn with_key(error: &toml::de::Error) -> String {
+    error.to_string().trim_end().replace('\n', " ")
 }
 
 fn read_table(path: &Path) -> Result<toml::Table, ConfigError> {
@@ -509,6 +581,22 @@ mod tests {
         assert!(error("a.toml").contains("ulr"), "{}", error("a.toml"));
         assert!(error("b.toml").contains("b.toml:2"), "{}", error("b.toml"));
         assert!(!error("a.toml").contains("hunter2") && !error("b.toml").contains("hunter2"));
+    }
+
+    #[test]
+    fn how_long_things_are_kept_is_a_number_of_days_or_never_and_the_error_names_the_key() {
+        let read = |value: &str| {
+            Config::load(None, &environment(&[("SONNETTE_RETENTION__PAYLOADS_DAYS", value)]))
+                .map(|config| config.retention.payloads_days.duration())
+                .map_err(|error| error.to_string())
+        };
+        assert_eq!(read("1"), Ok(Some(Duration::from_secs(86_400))));
+        assert_eq!(read("36500").map(|kept| kept.is_some()), Ok(true));
+        assert_eq!(read("never"), Ok(None));
+        for bad in ["0", "-1", "36501", "forever", "true", "1.5"] {
+            let error = read(bad).unwrap_err();
+            assert!(error.contains("retention.payloads_days") && error.contains("1 to 36500, or \"never\""), "{error}");
+        }
     }
 
     #[test]

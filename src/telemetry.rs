@@ -86,6 +86,32 @@ pub mod names {
     pub const DATABASE_UP: &str = "sonnette_database_up";
     /// Replicas that are alive.
     pub const REPLICAS: &str = "sonnette_replicas";
+    /// Rows that retention has deleted, by table; `payloads` were emptied.
+    pub const RETENTION_DELETED: &str = "sonnette_retention_deleted_total";
+    /// For how long things may have been due and not been deleted: since the last complete round began.
+    pub const RETENTION_BEHIND: &str = "sonnette_retention_behind_seconds";
+    /// Data and indexes of a table, by table: an estimate.
+    pub const TABLE_BYTES: &str = "sonnette_table_bytes";
+    /// Rows of a table, by table: an estimate.
+    pub const TABLE_ROWS: &str = "sonnette_table_rows";
+    /// The whole database.
+    pub const DATABASE_BYTES: &str = "sonnette_database_bytes";
+    /// Room in it that deleted rows have left.
+    pub const DATABASE_FREE_BYTES: &str = "sonnette_database_free_bytes";
+
+    /// Retention has deleted rows of this table.
+    pub fn retention_deleted(table: &'static str, rows: u64) {
+        metrics::counter!(RETENTION_DELETED, "table" => table).increment(rows);
+    }
+
+    /// How many seconds APNs' clock is ahead of ours; negative: behind.
+    pub const CLOCK_SKEW: &str = "sonnette_clock_skew_seconds";
+
+    /// The clocks were compared.
+    #[expect(clippy::cast_precision_loss, reason = "gauges are floats; 2^52 seconds are long")]
+    pub fn clock_skew(seconds: i64) {
+        metrics::gauge!(CLOCK_SKEW).set(seconds as f64);
+    }
 
     /// APNs has answered a push: `seconds` from the write.
     pub fn apns_answered(environment: &'static str, status: u16, seconds: f64) {

@@ -1,9 +1,10 @@
 //! One HTTP/2 connection: opening it, and one exchange on it, as the push's own task sees it. The task that owns the
 //! connection is in [`super::drive`].
 //!
-//! Promises: what [`exchange`] returns is honest: [`Ended::Unsent`] only if APNs cannot have processed the request (never
-//! written, its body never whole, `REFUSED_STREAM`, GOAWAY below its stream), [`Ended::Unknown`] if it may have. The
-//! fence is asked with the stream's [`Slot`] in hand, and again whenever the push could not leave soon after.
+//! Promises: what [`exchange`] returns is honest: [`Ended::GivenBack`] and [`Ended::Unsent`] only if APNs cannot have
+//! processed the request (never written, its body never whole, `REFUSED_STREAM`, GOAWAY below its stream),
+//! [`Ended::Unknown`] if it may have. The fence is asked with the stream's [`Slot`] in hand, and again whenever the push
+//! could not leave soon after.
 
 use std::{
     collections::VecDeque,
@@ -318,11 +319,11 @@ impl Connection {
         self.close_wanted.load(Ordering::Acquire)
     }
 
-    /// Hands an order to the connection's task; the order itself, if there is no task any more.
-    fn post(&self, order: Order) -> Result<(), Order> {
+    /// Hands an order to the connection's task. Comes back if there is no task any more.
+    fn post(&self, order: Order) -> Option<Order> {
         let mut mail = lock(&self.mail);
         if mail.closed {
-            return Err(order);
+            return Some(order);
         }
         mail.orders.push_back(order);
         let first = mail.orders.len() == 1;
@@ -330,7 +331,7 @@ impl Connection {
         if first {
             self.task.wake();
         }
-        Ok(())
+        None
     }
 
     pub(super) fn has_mail(&self) -> bool {
@@ -395,6 +396,11 @@ impl Slot {
         self.spent = true;
     }
 
+    /// Of which connection.
+    pub(super) fn connection(&self) -> u64 {
+        self.connection.id
+    }
+
     fn give_back(self, note: Note) {
         if let Some(owner) = self.connection.owner.upgrade() {
             owner.released(self.connection.id, &[note]);
@@ -430,6 +436,8 @@ pub(super) struct Begin {
     pub(super) path: PathAndQuery,
     pub(super) apns_id: ApnsId,
     pub(super) permit: Permit,
+    /// As [`Gate::answer_by`].
+    pub(super) answer_by: Option<Duration>,
     pub(super) reply: oneshot::Sender<Word>,
 }
 
@@ -456,10 +464,11 @@ pub(super) enum Word {
 pub(super) enum Ended {
     /// APNs answered.
     Answered(Reply),
-    /// APNs cannot have processed it.
+    /// APNs cannot have processed it: here or elsewhere it may be sent at once. `answer_by`: until when its answer would
+    /// have been waited for, if it got so far.
+    GivenBack { answer_by: Option<Duration> },
+    /// APNs cannot have processed it, and there is no time for another try.
     Unsent,
-    /// The same, and the connection opens no more streams.
-    UnsentForGood,
     /// It may have. When the request left.
     Unknown { sent_at: Timestamp },
     /// The fence refused it.
@@ -472,6 +481,8 @@ pub(super) struct Gate<'a> {
     pub(super) clock: &'a dyn Clock,
     /// Nothing is written at or after this moment.
     pub(super) deadline: Timestamp,
+    /// An answer is not waited for past this moment of the monotonic clock; `None`: for a whole request deadline.
+    pub(super) answer_by: Option<Duration>,
     /// Nothing is written any more.
     pub(super) stopped: &'a AtomicBool,
 }
@@ -497,7 +508,8 @@ impl Gate<'_> {
     async fn pass(&self) -> Result<Permit, Ended> {
         for renewals in 0..=FENCE_RENEWALS {
             let asked_at = self.clock.now();
-            if self.stopped.load(Ordering::Acquire) || asked_at >= self.deadline {
+            let late = asked_at >= self.deadline || self.answer_by.is_some_and(|by| self.clock.monotonic() >= by);
+            if late || self.stopped.load(Ordering::Acquire) {
                 return Err(Ended::Unsent);
             }
             if let Some(until) = self.fence.open_until() {
@@ -527,12 +539,11 @@ pub(super) async fn exchange(slot: Slot, push: &Push, gate: &Gate<'_>) -> Ended 
             return Ended::Unsent;
         };
         let (reply, answer) = oneshot::channel();
-        let begin = Begin { slot, head: Arc::clone(&push.head), path, apns_id: push.apns_id, permit, reply };
-        if let Err(order) = connection.post(Order::Begin(begin)) {
-            if let Order::Begin(begin) = order {
-                begin.slot.give_back(Note::Over);
-            }
-            return Ended::UnsentForGood;
+        let Gate { answer_by, .. } = *gate;
+        let begin = Begin { slot, head: Arc::clone(&push.head), path, apns_id: push.apns_id, permit, answer_by, reply };
+        if let Some(Order::Begin(begin)) = connection.post(Order::Begin(begin)) {
+            begin.slot.give_back(Note::Over);
+            return Ended::GivenBack { answer_by };
         }
         match answer.await {
             Ok(Word::Late(unused)) => slot = unused,
@@ -552,8 +563,8 @@ pub(super) async fn exchange(slot: Slot, push: &Push, gate: &Gate<'_>) -> Ended 
                     }
                 };
                 let (reply, next) = oneshot::channel();
-                if connection.post(Order::GoOn { key, permit, reply }).is_err() {
-                    return Ended::Unsent;
+                if connection.post(Order::GoOn { key, permit, reply }).is_some() {
+                    return Ended::GivenBack { answer_by: gate.answer_by };
                 }
                 answer = next.await;
             }

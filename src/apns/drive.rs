@@ -10,7 +10,8 @@
 //!   peer's windows, and what `h2` has not taken of it when the turn ends is taken back by a reset. So nothing that has
 //!   a deadline or an owner waits in a queue from which it would leave by itself later; what the socket has taken, and
 //!   at most one turn's frames before it, is beyond recall.
-//! - A request without its whole body cannot be accepted, so whoever is taken back before that is unsent.
+//! - A request without its whole body cannot be accepted, so whoever is taken back before that is given back.
+//! - Whatever was taken from the mail comes to an end by the request deadline, whatever the peer or `h2` do.
 //!
 //! A turn, as far as there is something to do: some orders become HEADERS; the bodies of those before follow where there
 //! is room; `h2` writes them and reads what has come. After some turns all of it leaves in one write, and answers go back
@@ -234,6 +235,8 @@ struct Flight {
     roomy: Option<usize>,
     sent_at: Timestamp,
     due: Duration,
+    /// What it says of the connection if no answer has come by then.
+    late: Note,
 }
 
 enum Stage {
@@ -391,7 +394,7 @@ impl Driver<'_> {
     }
 
     fn open(&mut self, begin: Begin) {
-        let Begin { slot, head, path, apns_id, permit, reply } = begin;
+        let Begin { slot, head, path, apns_id, permit, answer_by, reply } = begin;
         if !permit.holds(self.now, self.passed, true) {
             self.words.push((reply, Word::Late(slot)));
             return;
@@ -402,17 +405,20 @@ impl Driver<'_> {
             return;
         };
         let opened = self.handle.as_mut().map(|handle| {
-            // It remembers a stream that could not be opened yet, and refuses the next one for it; a clone does not.
+            let opened = handle.send_request(request, payload.is_empty());
+            // It remembers a stream that is beyond the limit: it would refuse the next one for it, and whenever it is asked
+            // it takes that stream's waker away, so that nobody hears of room for its body. A clone remembers nothing.
             if handle.poll_ready(&mut Context::from_waker(Waker::noop())).is_pending() {
                 *handle = handle.clone();
             }
-            handle.send_request(request, payload.is_empty())
+            opened
         });
         let Some(Ok((response, mut body))) = opened else {
             self.close_flight(Some(slot), Note::Over);
-            self.words.push((reply, Word::Ended(Ended::UnsentForGood)));
+            self.words.push((reply, Word::Ended(Ended::GivenBack { answer_by })));
             return;
         };
+        let due = self.passed + self.duty.request_deadline;
         body.reserve_capacity(payload.len());
         self.serial += 1;
         let place = self.flights.insert(Flight {
@@ -425,7 +431,9 @@ impl Driver<'_> {
             permitted_in: self.turn,
             roomy: None,
             sent_at: self.now,
-            due: self.passed + self.duty.request_deadline,
+            due: answer_by.map_or(due, |by| by.min(due)),
+            // That something resent has little time left says nothing of the connection.
+            late: if answer_by.is_none() { Note::TimedOut } else { Note::Unused },
         });
         self.marks.reach(place);
         self.begun.push(place);
@@ -434,7 +442,7 @@ impl Driver<'_> {
     /// This connection may send no provider token any more.
     fn refuse(&mut self, begin: Begin) {
         self.close_flight(Some(begin.slot), Note::Over);
-        self.words.push((begin.reply, Word::Ended(Ended::UnsentForGood)));
+        self.words.push((begin.reply, Word::Ended(Ended::GivenBack { answer_by: begin.answer_by })));
     }
 
     fn go_on(&mut self, key: Key, permit: Permit, reply: oneshot::Sender<Word>) {
@@ -493,9 +501,12 @@ impl Driver<'_> {
                     flight.stage = Stage::Answered { head, stream, read: BytesMut::new() };
                 }
                 Poll::Ready(Err(error)) => {
-                    let unsent = !*is_whole || never_processed(&error);
-                    let sent_at = flight.sent_at;
-                    self.finish(place, if unsent { Ended::Unsent } else { Ended::Unknown { sent_at } }, Note::Unused);
+                    let ended = if !*is_whole || never_processed(&error) {
+                        Ended::GivenBack { answer_by: Some(flight.due) }
+                    } else {
+                        Ended::Unknown { sent_at: flight.sent_at }
+                    };
+                    self.finish(place, ended, Note::Unused);
                     return;
                 }
                 Poll::Pending => {
@@ -577,13 +588,14 @@ impl Driver<'_> {
         let mut handed = std::mem::take(&mut self.handed);
         for place in handed.drain(..) {
             let untaken = self.marks.at(place).map_or(0, |(mark, _)| mark.untaken.load(Ordering::Relaxed));
+            let Some(flight) = self.flights.get_mut(place) else { continue };
             if untaken > 0 {
+                let ended = Ended::GivenBack { answer_by: Some(flight.due) };
                 self.marks.replace(place);
-                self.finish(place, Ended::Unsent, Note::Unused);
+                self.finish(place, ended, Note::Unused);
                 continue;
             }
-            if let Some(Flight { stage: Stage::Waiting { body, rest, is_whole, .. }, .. }) = self.flights.get_mut(place)
-            {
+            if let Stage::Waiting { body, rest, is_whole, .. } = &mut flight.stage {
                 if rest.is_empty() {
                     *is_whole = true;
                     *body = None;
@@ -672,10 +684,13 @@ impl Driver<'_> {
                 // The status alone has a meaning.
                 Stage::Answered { .. } => self.answer(place),
                 Stage::Waiting { is_whole: true, .. } => {
-                    let sent_at = flight.sent_at;
-                    self.finish(place, Ended::Unknown { sent_at }, Note::TimedOut);
+                    let (sent_at, late) = (flight.sent_at, flight.late);
+                    self.finish(place, Ended::Unknown { sent_at }, late);
                 }
-                Stage::Waiting { .. } => self.finish(place, Ended::Unsent, Note::TimedOut),
+                Stage::Waiting { .. } => {
+                    let late = flight.late;
+                    self.finish(place, Ended::Unsent, late);
+                }
                 // Nobody has asked for it.
                 Stage::Over => drop(self.flights.remove(place)),
             }
@@ -702,9 +717,9 @@ impl Driver<'_> {
         let mut ends: Vec<_> = flights.into_iter().collect();
         for order in orders.into_iter().chain(duty.connection.close_mail()) {
             match order {
-                Order::Begin(Begin { slot, reply, .. }) => {
+                Order::Begin(Begin { slot, answer_by, reply, .. }) => {
                     slot.spend();
-                    words.push((reply, Word::Ended(Ended::UnsentForGood)));
+                    words.push((reply, Word::Ended(Ended::GivenBack { answer_by })));
                 }
                 Order::GoOn { key, reply, .. } => {
                     let flight = ends.iter_mut().find(|(_, flight)| flight.serial == key.serial);
@@ -717,7 +732,8 @@ impl Driver<'_> {
             }
         }
         for (_, flight) in ends {
-            let Flight { slot, reply, ended, stage, sent_at, .. } = flight;
+            let Flight { slot, reply, ended, stage, sent_at, due, .. } = flight;
+            let given_back = Ended::GivenBack { answer_by: Some(due) };
             if let Some(slot) = slot {
                 slot.spend();
             }
@@ -728,9 +744,9 @@ impl Driver<'_> {
                         let (head, _) = answer.into_parts();
                         answered(&head, b"", sent_at, duty.clock.now())
                     }
-                    Poll::Ready(Err(error)) if never_processed(&error) => Ended::Unsent,
+                    Poll::Ready(Err(error)) if never_processed(&error) => given_back,
                     _ if is_whole => Ended::Unknown { sent_at },
-                    _ => Ended::Unsent,
+                    _ => given_back,
                 },
                 (None, Stage::Answered { head, read, .. }) => answered(&head, &read, sent_at, duty.clock.now()),
                 (None, Stage::Over) => Ended::Unsent,
@@ -911,9 +927,9 @@ mod tests {
             let stopped = std::sync::atomic::AtomicBool::new(false);
             let push = request::tests::push(PushType::Alert, None);
             let deadline = Timestamp::from_seconds(1_795_000_000);
-            let gate = Gate { fence: &NoFence, clock: &*clock, deadline, stopped: &stopped };
+            let gate = Gate { fence: &NoFence, clock: &*clock, deadline, answer_by: None, stopped: &stopped };
             let ended = connection::exchange(Slot::new(Arc::clone(&connection)), &push, &gate).await;
-            assert!(matches!(ended, Ended::Unsent), "{ended:?}");
+            assert!(matches!(ended, Ended::GivenBack { .. }), "{ended:?}");
             while !peer.heard().contains(&(RST_STREAM, 1)) {
                 tokio::task::yield_now().await;
             }

@@ -1,7 +1,7 @@
 //! The APNs client: what the dispatcher knows of it.
 //!
-//! Promises: one call, one request at most; the answer says honestly whether the request was never processed
-//! ([`Outcome::Unsent`]), answered, or written and left unanswered ([`Outcome::Unknown`]). The fence is asked right
+//! Promises: one call, one request at most that APNs may have processed; the answer says honestly whether it was never
+//! processed ([`Outcome::Unsent`]), answered, or written and left unanswered ([`Outcome::Unknown`]). The fence is asked right
 //! before the first byte, with the stream already in hand, and again if anything had to wait.
 //!
 //! | file | holds |
@@ -148,7 +148,7 @@ pub struct RouteReport {
 #[async_trait]
 pub trait Gateway: Send + Sync {
     /// Sends one push: waits for a stream (urgent lane first), asks the fence, writes, waits for the answer within the
-    /// request deadline.
+    /// request deadline. What APNs certainly did nothing with is sent again at once, a few times within that deadline.
     ///
     /// Dropping the future before the fence was asked costs nothing; after that, it may leave a push written and
     /// unanswered: callers do not drop it.

@@ -9,6 +9,8 @@
 //! - One attempt to connect at a time, however many wait. Failures and connections that end without having proved
 //!   themselves (a refused credential is one) are followed by a back-off of 1 s doubling to 60 s; and there are never
 //!   more than a few attempts a minute, whatever the peer does.
+//! - What APNs did certainly nothing with goes elsewhere at once, if there is an elsewhere: a few times, past its fence
+//!   anew, and within the request deadline of the first try.
 //! - A connection that is in use and has reached its age or its number of requests serves until its successor does.
 //! - Nobody waits past the deadline of the push, nor longer than [`PATIENCE`].
 //!
@@ -57,6 +59,9 @@ const SURPLUS_PACE: Duration = Duration::from_secs(60);
 /// A connection is replaced at this age, give or take [`AGE_JITTER`].
 const MAX_AGE: Duration = Duration::from_secs(12 * 3600);
 const AGE_JITTER: Duration = Duration::from_secs(2 * 3600);
+
+/// How often a push that APNs did nothing with is sent again at once.
+const RESENDS: usize = 3;
 
 /// While a fresh or long idle connection finds out whether it works, nobody opens another, for so long.
 const UNSURE: Duration = Duration::from_secs(2);
@@ -216,12 +221,14 @@ impl Pool {
 
     /// Sends one push in the caller's task.
     pub(super) async fn send(&self, push: &Push, fence: &dyn Fence) -> Reply {
-        let gate = Gate { fence, clock: &*self.clock, deadline: push.head.deadline, stopped: &self.stopped };
-        // Another round only where nothing was written: the connection turned out to take no more streams.
-        for _ in 0..=self.spec.max_connections {
-            let Some(slot) = self.acquire(push.head.lane, push.head.deadline).await else {
+        let deadline = push.head.deadline;
+        let mut gate = Gate { fence, clock: &*self.clock, deadline, answer_by: None, stopped: &self.stopped };
+        let mut shunned = None;
+        for _ in 0..=RESENDS {
+            let Some(slot) = self.acquire(push.head.lane, deadline, gate.answer_by, shunned).await else {
                 return UNSENT;
             };
+            shunned = Some(slot.connection());
             match connection::exchange(slot, push, &gate).await {
                 Ended::Answered(reply) => return reply,
                 Ended::Unknown { sent_at } => {
@@ -229,26 +236,33 @@ impl Pool {
                 }
                 Ended::Fenced => return Reply { outcome: Outcome::Fenced, answer: None, sent_at: None },
                 Ended::Unsent => return UNSENT,
-                Ended::UnsentForGood => {}
+                Ended::GivenBack { answer_by } => gate.answer_by = answer_by,
             }
         }
         UNSENT
     }
 
-    /// Waits for a stream; `None` if there is none in time, or the pool was stopped.
-    async fn acquire(&self, lane: Lane, deadline: Timestamp) -> Option<Slot> {
+    /// Waits for a stream; `None` if there is none in time, or the pool was stopped. Not of the connection `shunned` if
+    /// another has one right now.
+    async fn acquire(
+        &self,
+        lane: Lane,
+        deadline: Timestamp,
+        answer_by: Option<Duration>,
+        shunned: Option<u64>,
+    ) -> Option<Slot> {
         let granted = {
             let mut state = self.state();
             if self.stopped.load(Ordering::Acquire) {
                 return None;
             }
             if !state.somebody_is_before(lane)
-                && let Some(connection) = state.take_room(&*self.clock)
+                && let Some(connection) = state.take_room(&*self.clock, shunned)
             {
                 return Some(Slot::new(connection));
             }
             let patience = deadline.since(self.clock.now()).min(PATIENCE);
-            let until = self.clock.monotonic() + patience;
+            let until = (self.clock.monotonic() + patience).min(answer_by.unwrap_or(Duration::MAX));
             let (grant, granted) = oneshot::channel();
             state.enqueue(lane, Waiter { grant, until });
             self.watch(&mut state, until);
@@ -303,7 +317,7 @@ impl Pool {
             let Some(queue) = state.waiting.iter().position(|q| !q.is_empty()) else {
                 return;
             };
-            let Some(connection) = state.take_room(&*self.clock) else {
+            let Some(connection) = state.take_room(&*self.clock, None) else {
                 break;
             };
             let id = connection.id;
@@ -589,10 +603,12 @@ impl State {
         self.waiting.iter().take(queue_of(lane) + 1).any(|q| !q.is_empty())
     }
 
-    /// Takes a stream of the usable connection that has the fewest requests in flight.
-    fn take_room(&mut self, clock: &dyn Clock) -> Option<Arc<Connection>> {
+    /// Takes a stream of the usable connection that has the fewest requests in flight, of the one `shunned` only if no
+    /// other has any.
+    fn take_room(&mut self, clock: &dyn Clock, shunned: Option<u64>) -> Option<Arc<Connection>> {
         loop {
-            let member = self.members.iter_mut().filter(|m| m.room() > 0).min_by_key(|m| m.in_flight)?;
+            let with_room = self.members.iter_mut().filter(|m| m.room() > 0);
+            let member = with_room.min_by_key(|m| (shunned == Some(m.connection.id), m.in_flight))?;
             // Where something is in flight, the time of the last activity is not asked for.
             if member.in_flight == 0 {
                 let now = clock.monotonic();

@@ -31,14 +31,14 @@ pub enum TlsError {
     Setup(#[source] rustls::Error),
 }
 
-/// The configuration that all connections share. `extra_roots_pem` is the text of a CA file.
+/// Whom we trust: Mozilla's roots, and those of `extra_pem` beside them, the text of a CA file.
 ///
 /// # Errors
 /// If the extra roots are not usable.
-pub fn client_config(extra_roots_pem: Option<&[u8]>) -> Result<Arc<ClientConfig>, TlsError> {
+pub fn roots(extra_pem: Option<&[u8]>) -> Result<RootCertStore, TlsError> {
     let mut roots = RootCertStore::empty();
     roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
-    if let Some(pem) = extra_roots_pem {
+    if let Some(pem) = extra_pem {
         let mut found = false;
         for certificate in CertificateDer::pem_slice_iter(pem) {
             roots.add(certificate.map_err(TlsError::NotPem)?).map_err(TlsError::NotARoot)?;
@@ -48,10 +48,18 @@ pub fn client_config(extra_roots_pem: Option<&[u8]>) -> Result<Arc<ClientConfig>
             return Err(TlsError::NoCertificate);
         }
     }
+    Ok(roots)
+}
+
+/// The configuration that all connections share. `extra_roots_pem` is the text of a CA file.
+///
+/// # Errors
+/// If the extra roots are not usable.
+pub fn client_config(extra_roots_pem: Option<&[u8]>) -> Result<Arc<ClientConfig>, TlsError> {
     let mut config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
         .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])
         .map_err(TlsError::Setup)?
-        .with_root_certificates(roots)
+        .with_root_certificates(roots(extra_roots_pem)?)
         .with_no_client_auth();
     config.alpn_protocols = vec![ALPN_H2.to_vec()];
     Ok(Arc::new(config))

@@ -2,7 +2,13 @@
 //!
 //! Promises: says what listens where before the first connection, and ends kindly on Ctrl-C or SIGTERM.
 
-use std::{io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
@@ -10,7 +16,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::{
     cli::say,
     domain::clock::SystemClock,
-    sim::{self, Environment, Settings, Simulator},
+    sim::{self, ChaosPlan, Conduct, Environment, Settings, Simulator},
 };
 
 /// Runs an APNs of our own: real TLS and HTTP/2, Apple's checks, scripted answers, a ledger of what arrived.
@@ -45,7 +51,10 @@ pub struct Args {
     /// Every answer waits this long.
     #[arg(long, value_name = "MILLISECONDS", default_value_t = 0)]
     pub latency_ms: u64,
-    /// Count pushes without keeping them one by one.
+    /// A file with the faults that happen by rate, in both environments: JSON, as in docs/simulator.md.
+    #[arg(long, value_name = "FILE", conflicts_with = "no_ledger")]
+    pub chaos: Option<PathBuf>,
+    /// Only count: keep neither the truth about every push nor accepted pushes.
     #[arg(long)]
     pub no_ledger: bool,
     /// How many accepted pushes the ledger keeps, the newest.
@@ -57,6 +66,9 @@ pub struct Args {
     /// Spell one reason as others saw it on the wire: `BadEnvironmentKeyInToken`.
     #[arg(long)]
     pub wire_spelling: bool,
+    /// How both environments conduct themselves, such as `{"adaptive_streams": true}`: see docs/simulator.md.
+    #[arg(long, value_name = "JSON", value_parser = Conduct::parse, default_value = "{}")]
+    pub conduct: Conduct,
 }
 
 /// Runs the simulator until it is told to stop.
@@ -70,6 +82,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         None => Vec::new(),
     };
     let key_names: Vec<_> = keys.iter().map(|key| format!("{} of team {}", key.key_id, key.team_id)).collect();
+    let chaos = args.chaos.as_deref().map(read_chaos).transpose()?;
     let settings = Settings {
         production: args.listen_production,
         sandbox: args.listen_sandbox,
@@ -80,10 +93,13 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         initial_stream_limit: args.initial_stream_limit,
         stream_limit: args.stream_limit,
         latency: Duration::from_millis(args.latency_ms),
+        record_attempts: !args.no_ledger,
         record_pushes: !args.no_ledger,
         max_recorded_pushes: args.ledger_pushes,
+        chaos,
         registered_devices_only: args.registered_devices_only,
         wire_spelling: args.wire_spelling,
+        conduct: args.conduct,
     };
     let mut terminate = signal(SignalKind::terminate())?;
     let simulator = Simulator::start(settings, Arc::new(SystemClock::new())).await.map_err(advise)?;
@@ -96,6 +112,12 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     simulator.shutdown().await;
     say(format_args!("\nStopped. Pushes accepted: {accepted}"));
     Ok(())
+}
+
+fn read_chaos(file: &Path) -> anyhow::Result<ChaosPlan> {
+    let cannot_be_used = || format!("the faults in `{}` cannot be used", file.display());
+    let text = std::fs::read_to_string(file).with_context(cannot_be_used)?;
+    serde_json::from_str(&text).with_context(cannot_be_used)
 }
 
 /// Says what listens where and what to try.

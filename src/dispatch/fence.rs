@@ -1,7 +1,7 @@
 //! The last look before a push leaves.
 //!
 //! Promises (4, 5, 8): right before the write, with the stream already in hand, a push leaves only if this replica
-//! still owns it, its breaker is closed, its time has not passed, and an ownership read begun at most one second before
+//! still owns it, it is not cancelled, its breaker is closed, its time has not passed, and an ownership read begun at most one second before
 //! shows the generation captured when the notification became due. Reads are shared: whoever asks while one runs goes
 //! into the next.
 
@@ -24,11 +24,12 @@ use crate::{
         clock::{Clock, Timestamp},
         delivery::DeliveryStatus,
         device::{Address, DeviceSeq, DeviceStatus, DeviceToken, Generation},
+        notification::NotificationId,
         outcome::{Cause, own},
         topic::{Environment, Topic},
     },
     lifecycle::Tasks,
-    store::{ReplicaId, Store},
+    store::{ReplicaId, Store, intake::Cancelled},
 };
 
 /// How old an ownership read may be.
@@ -74,6 +75,7 @@ pub(super) struct Guard {
     pub(super) pulse: Pulse,
     pub(super) board: Arc<Board>,
     pub(super) reader: Reader,
+    pub(super) cancelled: Cancelled,
 }
 
 /// The device behind a push, and what was captured of it.
@@ -88,6 +90,7 @@ pub(super) struct Owned {
 pub(super) struct AttemptFence<'a> {
     pub(super) guard: &'a Guard,
     pub(super) replica: ReplicaId,
+    pub(super) notification: NotificationId,
     pub(super) topic: &'a Topic,
     pub(super) environment: Environment,
     pub(super) token: &'a DeviceToken,
@@ -103,6 +106,9 @@ impl AttemptFence<'_> {
     fn closed_by(&self) -> Option<Verdict> {
         if !self.guard.pulse.holds(self.replica) {
             return Some(Verdict::NotOurs);
+        }
+        if self.guard.cancelled.holds(self.notification) {
+            return Some(Verdict::End(DeliveryStatus::Cancelled, own::CANCELLED));
         }
         if self.guard.clock.now() >= self.deadline {
             return Some(Verdict::End(DeliveryStatus::Expired, own::EXPIRED));

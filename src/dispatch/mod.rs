@@ -12,22 +12,29 @@
 //! | `settle.rs` | making outcomes durable |
 //! | `pulse.rs` | heartbeats and take-overs |
 //! | [`breakers`] | credentials that APNs refuses |
+//! | `wave.rs` | whether refused tokens are bad, or a mistake of ours |
+//! | `backoff.rs` | devices that APNs wants left alone for a while |
 
+mod backoff;
 pub mod breakers;
 mod fence;
 mod pulse;
 mod send;
 mod settle;
+mod wave;
 
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
+use tokio::sync::{Notify, mpsc};
+
 use self::{
+    backoff::BusyDevices,
     breakers::Board,
     fence::{Guard, Reader},
     pulse::Pulse,
@@ -39,8 +46,8 @@ use crate::{
     domain::{clock::Clock, delivery::CHUNK_TARGETS, notification::Lane},
     lifecycle::Tasks,
     store::{
-        Lease, ReplicaId, Store, StoreError,
-        intake::{Handed, Handover, Identity, Roster},
+        Claimed, Lease, ReplicaId, Store, StoreError,
+        intake::{Cancelled, Handed, Handover, Identity, Roster},
     },
 };
 
@@ -65,6 +72,13 @@ impl Default for Settings {
 
 /// How often breakers are read: replicas agree within two seconds.
 const REFRESH_EVERY: Duration = Duration::from_secs(1);
+
+/// How many pushes are taken for one probe while nothing can be written for them: they end first, or wait for something
+/// else.
+const UNSPENT_TRIES: u32 = 20;
+
+/// How many such probes may wait to be made again.
+const UNSPENT: usize = 64;
 
 /// How often what the database says is ours is compared with what we have.
 const SWEEP_EVERY: Duration = Duration::from_secs(5);
@@ -112,23 +126,28 @@ impl Dispatcher {
                 pulse,
                 board: Arc::clone(&board),
                 reader: Reader::start(Arc::clone(&store), Arc::clone(&clock), tasks),
+                cancelled: handover.cancelled.clone(),
             },
             settler: Settler::start(Arc::clone(&store), Arc::clone(&clock), identity.clone(), tasks),
+            busy: BusyDevices::new(Arc::clone(&clock)),
             stopping: tasks.stopping().clone(),
         });
+        let (unspent, again) = mpsc::channel(UNSPENT);
         let desk = Desk {
             store: Arc::clone(&store),
             clock,
             identity: identity.clone(),
             claiming: tokio::sync::Mutex::new(()),
             roster: handover.roster.clone(),
-            settings,
             sender,
             board,
-            in_memory: Arc::default(),
+            in_memory: Arc::new(InMemory::new(settings.targets, Arc::clone(&handover.wake))),
+            cancelled: handover.cancelled.clone(),
+            settings,
+            unspent,
             tasks: tasks.clone(),
         };
-        tasks.spawn("dispatch", desk.run(handover));
+        tasks.spawn("dispatch", desk.run(handover, again));
         Ok(Self { store, identity, heart })
     }
 
@@ -144,14 +163,35 @@ impl Dispatcher {
 }
 
 /// Open targets of claimed chunks in memory, by lane.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct InMemory {
-    transactional: AtomicUsize,
-    bulk: AtomicUsize,
+    transactional: Room,
+    bulk: Room,
+}
+
+/// The room of one lane.
+#[derive(Debug)]
+struct Room {
+    held: AtomicUsize,
+    /// A claim stopped though there was more to take.
+    wanted: AtomicBool,
+    /// With so many left, the claim that stopped goes on.
+    enough_left: usize,
+    wake: Arc<Notify>,
 }
 
 impl InMemory {
-    const fn of(&self, lane: Lane) -> &AtomicUsize {
+    fn new(targets: usize, wake: Arc<Notify>) -> Self {
+        let room = |wake| Room {
+            held: AtomicUsize::new(0),
+            wanted: AtomicBool::new(false),
+            enough_left: targets / 4 * 3,
+            wake,
+        };
+        Self { transactional: room(Arc::clone(&wake)), bulk: room(wake) }
+    }
+
+    const fn of(&self, lane: Lane) -> &Room {
         match lane {
             Lane::Transactional => &self.transactional,
             Lane::Bulk => &self.bulk,
@@ -159,16 +199,39 @@ impl InMemory {
     }
 }
 
-/// Takes one off the count of targets in memory when its chunk has left.
+impl Room {
+    fn leave(&self, targets: usize) {
+        let left = self.held.fetch_sub(targets, Ordering::Relaxed).saturating_sub(targets);
+        if left <= self.enough_left && self.wanted.swap(false, Ordering::Relaxed) {
+            self.wake.notify_one();
+        }
+    }
+}
+
+/// A claimed chunk's share of the room; given back when it is dropped.
 struct Weight {
     in_memory: Arc<InMemory>,
     lane: Lane,
     targets: usize,
 }
 
+impl Weight {
+    fn new(in_memory: &Arc<InMemory>, lane: Lane, targets: usize) -> Self {
+        in_memory.of(lane).held.fetch_add(targets, Ordering::Relaxed);
+        Self { in_memory: Arc::clone(in_memory), lane, targets }
+    }
+
+    /// Gives back all but so many: the rest of the chunk has ended.
+    fn shrink(&mut self, targets: usize) {
+        let less = self.targets.saturating_sub(targets);
+        self.targets -= less;
+        self.in_memory.of(self.lane).leave(less);
+    }
+}
+
 impl Drop for Weight {
     fn drop(&mut self) {
-        self.in_memory.of(self.lane).fetch_sub(self.targets, Ordering::Relaxed);
+        self.in_memory.of(self.lane).leave(self.targets);
     }
 }
 
@@ -183,20 +246,23 @@ struct Desk {
     sender: Arc<Sender>,
     board: Arc<Board>,
     in_memory: Arc<InMemory>,
+    /// Probes for which nothing was written.
+    unspent: mpsc::Sender<Probe>,
+    cancelled: Cancelled,
     tasks: Tasks,
 }
 
 impl Desk {
     /// Sends until the service stops. Cut only where it holds nothing.
-    async fn run(self, handover: Handover) {
+    async fn run(self, handover: Handover, again: mpsc::Receiver<Probe>) {
         let Handover { mut handed, wake, .. } = handover;
         let stop = self.tasks.stopping().clone();
-        let upkeep = self.upkeep();
+        let upkeep = self.upkeep(again);
         tokio::pin!(upkeep);
         // Sending what is handed over must never wait for a claim: two loops, side by side.
         let hand = async {
             while let Some(Handed { lease, replica, entry, permit }) = handed.recv().await {
-                self.launch(Work { lease, replica, _entry: entry, _permit: permit, probe: None }, None);
+                self.launch(Work { lease, replica, _entry: entry, _permit: permit, weight: None, probe: None });
             }
         };
         tokio::pin!(hand);
@@ -225,7 +291,6 @@ impl Desk {
         }
     }
 
-    /// Takes what is due. True if there may be more.
     /// Takes what is due, urgent first. True if there may be more.
     async fn claim(&self) -> bool {
         let mut more = false;
@@ -237,7 +302,8 @@ impl Desk {
 
     /// Each lane has an allowance of its own: bulk that waits in memory never keeps urgent work out.
     async fn claim_in(&self, lane: Lane) -> bool {
-        let held = self.in_memory.of(lane).load(Ordering::Relaxed);
+        let lane_room = self.in_memory.of(lane);
+        let held = lane_room.held.load(Ordering::Relaxed);
         let room = self.settings.targets.saturating_sub(held);
         // A bulk chunk is mostly full, an urgent one mostly of one.
         let max = match lane {
@@ -251,12 +317,13 @@ impl Desk {
         let replica = self.identity.get();
         let now = self.clock.now();
         match self.store.claim(&[lane], max, &self.board.passable(), &self.board.all(), replica, now).await {
-            Ok(leases) => {
-                let full = leases.len() >= max;
+            Ok(Claimed { leases, more }) => {
+                let more = more || leases.len() >= max;
+                lane_room.wanted.store(more, Ordering::Relaxed);
                 for lease in leases {
                     self.take(lease, replica, None);
                 }
-                full
+                more
             }
             Err(error) => {
                 tracing::warn!(error = &error as &dyn std::error::Error, "nothing could be claimed");
@@ -266,26 +333,35 @@ impl Desk {
     }
 
     fn take(&self, lease: Lease, replica: ReplicaId, probe: Option<Probe>) {
-        let (targets, lane) = (lease.chunk.targets.len(), lease.notification.lane);
-        self.in_memory.of(lane).fetch_add(targets, Ordering::Relaxed);
-        let weight = Weight { in_memory: Arc::clone(&self.in_memory), lane, targets };
+        let weight = Some(Weight::new(&self.in_memory, lease.notification.lane, lease.chunk.targets.len()));
         let entry = self.roster.enter(lease.key.notification);
-        self.launch(Work { lease, replica, _entry: entry, _permit: None, probe }, Some(weight));
+        self.launch(Work { lease, replica, _entry: entry, _permit: None, weight, probe });
     }
 
-    fn launch(&self, work: Work, weight: Option<Weight>) {
-        let sender = Arc::clone(&self.sender);
+    fn launch(&self, work: Work) {
+        let (sender, unspent) = (Arc::clone(&self.sender), self.unspent.clone());
         self.tasks.spawn_brief("dispatch.chunk", async move {
-            sender.run(work).await;
-            drop(weight);
+            if let Some(probe) = sender.run(work).await {
+                // Full: the breaker's next interval will do.
+                _ = unspent.try_send(probe);
+            }
         });
     }
 
-    /// Breakers, probes, and the sweep.
-    async fn upkeep(&self) {
+    /// Breakers, probes, what was cancelled, and the sweep.
+    async fn upkeep(&self, mut again: mpsc::Receiver<Probe>) {
         let mut swept_at = self.clock.monotonic();
         loop {
-            self.clock.sleep(REFRESH_EVERY).await;
+            tokio::select! {
+                () = self.clock.sleep(REFRESH_EVERY) => {}
+                Some(probe) = again.recv() => {
+                    // Nothing was written for it: the interval is not over for that.
+                    if probe.unspent < UNSPENT_TRIES {
+                        self.probe(Probe { unspent: probe.unspent + 1, ..probe }).await;
+                    }
+                    continue;
+                }
+            }
             match self.board.refresh().await {
                 Ok(probes) => {
                     for probe in probes {
@@ -296,9 +372,16 @@ impl Desk {
                     tracing::warn!(error = &error as &dyn std::error::Error, "breakers could not be read");
                 }
             }
+            match self.store.cancelled(self.clock.now()).await {
+                Ok(ids) => self.cancelled.replace(ids),
+                Err(error) => {
+                    tracing::warn!(error = &error as &dyn std::error::Error, "what was cancelled could not be read");
+                }
+            }
             let now = self.clock.monotonic();
             if now.saturating_sub(swept_at) >= SWEEP_EVERY {
                 swept_at = now;
+                self.sender.busy.sweep();
                 if let Err(error) = self.sweep().await {
                     tracing::warn!(error = &error as &dyn std::error::Error, "the sweep could not be made");
                 }

@@ -2,7 +2,8 @@
 //!
 //! Promises: one path for one device and for a thousand. Nothing is tried whose time has passed; a retry of a push with
 //! the caller's collapse id is not made when a newer one has gone to the device; with `on_unknown: stop` a durable
-//! mark is made before the write, and what bears a mark after a crash counts as written. A chunk leaves memory only
+//! mark is made before the write, and what bears a mark after a crash counts as written. A token that is refused for
+//! good is concluded once that is judged (`wave.rs`), while the others of its chunk go on. A chunk leaves memory only
 //! settled, given back, or lost to another owner.
 
 use std::{
@@ -11,26 +12,32 @@ use std::{
     time::Duration,
 };
 
-use futures_util::{StreamExt, stream::FuturesUnordered};
+use futures_util::{FutureExt, StreamExt, stream::FuturesUnordered};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    Weight,
+    backoff::BusyDevices,
     fence::{AttemptFence, Guard, OWNERSHIP_MAX_AGE, Owned, Verdict, judge, millis},
     settle::{Progress, Settlement, Settler},
+    wave::{Opinion, Refused},
 };
 use crate::{
     apns::{Gateway, Head, Push},
     domain::{
         clock::Timestamp,
-        delivery::{Chunk, Circumstances, Conclusion, DeliveryStatus, DeviceEffect, State, Target, conclude},
+        delivery::{
+            Chunk, Circumstances, Conclusion, DeliveryStatus, DeviceEffect, Judgement, State, Target, conclude,
+            postpone,
+        },
         device::{Address, DeviceSeq, DeviceToken},
         notification::Notification,
         outcome::{Busy, Fault, Outcome, Reply, own},
         push::{ApnsId, OnUnknown, Recipient},
         topic::Environment,
     },
-    store::{BreakerId, Disposition, Lease, ReplicaId, Store, StoreError, intake::Entry},
+    store::{Breaker, BreakerId, Disposition, Lease, ReplicaId, Store, StoreError, intake::Entry},
     telemetry::names,
 };
 
@@ -40,6 +47,7 @@ pub(super) struct Sender {
     pub(super) gateway: Arc<dyn Gateway>,
     pub(super) guard: Guard,
     pub(super) settler: Settler,
+    pub(super) busy: BusyDevices,
     pub(super) stopping: CancellationToken,
 }
 
@@ -50,8 +58,10 @@ pub(super) struct Work {
     pub(super) replica: ReplicaId,
     /// Its place on the roster, until it has left memory.
     pub(super) _entry: Entry,
-    /// Its share of the room.
+    /// Its share of the room, if it was handed over.
     pub(super) _permit: Option<OwnedSemaphorePermit>,
+    /// Its share of the room, if it was claimed.
+    pub(super) weight: Option<Weight>,
     /// Sent through an open breaker to see whether it may close: one push only.
     pub(super) probe: Option<Probe>,
 }
@@ -63,6 +73,30 @@ pub(super) struct Probe {
     pub(super) breaker: BreakerId,
     /// Where it is open: a push to the other environment proves nothing of it.
     pub(super) environment: Environment,
+    /// Open because tokens are refused: that the credential is accepted proves nothing then.
+    pub(super) wave: bool,
+    /// How many pushes were taken for it before and could not be written.
+    pub(super) unspent: u32,
+}
+
+impl Probe {
+    pub(super) const fn new(breaker: &Breaker) -> Self {
+        Self { breaker: breaker.id, environment: breaker.environment, wave: breaker.fault.is_wave(), unspent: 0 }
+    }
+
+    /// Whether this answer shows that the breaker may close.
+    fn proves(self, outcome: &Outcome) -> bool {
+        match outcome {
+            Outcome::Accepted | Outcome::Gone { .. } | Outcome::Deferred { whose: Busy::Device, .. } => true,
+            // APNs authenticates first: it has looked at the push itself.
+            Outcome::Rejected | Outcome::BadToken | Outcome::WrongTopic => !self.wave,
+            Outcome::Deferred { whose: Busy::Server, .. }
+            | Outcome::Withheld(_)
+            | Outcome::Unsent
+            | Outcome::Unknown
+            | Outcome::Fenced => false,
+        }
+    }
 }
 
 /// A retry sooner than this is waited for in memory; a later one goes back to the database.
@@ -89,6 +123,9 @@ const ACCEPTED_WITHIN: Duration = Duration::from_secs(24 * 3600);
 /// How often a push that the connection gave back is tried again at once.
 const UNSENT_RETRIES: u32 = 3;
 
+/// The least room that a chunk takes: of one that only waits for a judgement, the outcomes are still in memory.
+const LEAST_WEIGHT: usize = 100;
+
 /// Why a target was left open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Left {
@@ -112,15 +149,63 @@ struct Attempted {
     unique_id: Option<Box<str>>,
     environment: Option<Environment>,
     readdressed: Option<Box<Address>>,
-    /// APNs answered, or may have.
+    /// The request was written: APNs has answered it, or may have.
     moved: bool,
-    /// APNs got as far as looking at the push: it has no quarrel with the credential.
-    proves_credential: bool,
+    /// A probe's answer: the breaker may close.
+    proves: bool,
+    /// The token was refused before, in this delivery, and that came to no judgement.
+    in_doubt: bool,
+    /// To be judged before anything follows from it.
+    hearing: Option<Box<Hearing>>,
+}
+
+impl Attempted {
+    /// Before anything has come of it.
+    fn at(position: usize, state: State) -> Self {
+        Self {
+            position,
+            in_doubt: state.is_in_doubt(),
+            state,
+            left: Left::Open,
+            effect: None,
+            fault: None,
+            unique_id: None,
+            environment: None,
+            readdressed: None,
+            moved: false,
+            proves: false,
+            hearing: None,
+        }
+    }
+}
+
+/// What the conclusion of an attempt needs to know of it.
+struct Facts {
+    device: Recipe,
+    environment: Environment,
+    /// Where the delivery stood before.
+    before: State,
+    reply: Reply,
+}
+
+/// A token that APNs refused for good, and what is thought of that where it was refused.
+struct Hearing {
+    facts: Facts,
+    fault: Fault,
+    opinions: Vec<(Environment, Opinion)>,
 }
 
 impl Sender {
-    /// Sends a chunk to its end. Never cancelled; ends early, giving the chunk back, when the service stops.
-    pub(super) async fn run(&self, mut work: Work) {
+    /// Sends a chunk to its end. Never cancelled; ends early, giving the chunk back, when the service stops. The probe
+    /// that it was to make comes back if nothing was written for it.
+    pub(super) async fn run(&self, mut work: Work) -> Option<Probe> {
+        let probe = work.probe;
+        let mut spent = false;
+        self.send(&mut work, &mut spent).await;
+        probe.filter(|_| !spent)
+    }
+
+    async fn send(&self, work: &mut Work, spent: &mut bool) {
         let head = Arc::new(head(&work.lease.notification));
         let mut addresses: HashMap<DeviceSeq, Address> =
             std::mem::take(&mut work.lease.addresses).into_iter().map(|a| (a.seq, a)).collect();
@@ -129,6 +214,10 @@ impl Sender {
         self.end_marked(&mut work.lease.chunk);
         loop {
             let now = self.guard.clock.now();
+            // Nothing is in flight here: those that wait for a later try end as well.
+            if self.guard.cancelled.holds(work.lease.key.notification) {
+                work.lease.chunk.end_open(DeliveryStatus::Cancelled, &own::CANCELLED, now);
+            }
             let due = due(&work.lease.chunk, now);
             let mut left = Left::Open;
             let mut blocked = HashSet::new();
@@ -152,12 +241,13 @@ impl Sender {
                 }
             }
             if left == Left::Open && !due.is_empty() {
-                match self.mark(&mut work, &due).await {
+                match self.mark(work, &due).await {
                     Settlement::Done => {}
                     Settlement::Lost | Settlement::GivenUp => return,
                 }
                 let began = self.guard.clock.monotonic();
-                let round = self.round(&mut work, &head, &due, &mut addresses, read_at).await;
+                let round = self.round(work, &head, &due, &mut addresses, read_at).await;
+                *spent |= round.written;
                 left = round.left;
                 blocked = round.blocked;
                 unsent = if round.moved { 0 } else { unsent + 1 };
@@ -174,7 +264,7 @@ impl Sender {
                 work.probe = None;
             }
             let Some(next) = work.lease.chunk.next_try_at(now) else {
-                self.settle(&mut work, Disposition::Keep, Learned::default()).await;
+                self.settle(work, Disposition::Keep, Learned::default()).await;
                 return;
             };
             let now = self.guard.clock.now();
@@ -188,12 +278,13 @@ impl Sender {
                 Left::Open if next.since(now) > WAIT_IN_MEMORY => Disposition::Free { due_at: next },
                 Left::Open => Disposition::Keep,
             };
-            let settlement = self.settle(&mut work, disposition, Learned::default()).await;
+            let settlement = self.settle(work, disposition, Learned::default()).await;
             if settlement != Settlement::Done || disposition != Disposition::Keep {
                 return;
             }
             tokio::select! {
                 () = self.guard.clock.sleep(next.since(self.guard.clock.now())) => {}
+                () = self.guard.cancelled.reached(work.lease.key.notification) => {}
                 () = self.stopping.cancelled() => {}
             }
         }
@@ -263,13 +354,15 @@ impl Sender {
         addresses: &mut HashMap<DeviceSeq, Address>,
         read_at: Duration,
     ) -> Round {
-        let mut round = Round { left: Left::Open, moved: false, over: false, blocked: HashSet::new() };
+        let mut round = Round { left: Left::Open, moved: false, written: false, over: false, blocked: HashSet::new() };
         let mut learned = Learned::default();
         let notification = Arc::clone(&work.lease.notification);
-        let mut rest = due.iter().copied();
+        let mut rest = in_order(work, due).into_iter();
         let mut running = FuturesUnordered::new();
+        let mut judged = FuturesUnordered::new();
         let mut ended = VecDeque::new();
         let mut settled_at = self.guard.clock.monotonic();
+        let mut unsettled = false;
         // A probe is one push; the others wait for what it says.
         let mut room = if work.probe.is_some() { 1 } else { IN_FLIGHT };
         loop {
@@ -279,22 +372,45 @@ impl Sender {
                     running.push(self.attempt(Arc::clone(&notification), Arc::clone(head), attempt));
                 }
             }
-            let next = match ended.pop_front() {
+            let next = match ended.pop_front().or_else(|| running.next().now_or_never().flatten()) {
                 Some(attempted) => Some(attempted),
-                None => running.next().await,
+                None if running.is_empty() && judged.is_empty() => break,
+                // What was answered does not wait for what is to be judged.
+                None if running.is_empty() && unsettled => None,
+                None => tokio::select! {
+                    biased;
+                    Some(attempted) = running.next(), if !running.is_empty() => Some(attempted),
+                    Some(attempted) = judged.next(), if !judged.is_empty() => Some(attempted),
+                    () = self.guard.clock.sleep(SETTLE_EVERY), if unsettled => None,
+                    else => break,
+                },
             };
-            let Some(attempted) = next else { break };
-            if work.probe.is_some() {
-                room = beside(&mut running, &mut ended, self.judge_probe(work, &attempted, &mut round)).await;
-            } else if let Some((environment, fault)) = &attempted.fault {
-                let trip = self.guard.board.trip(&notification.topic, *environment, fault, false);
-                beside(&mut running, &mut ended, trip).await;
-                round.block(attempted.position, *environment);
+            let pause = next.is_none();
+            if let Some(mut attempted) = next {
+                round.written |= attempted.moved;
+                if work.probe.is_some() {
+                    room = beside(&mut running, &mut ended, self.judge_probe(work, &attempted, &mut round)).await;
+                } else if let Some((environment, fault)) = &attempted.fault {
+                    let trip = self.guard.board.trip(&notification.topic, *environment, fault);
+                    beside(&mut running, &mut ended, trip).await;
+                    round.block(attempted.position, *environment);
+                }
+                if let Some(hearing) = attempted.hearing.take() {
+                    judged.push(self.judged(Arc::clone(&notification), attempted, *hearing));
+                    continue;
+                }
+                round.take(&notification, attempted, &mut work.lease.chunk, addresses, &mut learned);
+                unsettled = true;
+            } else if running.is_empty()
+                && let Some(weight) = &mut work.weight
+            {
+                weight.shrink(judged.len().max(LEAST_WEIGHT));
             }
-            round.take(&notification, attempted, &mut work.lease.chunk, addresses, &mut learned);
             let now = self.guard.clock.monotonic();
-            if !running.is_empty() && now.saturating_sub(settled_at) >= SETTLE_EVERY {
+            let goes_on = !running.is_empty() || !judged.is_empty();
+            if unsettled && goes_on && (pause || now.saturating_sub(settled_at) >= SETTLE_EVERY) {
                 settled_at = now;
+                unsettled = false;
                 let settle = self.settle(work, Disposition::Keep, std::mem::take(&mut learned));
                 if beside(&mut running, &mut ended, settle).await != Settlement::Done {
                     // What is in flight is still read to its end: a written push is never dropped.
@@ -327,7 +443,10 @@ impl Sender {
         let topic = &work.lease.notification.topic;
         let Some(probe) = work.probe else { return IN_FLIGHT };
         if let Some((environment, fault)) = &attempted.fault {
-            self.guard.board.trip(topic, *environment, fault, true).await;
+            // A token that was refused before tells nothing new: the others are not kept waiting longer for it.
+            if !(fault.is_wave() && attempted.in_doubt) {
+                self.guard.board.probe_failed(probe.breaker, fault).await;
+            }
             round.block(attempted.position, *environment);
             return 0;
         }
@@ -335,7 +454,7 @@ impl Sender {
             // Ended before it was sent, or not one of those that wait for this breaker: the next one.
             return 1;
         }
-        if attempted.proves_credential {
+        if attempted.proves {
             self.guard.board.close(topic, probe.environment, probe.breaker).await;
             work.probe = None;
             return IN_FLIGHT;
@@ -351,19 +470,12 @@ impl Sender {
     async fn attempt(&self, notification: Arc<Notification>, head: Arc<Head>, attempt: Attempt) -> Attempted {
         let Attempt { position, target, state, address, read_at, replica, probe } = attempt;
         // The mark stands in the database until this attempt is settled.
-        let mut attempted = Attempted {
-            position,
-            state: State { marked: false, ..state },
-            left: Left::Open,
-            effect: None,
-            fault: None,
-            unique_id: None,
-            environment: None,
-            readdressed: None,
-            moved: false,
-            proves_credential: false,
-        };
+        let mut attempted = Attempted::at(position, State { marked: false, ..state });
         let now = self.guard.clock.now();
+        if self.guard.cancelled.holds(notification.id) {
+            attempted.state.end(DeliveryStatus::Cancelled, Some(own::CANCELLED), now);
+            return attempted;
+        }
         if now >= notification.deadline() {
             attempted.state.end(DeliveryStatus::Expired, Some(own::EXPIRED), now);
             return attempted;
@@ -388,14 +500,16 @@ impl Sender {
             return attempted;
         };
         attempted.environment = Some(environment);
-        let probe = match probe {
+        if probe.is_some_and(|probe| probe.environment != environment) {
             // Its turn comes once the probe is over.
-            Some(probed) if probed != environment => return attempted,
-            Some(_) => true,
-            None => false,
-        };
-        if !probe && self.guard.board.is_open(&notification.topic, environment) {
+            return attempted;
+        }
+        if probe.is_none() && self.guard.board.is_open(&notification.topic, environment) {
             attempted.left = Left::Blocked(environment);
+            return attempted;
+        }
+        if let Some(rest) = self.busy.wait(&device.token) {
+            postpone(&mut attempted.state, rest, now, notification.deadline());
             return attempted;
         }
         match self.is_superseded(&notification, &device, &attempted.state).await {
@@ -418,11 +532,12 @@ impl Sender {
         let fence = AttemptFence {
             guard: &self.guard,
             replica,
+            notification: notification.id,
             topic: &notification.topic,
             environment,
             token: &device.token,
             deadline: notification.deadline(),
-            probe,
+            probe: probe.is_some(),
             owned: device.address.as_ref().map(|address| Owned {
                 seq: address.seq,
                 generation: device.generation,
@@ -432,69 +547,147 @@ impl Sender {
         };
         let reply = self.gateway.send(&push, &fence).await;
         let verdict = fence.verdict.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
-        self.conclude(&notification, &device, environment, environments, reply, verdict, &mut attempted);
-        attempted
-    }
-
-    #[expect(clippy::too_many_arguments, reason = "the facts of one attempt, used here only")]
-    fn conclude(
-        &self,
-        notification: &Notification,
-        device: &Recipe,
-        environment: Environment,
-        environments: &[Environment],
-        reply: Reply,
-        verdict: Option<Verdict>,
-        attempted: &mut Attempted,
-    ) {
-        let now = self.guard.clock.now();
-        attempted.moved = reply.answer.is_some() || reply.outcome == Outcome::Unknown;
-        attempted.proves_credential = proves_credential(&reply.outcome);
-        if let (Some(sent_at), Some(answer)) = (reply.sent_at, &reply.answer) {
-            names::apns_answered(environment.as_str(), answer.status, now.since(sent_at).as_secs_f64());
-        }
-        if reply.outcome == Outcome::Fenced {
+        let before = attempted.state.clone();
+        let facts = Facts { device, environment, before, reply };
+        if facts.reply.outcome == Outcome::Fenced {
             match verdict {
-                Some(Verdict::End(status, cause)) => attempted.state.end(status, Some(cause), now),
+                Some(Verdict::End(status, cause)) => attempted.state.end(status, Some(cause), self.guard.clock.now()),
                 Some(Verdict::Readdressed(address)) => attempted.readdressed = Some(address),
                 Some(Verdict::Breaker) => attempted.left = Left::Blocked(environment),
                 Some(Verdict::NotOurs) => attempted.left = Left::Lost,
                 Some(Verdict::Unread) | None => attempted.left = Left::Later(PUT_BACK_FOR),
             }
-            return;
+            return attempted;
         }
-        let Conclusion { state, effect, fault } = conclude(
-            &attempted.state,
-            &reply,
-            Circumstances {
-                now,
-                deadline: notification.deadline(),
-                on_unknown: notification.on_unknown,
-                named_environment: notification.environment,
-                environments,
-                environment,
-                ever_accepted: device.address.as_ref().is_some_and(|a| a.last_accepted_at.is_some()),
-                jitter: rand::random(),
-            },
-        );
+        self.answered(&notification, facts, probe, &mut attempted);
+        attempted
+    }
+
+    /// What follows from an answer, or from none.
+    fn answered(&self, notification: &Notification, mut facts: Facts, probe: Option<Probe>, attempted: &mut Attempted) {
+        let reply = &facts.reply;
+        attempted.moved = reply.sent_at.is_some();
+        attempted.proves = probe.is_some_and(|probe| probe.proves(&reply.outcome));
+        if let (Some(sent_at), Some(answer)) = (reply.sent_at, &reply.answer) {
+            let took = self.guard.clock.now().since(sent_at);
+            names::apns_answered(facts.environment.as_str(), answer.status, took.as_secs_f64());
+        }
+        let topic = &notification.topic;
+        if let (Outcome::Accepted, Some(device)) = (&reply.outcome, facts.known()) {
+            self.guard.board.accepted(topic, facts.environment, device);
+        }
+        let token = &facts.device.token;
+        if let Outcome::Deferred { whose: Busy::Device, after } = &mut facts.reply.outcome {
+            *after = Some(self.busy.refused(token, *after, rand::random()));
+        } else if facts.reply.answer.is_some() {
+            self.busy.answered(token);
+        }
+        // Through a breaker that is open because tokens are refused, one more of them is nothing new.
+        let wave = probe.filter(|probe| probe.wave).map(|_| Judgement::Wave);
+        let conclusion = self.conclude(notification, &facts, wave);
+        let awaits = conclusion.awaits_judgement;
+        self.learn(notification, &facts, conclusion, attempted);
+        let Some(fault) = facts.reply.answer.as_ref().map(Fault::from) else { return };
+        if awaits {
+            attempted.hearing = Some(Box::new(self.hear(notification, facts, fault, probe.is_some())));
+        } else if facts.reply.outcome == Outcome::BadToken && wave.is_none() {
+            // Tried elsewhere next; what is thought of this environment by then decides about that one too.
+            self.guard.board.refused(topic, facts.environment, Refused::Unknown, &fault, probe.is_some());
+        }
+    }
+
+    fn conclude(&self, notification: &Notification, facts: &Facts, judgement: Option<Judgement>) -> Conclusion {
+        let with = Circumstances {
+            now: self.guard.clock.now(),
+            deadline: notification.deadline(),
+            on_unknown: notification.on_unknown,
+            named_environment: notification.environment,
+            environments: self.gateway.environments(&notification.topic),
+            environment: facts.environment,
+            accepted_here: facts.known().is_some(),
+            judgement,
+            jitter: rand::random(),
+        };
+        conclude(&facts.before, &facts.reply, with)
+    }
+
+    /// Enters a conclusion.
+    fn learn(&self, notification: &Notification, facts: &Facts, conclusion: Conclusion, attempted: &mut Attempted) {
+        let Conclusion { state, effect, fault, .. } = conclusion;
+        let (answer, token) = (&facts.reply.answer, &facts.device.token);
         tracing::debug!(
             notification.id = %notification.id,
-            token = device.token.fingerprint(),
-            environment = environment.as_str(),
-            apns.status = reply.answer.as_ref().map(|a| a.status),
-            apns.reason = reply.answer.as_ref().and_then(|a| a.reason.as_ref()).map(tracing::field::display),
+            token = token.fingerprint(),
+            environment = facts.environment.as_str(),
+            apns.status = answer.as_ref().map(|a| a.status),
+            apns.reason = answer.as_ref().and_then(|a| a.reason.as_ref()).map(tracing::field::display),
             attempts = state.attempts,
             outcome = state.status.as_str(),
             "one attempt: {}",
             state.status
         );
+        let now = self.guard.clock.now();
         attempted.effect = effect
-            .zip(device.address.as_ref())
+            .zip(facts.device.address.as_ref())
             .filter(|(effect, address)| is_news(effect, address, now))
-            .map(|(effect, address)| (address.seq, device.token.clone(), effect));
-        attempted.fault = fault.map(|fault| (environment, fault));
-        attempted.unique_id = reply.answer.and_then(|a| a.apns_unique_id);
+            .map(|(effect, address)| (address.seq, token.clone(), effect));
+        attempted.fault = fault.map(|fault| (facts.environment, fault));
+        attempted.unique_id = answer.as_ref().and_then(|a| a.apns_unique_id.clone());
         attempted.state = state;
+    }
+
+    /// A token was refused for good: who else was, here and where it was tried before?
+    fn hear(&self, notification: &Notification, facts: Facts, fault: Fault, passed: bool) -> Hearing {
+        let (topic, environment) = (&notification.topic, facts.environment);
+        let what = match facts.known() {
+            Some(device) if facts.before.is_in_doubt() => Refused::Again(device),
+            Some(device) => Refused::Known(device),
+            None => Refused::Unknown,
+        };
+        let board = &self.guard.board;
+        let mut opinions = vec![(environment, board.refused(topic, environment, what, &fault, passed))];
+        let other = environment.other();
+        if facts.before.refused_in(other) {
+            opinions.push((other, board.opinion(topic, other)));
+        }
+        Hearing { facts, fault, opinions }
+    }
+
+    /// Concludes an attempt once it is judged; leaves the delivery open if the service stops before.
+    async fn judged(&self, notification: Arc<Notification>, mut attempted: Attempted, hearing: Hearing) -> Attempted {
+        let Hearing { facts, fault, opinions } = hearing;
+        let worst = async {
+            let mut worst = (Judgement::Healthy, facts.environment);
+            for (environment, opinion) in opinions {
+                let judgement = self.guard.board.judgement(&notification.topic, environment, opinion, &fault).await;
+                if judgement > worst.0 {
+                    worst = (judgement, environment);
+                }
+            }
+            worst
+        };
+        let (judgement, environment) = tokio::select! {
+            biased;
+            () = self.stopping.cancelled() => return attempted,
+            worst = worst => worst,
+        };
+        if judgement == Judgement::Unjudged {
+            tracing::warn!(
+                notification.id = %notification.id,
+                token = facts.device.token.fingerprint(),
+                environment = environment.as_str(),
+                apns.reason = fault.reason.as_str(),
+                "a token of `{}` is refused, and too little was accepted in {environment} lately to tell whether it \
+                 is to blame: its push is tried again later",
+                notification.topic
+            );
+        }
+        let conclusion = self.conclude(&notification, &facts, Some(judgement));
+        self.learn(&notification, &facts, conclusion, &mut attempted);
+        if let Some((at, _)) = &mut attempted.fault {
+            *at = environment;
+        }
+        attempted
     }
 
     /// Only a repeat can come too late: the first tries of two notifications leave in their order.
@@ -513,11 +706,21 @@ impl Sender {
     }
 }
 
+impl Facts {
+    /// The device, if its token was accepted here before.
+    fn known(&self) -> Option<DeviceSeq> {
+        let address = self.device.address.as_ref()?;
+        address.was_accepted_in(self.environment).then_some(address.seq)
+    }
+}
+
 /// How a round went.
 struct Round {
     left: Left,
     /// Something came of it: an answer, an end, a new address.
     moved: bool,
+    /// Something was written to APNs.
+    written: bool,
     /// The chunk has ended or is no longer ours: nothing more to do.
     over: bool,
     /// Targets behind an open breaker.
@@ -613,8 +816,17 @@ fn attempt_at(
         Target::Device { seq, .. } => addresses.get(seq).cloned(),
         Target::Token { .. } => None,
     };
-    let (replica, probe) = (work.replica, work.probe.map(|probe| probe.environment));
-    Some(Attempt { position, target, state, address, read_at, replica, probe })
+    Some(Attempt { position, target, state, address, read_at, replica: work.replica, probe: work.probe })
+}
+
+/// The targets that are due in the order in which they are tried. A probe tries first what was not tried before: what
+/// was refused already may have been refused rightly.
+fn in_order(work: &Work, due: &[usize]) -> Vec<usize> {
+    let mut due = due.to_vec();
+    if work.probe.is_some() {
+        due.sort_by_key(|position| work.lease.chunk.states.get(*position).map(|state| (state.is_in_doubt(), state.at)));
+    }
+    due
 }
 
 struct Attempt {
@@ -624,8 +836,8 @@ struct Attempt {
     address: Option<Address>,
     read_at: Duration,
     replica: ReplicaId,
-    /// Where a breaker is to be passed.
-    probe: Option<Environment>,
+    /// A breaker that is to be passed.
+    probe: Option<Probe>,
 }
 
 /// Where one push goes.
@@ -666,23 +878,6 @@ fn environment(
     .filter(|e| environments.contains(e))
 }
 
-/// Whether APNs looked at the push itself: it authenticates first. A server's trouble proves nothing.
-fn proves_credential(outcome: &Outcome) -> bool {
-    match outcome {
-        Outcome::Accepted
-        | Outcome::Rejected
-        | Outcome::BadToken
-        | Outcome::WrongTopic
-        | Outcome::Gone { .. }
-        | Outcome::Deferred { whose: Busy::Device, .. } => true,
-        Outcome::Deferred { whose: Busy::Server, .. }
-        | Outcome::Withheld(_)
-        | Outcome::Unsent
-        | Outcome::Unknown
-        | Outcome::Fenced => false,
-    }
-}
-
 /// Whether the device's row does not say it yet: a second broadcast on a day writes no device.
 fn is_news(effect: &DeviceEffect, address: &Address, now: Timestamp) -> bool {
     match effect {
@@ -690,7 +885,7 @@ fn is_news(effect: &DeviceEffect, address: &Address, now: Timestamp) -> bool {
             address.environment != Some(*environment)
                 || address.last_accepted_at.is_none_or(|at| now.since(at) >= ACCEPTED_WITHIN)
         }
-        DeviceEffect::Dead { .. } | DeviceEffect::Bad | DeviceEffect::Suspend => true,
+        DeviceEffect::Dead { .. } | DeviceEffect::Bad { .. } | DeviceEffect::Suspend { .. } => true,
     }
 }
 

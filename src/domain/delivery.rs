@@ -11,7 +11,7 @@ use super::{
     clock::Timestamp,
     device::{DeviceSeq, DeviceToken, Generation},
     notification::{Counts, NotificationId},
-    outcome::{Answer, Busy, Cause, Fault, Outcome, Reply, own},
+    outcome::{Answer, Busy, Cause, Fault, Outcome, Reason, Reply, own},
     push::OnUnknown,
     topic::Environment,
 };
@@ -196,6 +196,15 @@ impl State {
         self.refused_sandbox = false;
     }
 
+    /// Whether the last answer refused the token for good and it was not known what to think of that.
+    #[must_use]
+    pub fn is_in_doubt(&self) -> bool {
+        self.is_open()
+            && self.cause.as_ref().is_some_and(|cause| {
+                cause.apns_status == Some(400) && Reason::from(&*cause.reason).is_about_the_token()
+            })
+    }
+
     /// Whether this environment has refused the token as bad in this delivery.
     #[must_use]
     pub const fn refused_in(&self, environment: Environment) -> bool {
@@ -248,6 +257,14 @@ impl Chunk {
         self.states.iter().all(|state| !state.is_open())
     }
 
+    /// Ends whatever is open, without an attempt. What bears a durable mark may have been written: it is ambiguous.
+    pub fn end_open(&mut self, status: DeliveryStatus, cause: &Cause, at: Timestamp) {
+        for state in self.states.iter_mut().filter(|state| state.is_open()) {
+            state.ambiguous |= state.marked;
+            state.end(status, Some(cause.clone()), at);
+        }
+    }
+
     /// When the next open target may be tried; `None` if none is open.
     #[must_use]
     pub fn next_try_at(&self, due_at: Timestamp) -> Option<Timestamp> {
@@ -270,14 +287,29 @@ pub struct Circumstances<'a> {
     pub environments: &'a [Environment],
     /// Where this attempt went.
     pub environment: Environment,
-    /// Whether APNs ever accepted a push for this device.
-    pub ever_accepted: bool,
+    /// Whether APNs ever accepted a push for this device's token in this environment.
+    pub accepted_here: bool,
+    /// What is thought of tokens refused here lately; `None`: that is not known yet. Asked for only by an answer that
+    /// [`Conclusion::awaits_judgement`].
+    pub judgement: Option<Judgement>,
     /// Between 0 and 1: spreads retries by up to half of their delay.
     pub jitter: f64,
 }
 
+/// What is thought of device tokens that APNs refused in some app and environment, from all that it answered there at
+/// that time (promise 5). The worst is the greatest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Judgement {
+    /// The tokens are to blame: enough others are accepted.
+    Healthy,
+    /// Nobody can say: hardly anything was accepted lately. Nothing follows but another try later.
+    Unjudged,
+    /// The fault is ours: too many tokens that worked are refused.
+    Wave,
+}
+
 /// What an attempt says of the device itself. Raw tokens have none.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum DeviceEffect {
     /// Accepted in this environment: it is known to be the token's.
     Accepted(Environment),
@@ -288,10 +320,18 @@ pub enum DeviceEffect {
         /// APNs' timestamp, or the time of sending.
         since: Timestamp,
     },
-    /// Refused as a bad token everywhere, and never accepted: inactive.
-    Bad,
-    /// Refused as a bad token, but accepted before: not sent to until it registers again.
-    Suspend,
+    /// Refused as a bad token everywhere, and never accepted: inactive, unless it has registered after this push was
+    /// written.
+    Bad {
+        /// When the push was written.
+        sent_at: Timestamp,
+    },
+    /// Refused as a bad token, but accepted before: not sent to until it registers again, which it may have done since
+    /// this push was written.
+    Suspend {
+        /// When the push was written.
+        sent_at: Timestamp,
+    },
 }
 
 /// What follows from an attempt.
@@ -303,6 +343,9 @@ pub struct Conclusion {
     pub effect: Option<DeviceEffect>,
     /// What it says of the credential: a breaker opens.
     pub fault: Option<Fault>,
+    /// APNs refused the token for good, and nothing follows from that before it is known whether the fault is ours: to
+    /// be concluded again, from the state before, with a [`Judgement`].
+    pub awaits_judgement: bool,
 }
 
 /// Moves a delivery on after an attempt. Pure; one exhaustive match.
@@ -313,6 +356,7 @@ pub fn conclude(state: &State, reply: &Reply, with: Circumstances<'_>) -> Conclu
     next.marked = false;
     let mut effect = None;
     let mut fault = None;
+    let mut awaits_judgement = false;
     let cause = reply.answer.as_ref().and_then(cause_of);
     if !matches!(reply.outcome, Outcome::Unsent | Outcome::Fenced) {
         next.attempts += 1;
@@ -323,29 +367,34 @@ pub fn conclude(state: &State, reply: &Reply, with: Circumstances<'_>) -> Conclu
             next.end(DeliveryStatus::Accepted, None, with.now);
             effect = Some(DeviceEffect::Accepted(with.environment));
         }
-        Outcome::Rejected | Outcome::WrongTopic => {
+        Outcome::Rejected => {
             next.end(DeliveryStatus::Failed, cause, with.now);
         }
-        Outcome::BadToken => {
+        Outcome::BadToken if may_try_other(state, with) => {
             match with.environment {
                 Environment::Production => next.refused_production = true,
                 Environment::Sandbox => next.refused_sandbox = true,
             }
-            let other = with.environment.other();
-            let may_try_other = with.named_environment.is_none()
-                && !with.ever_accepted
-                && with.environments.contains(&other)
-                && !next.refused_in(other);
-            if may_try_other {
-                next.cause = cause;
-            } else {
-                effect = if with.ever_accepted {
-                    Some(DeviceEffect::Suspend)
-                } else {
-                    // One environment alone proves nothing where the caller insisted on it.
-                    with.named_environment.is_none().then_some(DeviceEffect::Bad)
-                };
-                next.end(DeliveryStatus::Failed, cause, with.now);
+            next.cause = cause;
+        }
+        Outcome::BadToken | Outcome::WrongTopic => {
+            // In doubt, what was found out about where the token works counts for nothing.
+            next.refused_production = false;
+            next.refused_sandbox = false;
+            next.cause.clone_from(&cause);
+            match with.judgement {
+                Some(Judgement::Healthy) => {
+                    if reply.outcome == Outcome::BadToken {
+                        effect = blame(with, reply.sent_at.unwrap_or(with.now));
+                    }
+                    next.end(DeliveryStatus::Failed, cause, with.now);
+                }
+                Some(Judgement::Unjudged) => {
+                    let delay = back_off(Busy::Server, next.attempts, with.jitter);
+                    postpone(&mut next, delay.max(UNJUDGED_PAUSE), with.now, with.deadline);
+                }
+                Some(Judgement::Wave) => fault = reply.answer.as_ref().map(Fault::from),
+                None => awaits_judgement = true,
             }
         }
         Outcome::Gone { since } => {
@@ -359,9 +408,9 @@ pub fn conclude(state: &State, reply: &Reply, with: Circumstances<'_>) -> Conclu
             // "At once, elsewhere" has an end too.
             let delay = match after {
                 Some(after) if !after.is_zero() || next.attempts <= AT_ONCE => *after,
-                Some(_) | None => spread(delay_after(*whose, next.attempts), with.jitter),
+                Some(_) | None => back_off(*whose, next.attempts, with.jitter),
             };
-            retry_or_expire(&mut next, delay, with);
+            postpone(&mut next, delay, with.now, with.deadline);
         }
         Outcome::Withheld(found) => {
             next.cause = cause;
@@ -377,13 +426,32 @@ pub fn conclude(state: &State, reply: &Reply, with: Circumstances<'_>) -> Conclu
                     next.end(DeliveryStatus::Unknown, Some(own::NO_ANSWER), with.now);
                 }
                 OnUnknown::Retry => {
-                    let delay = spread(delay_after(Busy::Server, next.attempts), with.jitter);
-                    retry_or_expire(&mut next, delay, with);
+                    let delay = back_off(Busy::Server, next.attempts, with.jitter);
+                    postpone(&mut next, delay, with.now, with.deadline);
                 }
             }
         }
     }
-    Conclusion { state: next, effect, fault }
+    Conclusion { state: next, effect, fault, awaits_judgement }
+}
+
+/// Whether a token that is bad here may be one of the other environment: that is tried once, where nobody knows better.
+fn may_try_other(state: &State, with: Circumstances<'_>) -> bool {
+    let other = with.environment.other();
+    with.judgement != Some(Judgement::Wave)
+        && with.named_environment.is_none()
+        && !with.accepted_here
+        && with.environments.contains(&other)
+        && !state.refused_in(other)
+}
+
+/// What a bad token means for its device.
+fn blame(with: Circumstances<'_>, sent_at: Timestamp) -> Option<DeviceEffect> {
+    if with.accepted_here {
+        return Some(DeviceEffect::Suspend { sent_at });
+    }
+    // One environment alone proves nothing where the caller insisted on it.
+    with.named_environment.is_none().then_some(DeviceEffect::Bad { sent_at })
 }
 
 fn cause_of(answer: &Answer) -> Option<Cause> {
@@ -397,9 +465,10 @@ fn cause_of(answer: &Answer) -> Option<Cause> {
 /// How many tries may follow at once when a server sends us elsewhere; then it counts as busy.
 const AT_ONCE: u32 = 3;
 
-/// The sheet's retry arithmetic, §14. `attempt` counts from 1.
-fn delay_after(whose: Busy, attempt: u32) -> Duration {
-    match whose {
+/// The sheet's retry arithmetic, §14. `attempt` counts from 1; `jitter`, between 0 and 1, spreads it by up to half.
+#[must_use]
+pub fn back_off(whose: Busy, attempt: u32, jitter: f64) -> Duration {
+    let delay = match whose {
         Busy::Device => Duration::from_secs((1_u64 << attempt.clamp(1, 9)).min(300)),
         Busy::Server => Duration::from_secs(match attempt {
             0 | 1 => 1,
@@ -408,23 +477,25 @@ fn delay_after(whose: Busy, attempt: u32) -> Duration {
             4 => 120,
             _ => 900,
         }),
-    }
-}
-
-fn spread(delay: Duration, jitter: f64) -> Duration {
+    };
     delay.mul_f64(0.5 + jitter.clamp(0.0, 1.0))
 }
+
+/// A token of which nobody can say whether it is bad is not tried again sooner.
+const UNJUDGED_PAUSE: Duration = Duration::from_secs(30);
 
 /// The shortest time worth waiting for one more try before the deadline.
 const LAST_TRY: Duration = Duration::from_secs(1);
 
-fn retry_or_expire(state: &mut State, delay: Duration, with: Circumstances<'_>) {
-    let last = with.deadline.minus(LAST_TRY);
-    if with.now >= last {
-        state.end(DeliveryStatus::Expired, state.cause.clone(), with.now);
+/// Puts the next try off, at most to shortly before the deadline; ends as expired what has no time left.
+pub fn postpone(state: &mut State, delay: Duration, now: Timestamp, deadline: Timestamp) {
+    let last = deadline.minus(LAST_TRY);
+    if now >= last {
+        let cause = state.cause.clone().unwrap_or(own::EXPIRED);
+        state.end(DeliveryStatus::Expired, Some(cause), now);
         return;
     }
-    state.retry_at = Some(with.now.plus(delay).min(last));
+    state.retry_at = Some(now.plus(delay).min(last));
 }
 
 /// A compact form that this version did not write, or that lost its meaning.
@@ -711,7 +782,6 @@ impl<'a> Input<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::domain::outcome::Reason;
 
     const NOW: Timestamp = Timestamp::from_seconds(1_795_000_000);
 
@@ -723,7 +793,8 @@ mod tests {
             named_environment: None,
             environments: &Environment::ALL,
             environment: Environment::Production,
-            ever_accepted: false,
+            accepted_here: false,
+            judgement: Some(Judgement::Healthy),
             jitter: 0.5,
         }
     }
@@ -768,16 +839,22 @@ mod tests {
         assert!(first.state.is_open() && first.effect.is_none());
         let sandbox = Circumstances { environment: Environment::Sandbox, ..circumstances() };
         let both = conclude(&first.state, &bad_token(), sandbox);
-        assert_eq!((both.state.status, both.effect), (DeliveryStatus::Failed, Some(DeviceEffect::Bad)));
+        assert_eq!(
+            (both.state.status, both.effect),
+            (DeliveryStatus::Failed, Some(DeviceEffect::Bad { sent_at: NOW }))
+        );
         let learned = conclude(&first.state, &reply(Outcome::Accepted, 200, ""), sandbox);
         assert_eq!(learned.effect, Some(DeviceEffect::Accepted(Environment::Sandbox)));
     }
 
     #[test]
     fn a_bad_token_once_accepted_is_suspended_and_not_tried_elsewhere() {
-        let with = Circumstances { ever_accepted: true, ..circumstances() };
+        let with = Circumstances { accepted_here: true, ..circumstances() };
         let refused = conclude(&State::PENDING, &bad_token(), with);
-        assert_eq!((refused.state.status, refused.effect), (DeliveryStatus::Failed, Some(DeviceEffect::Suspend)));
+        assert_eq!(
+            (refused.state.status, refused.effect),
+            (DeliveryStatus::Failed, Some(DeviceEffect::Suspend { sent_at: NOW }))
+        );
     }
 
     #[test]
@@ -785,6 +862,36 @@ mod tests {
         let with = Circumstances { named_environment: Some(Environment::Production), ..circumstances() };
         let refused = conclude(&State::PENDING, &bad_token(), with);
         assert_eq!((refused.state.status, refused.effect), (DeliveryStatus::Failed, None));
+    }
+
+    #[test]
+    fn before_a_refused_token_is_judged_nothing_follows_from_it() {
+        for outcome in [Outcome::BadToken, Outcome::WrongTopic] {
+            let reason = if outcome == Outcome::BadToken { "BadDeviceToken" } else { "DeviceTokenNotForTopic" };
+            let refusal = reply(outcome, 400, reason);
+            let with = |judgement| Circumstances { accepted_here: true, judgement, ..circumstances() };
+            let before = conclude(&State::PENDING, &refusal, with(None));
+            assert!(before.awaits_judgement && before.state.is_open() && before.state.is_in_doubt());
+            assert_eq!((before.effect, before.fault, before.state.attempts), (None, None, 1));
+            let wave = conclude(&State::PENDING, &refusal, with(Some(Judgement::Wave)));
+            assert!(wave.state.is_open() && wave.state.retry_at.is_none() && wave.effect.is_none());
+            assert_eq!(wave.fault, Some(Fault { status: 400, reason: reason.into() }));
+            let unjudged = conclude(&State::PENDING, &refusal, with(Some(Judgement::Unjudged)));
+            assert!(unjudged.state.is_open() && unjudged.effect.is_none() && unjudged.fault.is_none());
+            assert_eq!(unjudged.state.retry_at, Some(NOW.plus(Duration::from_secs(30))));
+        }
+    }
+
+    #[test]
+    fn a_wave_forgets_which_environments_refused_a_token_never_accepted() {
+        let first = conclude(&State::PENDING, &bad_token(), circumstances()).state;
+        let sandbox = Circumstances { environment: Environment::Sandbox, ..circumstances() };
+        for judgement in [None, Some(Judgement::Unjudged), Some(Judgement::Wave)] {
+            let state = conclude(&first, &bad_token(), Circumstances { judgement, ..sandbox }).state;
+            assert!(!state.refused_production && !state.refused_sandbox, "{judgement:?}: it starts over");
+        }
+        let probe = Circumstances { judgement: Some(Judgement::Wave), ..circumstances() };
+        assert!(!conclude(&State::PENDING, &bad_token(), probe).state.refused_production, "nor by a probe");
     }
 
     #[test]

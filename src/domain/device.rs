@@ -248,7 +248,7 @@ pub struct Device {
     pub created_at: Timestamp,
     /// When the app last presented this token.
     pub last_registered_at: Timestamp,
-    /// When APNs last accepted a push for it, to within a day; `None`: never.
+    /// When APNs last accepted a push for this token in this environment, to within a day; `None`: never.
     pub last_accepted_at: Option<Timestamp>,
 }
 
@@ -358,12 +358,12 @@ impl Device {
         match registration.environment {
             Field::Absent => {}
             Field::Clear => {
-                self.environment = None;
+                self.learn_anew(None);
                 self.environment_named = None;
             }
             Field::Set(named) => {
                 if self.environment_named != Some(named) {
-                    self.environment = Some(named);
+                    self.learn_anew(Some(named));
                 }
                 self.environment_named = Some(named);
             }
@@ -406,6 +406,14 @@ impl Device {
         self.change_user(user)
     }
 
+    /// The token is said to work there. What APNs accepted somewhere else proves nothing of that.
+    fn learn_anew(&mut self, environment: Option<Environment>) {
+        if self.environment != environment {
+            self.environment = environment;
+            self.last_accepted_at = None;
+        }
+    }
+
     fn change_user(&mut self, user: Option<UserId>) -> bool {
         if self.user_id == user {
             return false;
@@ -434,8 +442,16 @@ pub struct Address {
     pub environment: Option<Environment>,
     /// Whether it is sent to.
     pub status: DeviceStatus,
-    /// When APNs last accepted a push for it, to within a day; `None`: never.
+    /// When APNs last accepted a push for this token in this environment, to within a day; `None`: never.
     pub last_accepted_at: Option<Timestamp>,
+}
+
+impl Address {
+    /// Whether APNs has ever accepted a push for this token there.
+    #[must_use]
+    pub fn was_accepted_in(&self, environment: Environment) -> bool {
+        self.last_accepted_at.is_some() && self.environment == Some(environment)
+    }
 }
 
 #[cfg(test)]
@@ -528,6 +544,25 @@ mod tests {
         named.environment = Field::Set(Environment::Production);
         device.refresh(&named, LATER);
         assert_eq!(device.environment, Some(Environment::Production));
+    }
+
+    #[test]
+    fn an_acceptance_counts_for_the_environment_it_was_in_and_no_other() {
+        let mut named = registration("a1b2");
+        let mut device = named.into_device(AT);
+        (device.environment, device.last_accepted_at) = (Some(Environment::Production), Some(AT));
+        named.environment = Field::Set(Environment::Production);
+        device.refresh(&named, LATER);
+        assert_eq!(device.last_accepted_at, Some(AT), "naming what is known changes nothing");
+        named.environment = Field::Set(Environment::Sandbox);
+        device.refresh(&named, LATER);
+        assert_eq!(device.last_accepted_at, None);
+        (device.environment, device.last_accepted_at) = (Some(Environment::Production), Some(AT));
+        device.refresh(&named, LATER);
+        assert_eq!(device.last_accepted_at, Some(AT), "nor does repeating a wrong name");
+        named.environment = Field::Clear;
+        device.refresh(&named, LATER);
+        assert_eq!((device.environment, device.last_accepted_at), (None, None));
     }
 
     #[test]

@@ -118,6 +118,9 @@ impl Audience {
     /// The longest list of users, devices or tokens.
     pub const MAX_LIST: usize = 20_000;
 
+    /// A longer list is resolved piece by piece, as tags and everyone are.
+    pub const AT_ONCE: usize = 2_000;
+
     /// How many were named; `None` for tags and everyone.
     #[must_use]
     pub fn named(&self) -> Option<usize> {
@@ -127,6 +130,12 @@ impl Audience {
             Self::Tokens(tokens) => Some(tokens.len()),
             Self::Tags { .. } | Self::Everyone => None,
         }
+    }
+
+    /// Whether it is read as a whole, when it is accepted or claimed; else piece by piece, when it is claimed.
+    #[must_use]
+    pub fn is_short(&self) -> bool {
+        self.named().is_some_and(|named| named <= Self::AT_ONCE)
     }
 
     /// The lane used when the caller names none.
@@ -310,5 +319,8 @@ pub struct NotificationView {
     pub waiting_for: Option<WaitingFor>,
     pub warnings: Vec<Warning>,
     pub created_at: Timestamp,
+    /// Absent in answers that were kept before there was cancelling.
+    #[serde(default)]
+    pub cancelled_at: Option<Timestamp>,
     pub done_at: Option<Timestamp>,
 }

@@ -58,6 +58,14 @@ reasons! {
     TopicMismatch,
 }
 
+impl Reason {
+    /// Whether it refuses the device's token, which many devices at once cannot be to blame for.
+    #[must_use]
+    pub const fn is_about_the_token(&self) -> bool {
+        matches!(self, Self::BadDeviceToken | Self::DeviceTokenNotForTopic)
+    }
+}
+
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
@@ -85,6 +93,13 @@ pub struct Fault {
 }
 
 impl Fault {
+    /// Whether APNs accepts the credential and refuses device tokens that worked: only a token that it knows shows that
+    /// such a fault is over.
+    #[must_use]
+    pub const fn is_wave(&self) -> bool {
+        self.reason.is_about_the_token()
+    }
+
     /// What an operator should do about it. A sentence.
     #[must_use]
     pub fn cure(&self) -> &'static str {
@@ -107,13 +122,19 @@ impl Fault {
                 "Two unrelated keys met on one connection: check that each [[app]] names its own key."
             }
             Reason::DeviceTokenNotForTopic => {
-                "Many tokens do not belong to this topic: check `topic` in apps.toml, and which app registers them."
+                "Tokens that worked do not belong to this topic: check `topic` of this app in apps.toml against the app's bundle id, and that each token is registered under the topic and the `push_type` it was made for."
             }
             Reason::BadDeviceToken => {
-                "Tokens that worked are refused in a wave: check `environments` in apps.toml and the addresses in [apns]."
+                "Tokens that worked are refused: check that `production` and `sandbox` in [apns] are Apple's addresses of that environment and not of the other, and `environments` of this app in apps.toml."
             }
             _ => "APNs refuses this credential: check the key in the Apple developer account, and apps.toml.",
         }
+    }
+}
+
+impl From<&Answer> for Fault {
+    fn from(answer: &Answer) -> Self {
+        Self { status: answer.status, reason: answer.reason.clone().unwrap_or_else(|| Reason::from("")) }
     }
 }
 
@@ -217,6 +238,8 @@ pub mod own {
     pub const NO_ANSWER: Cause = Cause::own("NoAnswer");
     /// The app has no key for the environment.
     pub const NO_KEY: Cause = Cause::own("NoKeyForEnvironment");
+    /// The caller cancelled the notification before it left.
+    pub const CANCELLED: Cause = Cause::own("Cancelled");
     /// Dropped by the operator while held.
     pub const DROPPED: Cause = Cause::own("Dropped");
 }

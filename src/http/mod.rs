@@ -131,7 +131,7 @@ pub fn router(services: Services) -> Router {
         .route("/v1/apps/{topic}/pause", post(v1::apps::pause))
         .route("/v1/apps/{topic}/resume", post(v1::apps::resume))
         .route("/v1/notifications", post(v1::notifications::send).get(v1::notifications::list))
-        .route("/v1/notifications/{id}", get(v1::notifications::one))
+        .route("/v1/notifications/{id}", get(v1::notifications::one).delete(v1::notifications::cancel))
         .route("/v1/notifications/{id}/deliveries", get(v1::notifications::deliveries))
         .merge(health());
     if !elsewhere {

@@ -4,6 +4,9 @@
 //! check and the whole is `warn`. Each check says what it means and what to do. Looking costs the database at most one
 //! round a second, however many ask.
 
+pub mod clock;
+pub mod keeper;
+
 use std::{fmt::Write as _, sync::Arc, time::Duration};
 
 use metrics_exporter_prometheus::PrometheusHandle;
@@ -15,7 +18,7 @@ use crate::{
         clock::{Clock, Timestamp},
         notification::Lane,
     },
-    store::{Breaker, QueueDepth, Replica, SchemaState, Store, StoreError},
+    store::{Breaker, QueueDepth, Replica, SchemaState, Store, StoreError, retention::Sizes},
     telemetry::names,
 };
 
@@ -86,6 +89,12 @@ const FRESH_FOR: Duration = Duration::from_secs(1);
 /// How long the database may take for a look.
 const PATIENCE: Duration = Duration::from_secs(3);
 
+/// How long a round of housekeeping may be over before somebody should look.
+const HOUSE_LATE: Duration = Duration::from_secs(6 * 3600);
+
+/// How long sizes are shown again before anybody measures anew.
+const SIZES_FRESH_FOR: Duration = Duration::from_secs(600);
+
 /// How long the oldest due work of a lane may wait before somebody should look.
 const fn patience_of(lane: Lane) -> Duration {
     match lane {
@@ -103,6 +112,10 @@ pub struct Health {
     warnings: Vec<String>,
     prometheus: PrometheusHandle,
     last: Mutex<Option<(Duration, Report)>>,
+    /// When this process began to look, and so the earliest time since which housekeeping can be late.
+    since: Timestamp,
+    /// When sizes were measured last, or were tried to be.
+    measured_at: Mutex<Option<Duration>>,
 }
 
 /// What one look at the database found.
@@ -112,6 +125,8 @@ struct Seen {
     breakers: Vec<Breaker>,
     depth: Vec<QueueDepth>,
     replicas: Vec<Replica>,
+    /// Whatever was due then has been deleted.
+    house_kept_at: Option<Timestamp>,
 }
 
 impl Health {
@@ -124,7 +139,9 @@ impl Health {
         warnings: Vec<String>,
         prometheus: PrometheusHandle,
     ) -> Self {
-        Self { store, gateway, clock, warnings, prometheus, last: Mutex::new(None) }
+        let since = clock.now();
+        let (last, measured_at) = (Mutex::new(None), Mutex::new(None));
+        Self { store, gateway, clock, warnings, prometheus, last, since, measured_at }
     }
 
     /// How everything stands, at most a second old.
@@ -148,8 +165,30 @@ impl Health {
         metrics::gauge!(names::BUILD_INFO, "version" => report.version).set(1.0);
         let up = f64::from(u8::from(report.is_ready()));
         metrics::gauge!(names::DATABASE_UP).set(up);
+        if report.is_ready() {
+            self.measure().await;
+        }
         self.prometheus.run_upkeep();
         self.prometheus.render()
+    }
+
+    /// Sets the gauges of sizes, unless that was done a short time ago. What the database does not say in time is shown
+    /// as it was.
+    async fn measure(&self) {
+        let mut measured_at = self.measured_at.lock().await;
+        let now = self.clock.monotonic();
+        if measured_at.is_some_and(|at| now.saturating_sub(at) < SIZES_FRESH_FOR) {
+            return;
+        }
+        *measured_at = Some(now);
+        let sizes = tokio::select! {
+            sizes = self.store.sizes() => sizes,
+            () = self.clock.sleep(PATIENCE) => Err(StoreError::Unavailable("no answer within 3 seconds".into())),
+        };
+        match sizes {
+            Ok(sizes) => size_gauges(&sizes),
+            Err(error) => tracing::warn!(error = &error as &dyn std::error::Error, "tables could not be measured"),
+        }
     }
 
     async fn look(&self) -> Report {
@@ -182,7 +221,10 @@ impl Health {
             match seen {
                 Ok(seen) => {
                     Self::judge(&seen, now, &mut checks);
+                    checks.push(self.judge_house(&seen, now));
                     gauges(&seen, &routes, now);
+                    let kept_at = seen.house_kept_at.unwrap_or(self.since);
+                    metrics::gauge!(names::RETENTION_BEHIND).set(now.since(kept_at).as_secs_f64());
                 }
                 Err(error) => checks.push(Check {
                     name: "database:read".into(),
@@ -196,6 +238,9 @@ impl Health {
             }
         }
         judge_routes(&routes, now, &mut checks);
+        if !routes.is_empty() {
+            checks.push(clock::check(&routes, now));
+        }
         for warning in &self.warnings {
             checks.push(Check {
                 name: "configuration:secrets".into(),
@@ -225,7 +270,31 @@ impl Health {
             breakers: self.store.breakers().await?,
             depth: self.store.depth(now).await?,
             replicas: self.store.replicas().await?,
+            house_kept_at: self.store.house_kept_at().await?,
         })
+    }
+
+    fn judge_house(&self, seen: &Seen, now: Timestamp) -> Check {
+        // Not since before this process: a service that was stopped for a week is given time to catch up.
+        let kept_at = seen.house_kept_at.map_or(self.since, |at| at.max(self.since));
+        let late = now.since(kept_at) > HOUSE_LATE;
+        let last = seen.house_kept_at.map_or_else(
+            || "housekeeping has not come to its end yet".to_owned(),
+            |at| format!("what was due by {at} has been deleted"),
+        );
+        Check {
+            name: "retention:behind".into(),
+            component: None,
+            status: if late { Status::Warn } else { Status::Pass },
+            observed: Some(format!("{} s", now.since(seen.house_kept_at.unwrap_or(self.since)).as_secs())),
+            output: last,
+            advice: if late {
+                "More is due than is deleted, or deleting fails: look at the log for `could not all be deleted`, at sonnette_retention_deleted_total and sonnette_table_rows in /metrics, and at the database's load. Nothing is lost; the tables grow.".into()
+            } else {
+                String::new()
+            },
+            time: now,
+        }
     }
 
     fn judge(seen: &Seen, now: Timestamp, checks: &mut Vec<Check>) {
@@ -244,18 +313,7 @@ impl Health {
                 checks.push(paused(breaker, now));
                 continue;
             }
-            checks.push(Check {
-                name: "apns:breaker".into(),
-                component: Some(format!("{} {}", breaker.topic, breaker.environment)),
-                status: Status::Fail,
-                observed: Some(breaker.fault.to_string()),
-                output: format!(
-                    "APNs refuses the credential of `{}` in {} since {}: {}. {} pieces of work wait; no device is touched; one push is tried at {}.",
-                    breaker.topic, breaker.environment, breaker.opened_at, breaker.fault, breaker.parked, breaker.next_probe_at
-                ),
-                advice: breaker.fault.cure().into(),
-                time: now,
-            });
+            checks.push(broken(breaker, now));
         }
         for lane in Lane::ALL {
             let oldest = seen.depth.iter().filter(|d| d.lane == lane).filter_map(|d| d.oldest_due_at).min();
@@ -296,6 +354,22 @@ impl Health {
             "replicas that share this database",
             Some(seen.replicas.len().to_string()),
         ));
+    }
+}
+
+fn broken(breaker: &Breaker, now: Timestamp) -> Check {
+    let refused = if breaker.fault.is_wave() { "device tokens that worked before" } else { "the credential" };
+    Check {
+        name: "apns:breaker".into(),
+        component: Some(format!("{} {}", breaker.topic, breaker.environment)),
+        status: Status::Fail,
+        observed: Some(breaker.fault.to_string()),
+        output: format!(
+            "APNs refuses {refused} of `{}` in {} since {}: {}. {} pieces of work wait; no device is touched; one push is tried at {}.",
+            breaker.topic, breaker.environment, breaker.opened_at, breaker.fault, breaker.parked, breaker.next_probe_at
+        ),
+        advice: breaker.fault.cure().into(),
+        time: now,
     }
 }
 
@@ -372,6 +446,9 @@ fn gauges(seen: &Seen, routes: &[RouteReport], now: Timestamp) {
         let age = depth.oldest_due_at.map_or(Duration::ZERO, |at| now.since(at));
         metrics::gauge!(names::QUEUE_OLDEST_AGE, &labels).set(age.as_secs_f64());
     }
+    if let Some(skew) = clock::skew_seconds(routes) {
+        names::clock_skew(skew);
+    }
     for route in routes {
         let labels = [("topic", route.topic.to_string()), ("environment", route.environment.to_string())];
         let open = seen.breakers.iter().any(|b| {
@@ -384,6 +461,16 @@ fn gauges(seen: &Seen, routes: &[RouteReport], now: Timestamp) {
         }
     }
     metrics::gauge!(names::REPLICAS).set(seen.replicas.len() as f64);
+}
+
+#[expect(clippy::cast_precision_loss, reason = "gauges are floats; bytes stay far below 2^52")]
+fn size_gauges(sizes: &Sizes) {
+    for size in &sizes.tables {
+        metrics::gauge!(names::TABLE_BYTES, "table" => size.table.clone()).set(size.bytes as f64);
+        metrics::gauge!(names::TABLE_ROWS, "table" => size.table.clone()).set(size.rows as f64);
+    }
+    metrics::gauge!(names::DATABASE_BYTES).set(sizes.bytes as f64);
+    metrics::gauge!(names::DATABASE_FREE_BYTES).set(sizes.free_bytes as f64);
 }
 
 /// An error and what caused it, in one line.

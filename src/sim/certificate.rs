@@ -18,6 +18,8 @@ use rcgen::{
 };
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 
+use super::client_certificate::AnyCertificate;
+
 /// What can go wrong with certificates.
 #[derive(Debug, thiserror::Error)]
 pub enum CertificateError {
@@ -79,18 +81,20 @@ impl Authority {
         Ok(Self { pem, file, issuer, folder: folder.to_owned() })
     }
 
-    /// TLS settings of the server: a fresh certificate for this machine and `names`, TLS 1.2 and 1.3, ALPN `h2` only.
+    /// TLS settings of the server: a fresh certificate for this machine and `names`, TLS 1.2 and 1.3, ALPN `h2` only,
+    /// client certificates as they like.
     pub(super) fn server_config(&self, names: &[String]) -> Result<rustls::ServerConfig, CertificateError> {
         let refused = |source| CertificateError::Authority { folder: self.folder.clone(), source };
         let key = KeyPair::generate().map_err(refused)?;
         let certificate =
             server_params(names).and_then(|params| params.signed_by(&key, &self.issuer)).map_err(refused)?;
         let private = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
-        let mut config =
-            rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
-                .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])?
-                .with_no_client_auth()
-                .with_single_cert(vec![certificate.der().clone()], private)?;
+        let provider = rustls::crypto::ring::default_provider();
+        let clients = Arc::new(AnyCertificate { algorithms: provider.signature_verification_algorithms });
+        let mut config = rustls::ServerConfig::builder_with_provider(Arc::new(provider))
+            .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])?
+            .with_client_cert_verifier(clients)
+            .with_single_cert(vec![certificate.der().clone()], private)?;
         config.alpn_protocols = vec![b"h2".to_vec()];
         Ok(config)
     }

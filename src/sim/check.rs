@@ -1,7 +1,8 @@
 //! The checks a request passes before its push is accepted, in the order of `apns-protocol.md` §13.
 //!
 //! Promises: pure, apart from what it is given; the first failing check answers. Apple documents no order; this one
-//! agrees with Apple's prose and with what others probed. Check 5 is `provider_token`, the registry half of check 7 is
+//! agrees with Apple's prose and with what others probed. Where Apple is silent or its pages disagree (the uncertainties
+//! of `apns-protocol.md` §15), strict checks refuse and lenient ones let through. Check 5 is `provider_token`, the registry half of check 7 is
 //! `devices`, check 9 is `fault`.
 
 use http::{HeaderMap, HeaderName, Method, header};
@@ -30,8 +31,13 @@ pub(super) static ID: HeaderName = HeaderName::from_static("apns-id");
 
 /// Checks 3: the path and then the method. Gives the device token's place in the path, unchecked.
 pub(super) fn route<'a>(method: &Method, path: &'a str) -> Result<&'a str, Reason> {
-    let token = path.strip_prefix(PATH).ok_or(Reason::BadPath)?;
+    let token = place(path).ok_or(Reason::BadPath)?;
     if *method == Method::POST { Ok(token) } else { Err(Reason::MethodNotAllowed) }
+}
+
+/// The device token's place in a path, unchecked.
+pub(super) fn place(path: &str) -> Option<&str> {
+    path.strip_prefix(PATH)
 }
 
 /// Check 4: no `apns-*` header and no `authorization` stands twice.
@@ -57,21 +63,35 @@ pub(super) struct Push<'a> {
     pub(super) topic: &'a str,
 }
 
-/// Check 6, all but whether the key may send to the topic.
-pub(super) fn push(headers: &HeaderMap) -> Result<Push<'_>, Reason> {
+/// Whether what may be refused is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Mode {
+    Strict,
+    /// Whatever passes strictly passes with the same meaning.
+    Lenient,
+}
+
+/// Check 6, all but whether the sender may send to the topic. `only_topic` is that of a certificate that has no other.
+pub(super) fn push<'a>(headers: &'a HeaderMap, mode: Mode, only_topic: Option<&'a str>) -> Result<Push<'a>, Reason> {
+    let is_strict = mode == Mode::Strict;
     let value = |name: &HeaderName| headers.get(name).map(http::HeaderValue::as_bytes);
-    let id = value(&ID).map(|id| identifiers::canonical(id).ok_or(Reason::BadMessageId)).transpose()?;
-    let expiration = value(&EXPIRATION).map(|time| expiration(time).ok_or(Reason::BadExpirationDate)).transpose()?;
+    let id = value(&ID).map(|id| message_id(id, mode).ok_or(Reason::BadMessageId)).transpose()?;
+    let expiration =
+        value(&EXPIRATION).map(|time| expiration(time, mode).ok_or(Reason::BadExpirationDate)).transpose()?;
     let priority = value(&PRIORITY).map(|priority| self::priority(priority).ok_or(Reason::BadPriority)).transpose()?;
-    let kind = value(&PUSH_TYPE).map(|kind| PushType::parse(kind).ok_or(Reason::InvalidPushType)).transpose()?;
-    if kind == Some(PushType::Background) && priority == Some(10) {
-        return Err(Reason::BadPriority); // documented as "an error"; the string is what uniqush saw
+    let kind = value(&PUSH_TYPE).map(|kind| push_type(kind, mode).ok_or(Reason::InvalidPushType)).transpose()?;
+    if is_strict && kind.is_none() {
+        return Err(Reason::InvalidPushType); // needed on watchOS only, and nobody can tell: U34
+    }
+    if is_strict && kind == Some(PushType::Background) && priority == Some(10) {
+        return Err(Reason::BadPriority); // documented as "an error"; the string is what uniqush saw: U33
     }
     let collapse_id = value(&COLLAPSE_ID);
     if collapse_id.is_some_and(|id| id.len() > MAX_COLLAPSE_ID_BYTES) {
         return Err(Reason::BadCollapseId);
     }
-    let topic = value(&TOPIC).filter(|topic| !topic.is_empty()).ok_or(Reason::MissingTopic)?;
+    let own = value(&TOPIC).filter(|topic| !topic.is_empty());
+    let topic = own.or(only_topic.map(str::as_bytes)).ok_or(Reason::MissingTopic)?;
     let topic = std::str::from_utf8(topic).ok().filter(|topic| is_topic(topic)).ok_or(Reason::BadTopic)?;
     Ok(Push { id, expiration, priority, kind, collapse_id, topic })
 }
@@ -98,12 +118,34 @@ pub(super) fn body(bytes: usize, push_type: Option<PushType>) -> Result<(), Reas
     }
 }
 
-fn expiration(value: &[u8]) -> Option<u64> {
+/// A UUID in canonical form, which Apple writes in lower case; if lenient, in any.
+fn message_id(value: &[u8], mode: Mode) -> Option<Uuid> {
+    let is_as_written = mode == Mode::Lenient || !value.iter().any(u8::is_ascii_uppercase);
+    identifiers::canonical(value).filter(|_| is_as_written)
+}
+
+/// Seconds since the epoch. What is no such time, but a number, is one if lenient: U28.
+fn expiration(value: &[u8], mode: Mode) -> Option<u64> {
+    if mode == Mode::Lenient {
+        let (is_negative, digits) = value.strip_prefix(b"-").map_or((false, value), |digits| (true, digits));
+        let seconds = (!digits.is_empty() && digits.iter().all(u8::is_ascii_digit)).then(|| {
+            digits.iter().fold(0, |sum: u64, digit| sum.saturating_mul(10).saturating_add(u64::from(digit - b'0')))
+        });
+        return if is_negative { seconds.map(|_| 0) } else { seconds };
+    }
     if value.is_empty() || value.len() > 12 || !value.iter().all(u8::is_ascii_digit) {
         return None;
     }
     let seconds = value.iter().fold(0, |sum: u64, digit| sum * 10 + u64::from(digit - b'0'));
     (seconds <= MAX_EXPIRATION_SECONDS).then_some(seconds)
+}
+
+/// A push type, in lower case or, if lenient, in any: U27.
+fn push_type(value: &[u8], mode: Mode) -> Option<PushType> {
+    match mode {
+        Mode::Strict => PushType::parse(value),
+        Mode::Lenient => PushType::parse(&value.to_ascii_lowercase()),
+    }
 }
 
 const fn priority(value: &[u8]) -> Option<u8> {
@@ -136,7 +178,13 @@ mod tests {
     }
 
     fn with_topic(name: &'static str, value: &str) -> Result<(), Reason> {
-        push(&headers(&[("apns-topic", "a.b"), (name, value)])).map(|_| ())
+        with_mode(name, value, Mode::Strict)
+    }
+
+    fn with_mode(name: &'static str, value: &str, mode: Mode) -> Result<(), Reason> {
+        let mut map = headers(&[("apns-topic", "a.b"), ("apns-push-type", "alert")]);
+        map.insert(name, HeaderValue::from_str(value).unwrap());
+        push(&map, mode, None).map(|_| ())
     }
 
     #[test]
@@ -194,8 +242,8 @@ mod tests {
     #[test]
     fn a_background_push_may_not_ask_for_priority_10() {
         let background = |priority| {
-            push(&headers(&[("apns-topic", "a.b"), ("apns-push-type", "background"), ("apns-priority", priority)]))
-                .map(|_| ())
+            let map = headers(&[("apns-topic", "a.b"), ("apns-push-type", "background"), ("apns-priority", priority)]);
+            push(&map, Mode::Strict, None).map(|_| ())
         };
         assert_eq!(background("10"), Err(Reason::BadPriority));
         assert_eq!(background("5"), Ok(()));
@@ -203,15 +251,41 @@ mod tests {
 
     #[test]
     fn a_topic_is_needed_and_looks_like_a_bundle_id() {
-        assert_eq!(push(&HeaderMap::new()).err(), Some(Reason::MissingTopic));
-        assert_eq!(push(&headers(&[("apns-topic", "")])).err(), Some(Reason::MissingTopic));
+        assert_eq!(
+            push(&headers(&[("apns-push-type", "alert")]), Mode::Strict, None).err(),
+            Some(Reason::MissingTopic)
+        );
+        assert_eq!(with_topic("apns-topic", ""), Err(Reason::MissingTopic));
         for bad in ["a b", "a..b", ".a", "a.", "<com.x.y>", "a/b", "é"] {
-            assert_eq!(push(&headers(&[("apns-topic", bad)])).err(), Some(Reason::BadTopic), "{bad}");
+            assert_eq!(with_topic("apns-topic", bad), Err(Reason::BadTopic), "{bad}");
         }
         for good in
             ["fr.ocpizza.livreur", "fr.ocpizza.livreur.push-type.liveactivity", "com.apple.mgmt.External.0a1b-2c"]
         {
-            assert!(push(&headers(&[("apns-topic", good)])).is_ok(), "{good}");
+            assert_eq!(with_topic("apns-topic", good), Ok(()), "{good}");
+        }
+    }
+
+    #[test]
+    fn what_apple_may_refuse_is_refused_strictly_and_let_through_leniently() {
+        for (name, value, reason) in [
+            ("apns-id", "123E4567-E89B-12D3-A456-4266554400A0", Reason::BadMessageId),
+            ("apns-push-type", "Alert", Reason::InvalidPushType),
+            ("apns-expiration", "1795372500000", Reason::BadExpirationDate),
+            ("apns-expiration", "-1", Reason::BadExpirationDate),
+            ("apns-expiration", "99999999999999999999999", Reason::BadExpirationDate),
+        ] {
+            assert_eq!(with_mode(name, value, Mode::Strict), Err(reason), "{name}: {value}");
+            assert_eq!(with_mode(name, value, Mode::Lenient), Ok(()), "{name}: {value}");
+        }
+        let bare = headers(&[("apns-topic", "a.b")]);
+        assert_eq!(push(&bare, Mode::Strict, None).err(), Some(Reason::InvalidPushType));
+        assert_eq!(push(&bare, Mode::Lenient, None).map(|push| push.kind), Ok(None));
+        let loud = headers(&[("apns-topic", "a.b"), ("apns-push-type", "background"), ("apns-priority", "10")]);
+        assert_eq!(push(&loud, Mode::Strict, None).err(), Some(Reason::BadPriority));
+        assert_eq!(push(&loud, Mode::Lenient, None).map(|push| push.priority), Ok(Some(10)));
+        for (name, value) in [("apns-push-type", "shout"), ("apns-expiration", "soon"), ("apns-expiration", "-")] {
+            assert!(with_mode(name, value, Mode::Lenient).is_err(), "{name}: {value}");
         }
     }
 
@@ -219,9 +293,9 @@ mod tests {
     fn the_first_failing_header_answers() {
         let all =
             headers(&[("apns-id", "x"), ("apns-expiration", "x"), ("apns-priority", "x"), ("apns-push-type", "x")]);
-        assert_eq!(push(&all).err(), Some(Reason::BadMessageId));
+        assert_eq!(push(&all, Mode::Strict, None).err(), Some(Reason::BadMessageId));
         let later = headers(&[("apns-priority", "x"), ("apns-push-type", "x")]);
-        assert_eq!(push(&later).err(), Some(Reason::BadPriority));
+        assert_eq!(push(&later, Mode::Strict, None).err(), Some(Reason::BadPriority));
     }
 
     #[test]

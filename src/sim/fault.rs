@@ -8,7 +8,7 @@
 //!   token.
 //! - **By script**, through [`Scripts`] or the control API: for a token, or for [`ANY_TOKEN`], the next *n* pushes or
 //!   all of them. Scripts of one token are used up in the order in which they were added; a script for the token itself
-//!   goes before one for any token, and both before the prefix.
+//!   goes before one for any token, and both before the prefix. What none of these is for may be decided by `chaos`.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -41,9 +41,45 @@ pub(super) enum Answer {
 }
 
 impl Answer {
+    /// The answer with this status and reason; 200 is an acceptance.
+    pub(super) fn from_parts(status: u16, reason: Option<&str>, timestamp: Option<Timestamp>) -> Self {
+        match reason.and_then(|name| Reason::find(status, name)) {
+            _ if status == 200 => Self::Accepted,
+            Some(known) => Self::Refused(known, timestamp),
+            None => Self::Other { status, reason: reason.map(str::to_owned), timestamp },
+        }
+    }
+
+    /// Whether it counts against the provider: every refusal but 410 (Apple: "Sending notification requests to APNs").
+    pub(super) const fn is_error(&self) -> bool {
+        match self {
+            Self::Accepted => false,
+            Self::Refused(reason, _) => reason.status() != 410,
+            Self::Other { status, .. } => *status != 410,
+        }
+    }
+
     /// A refusal without a timestamp.
     pub(super) const fn refusal(reason: Reason) -> Self {
         Self::Refused(reason, None)
+    }
+
+    /// The HTTP status.
+    pub(super) const fn status(&self) -> u16 {
+        match self {
+            Self::Accepted => 200,
+            Self::Refused(reason, _) => reason.status(),
+            Self::Other { status, .. } => *status,
+        }
+    }
+
+    /// The reason in the body, if there is one.
+    pub(super) fn reason(&self) -> Option<&str> {
+        match self {
+            Self::Accepted => None,
+            Self::Refused(reason, _) => Some(reason.name()),
+            Self::Other { reason, .. } => reason.as_deref(),
+        }
     }
 }
 
@@ -54,7 +90,8 @@ pub enum LastStream {
     /// Graceful: every stream that arrived is still answered, this one too.
     #[default]
     All,
-    /// The stream before this one: this push and those above are not processed and never answered.
+    /// The stream before this one: this push and those above are not processed and never answered. Where a later stream
+    /// was processed already it is that one, and those up to it are answered: a GOAWAY does not lie.
     BeforeThis,
     /// This stream id: streams above it are not processed and never answered.
     Exactly(u32),
@@ -97,7 +134,31 @@ pub enum Action {
         #[serde(default)]
         accepted: bool,
     },
-    /// The connection is sent GOAWAY.
+    /// TLS and TCP are closed in good order, without GOAWAY; whatever was not answered is lost.
+    CloseTls {
+        /// Whether the ledger counts this push as accepted before that.
+        #[serde(default)]
+        accepted: bool,
+    },
+    /// TCP stays up, but the connection is neither read nor written any more.
+    HalfOpen {
+        /// Whether the ledger counts this push as accepted before that.
+        #[serde(default)]
+        accepted: bool,
+    },
+    /// Neither this push nor any later one of the connection is answered; PING still is.
+    Wedge {
+        /// Whether the ledger counts this push as accepted before that.
+        #[serde(default)]
+        accepted: bool,
+    },
+    /// It is accepted, and the connection's stream limit becomes this by another SETTINGS; streams above a limit that
+    /// fell are reset with `REFUSED_STREAM`.
+    StreamLimit {
+        /// `MAX_CONCURRENT_STREAMS`
+        limit: u32,
+    },
+    /// The connection is sent GOAWAY. One that goes away already is not sent another: the push is accepted.
     GoAway {
         /// What becomes of the open streams.
         #[serde(default)]
@@ -108,6 +169,9 @@ pub enum Action {
         /// The debug data; absent: `{"reason":"Shutdown"}`.
         #[serde(default)]
         debug: Option<String>,
+        /// Whether it is sent two times in a row.
+        #[serde(default)]
+        twice: bool,
     },
 }
 
@@ -166,7 +230,24 @@ pub(super) enum FaultAction {
     Stall { accepted: bool },
     Reset { code: u32, accepted: bool },
     Close { accepted: bool },
-    GoAway { last_stream: LastStream, code: u32, debug: String },
+    CloseTls { accepted: bool },
+    HalfOpen { accepted: bool },
+    Wedge { accepted: bool },
+    StreamLimit { limit: u32 },
+    GoAway { last_stream: LastStream, code: u32, debug: String, twice: bool },
+}
+
+impl FaultAction {
+    /// The same, where a 410 without a timestamp says `now`.
+    pub(super) fn stamped(mut self, now: Timestamp) -> Self {
+        if let Self::Answer(answer) = &mut self
+            && answer.status() == 410
+            && let Answer::Refused(_, timestamp) | Answer::Other { timestamp, .. } = answer
+        {
+            timestamp.get_or_insert(now);
+        }
+        self
+    }
 }
 
 /// The debug data of a GOAWAY, as Apple sends it when a server goes away.
@@ -175,22 +256,23 @@ pub(super) const SHUTDOWN_DEBUG: &str = r#"{"reason":"Shutdown"}"#;
 impl From<&Action> for FaultAction {
     fn from(action: &Action) -> Self {
         match action {
-            Action::Accept | Action::Answer { status: 200, .. } => Self::Answer(Answer::Accepted),
+            Action::Accept => Self::Answer(Answer::Accepted),
             Action::Answer { status, reason, timestamp_ms } => {
                 let timestamp = timestamp_ms.map(Timestamp::from_millis);
-                let known = reason.as_deref().and_then(|name| Reason::find(*status, name));
-                Self::Answer(match known {
-                    Some(known) => Answer::Refused(known, timestamp),
-                    None => Answer::Other { status: *status, reason: reason.clone(), timestamp },
-                })
+                Self::Answer(Answer::from_parts(*status, reason.as_deref(), timestamp))
             }
             Action::Stall { accepted } => Self::Stall { accepted: *accepted },
             Action::Reset { code, accepted } => Self::Reset { code: *code, accepted: *accepted },
             Action::Close { accepted } => Self::Close { accepted: *accepted },
-            Action::GoAway { last_stream, code, debug } => Self::GoAway {
+            Action::CloseTls { accepted } => Self::CloseTls { accepted: *accepted },
+            Action::HalfOpen { accepted } => Self::HalfOpen { accepted: *accepted },
+            Action::Wedge { accepted } => Self::Wedge { accepted: *accepted },
+            Action::StreamLimit { limit } => Self::StreamLimit { limit: *limit },
+            Action::GoAway { last_stream, code, debug, twice } => Self::GoAway {
                 last_stream: *last_stream,
                 code: *code,
                 debug: debug.clone().unwrap_or_else(|| SHUTDOWN_DEBUG.to_owned()),
+                twice: *twice,
             },
         }
     }
@@ -306,6 +388,16 @@ pub enum Behaviour {
     GoAway,
     /// GOAWAY with the last stream before this one: not processed.
     GoAwayBefore,
+    /// TCP stays up, the connection is neither read nor written any more; not accepted.
+    HalfOpen,
+    /// Accepted, then the same.
+    AcceptedThenHalfOpen,
+    /// Neither this push, which is not accepted, nor any later one of the connection is answered.
+    Wedge,
+    /// TLS and TCP are closed without GOAWAY; not accepted.
+    CloseTls,
+    /// Accepted, then the same.
+    AcceptedThenCloseTls,
 }
 
 /// The codes that may follow [`PREFIX`], and what each does.
@@ -319,6 +411,11 @@ pub const PREFIXES: &[(&str, Behaviour)] = &[
     ("0007", Behaviour::AcceptedThenClose),
     ("0008", Behaviour::GoAway),
     ("0009", Behaviour::GoAwayBefore),
+    ("000a", Behaviour::HalfOpen),
+    ("000b", Behaviour::AcceptedThenHalfOpen),
+    ("000c", Behaviour::Wedge),
+    ("000d", Behaviour::CloseTls),
+    ("000e", Behaviour::AcceptedThenCloseTls),
     ("4000", Behaviour::Reason(Reason::BadCollapseId)),
     ("4001", Behaviour::Reason(Reason::BadDeviceToken)),
     ("4002", Behaviour::Reason(Reason::BadExpirationDate)),
@@ -383,12 +480,20 @@ fn by_prefix(token: &str, now: Timestamp) -> Option<Fault> {
         Behaviour::AcceptedThenReset => FaultAction::Reset { code: h2::Reason::INTERNAL_ERROR.into(), accepted: true },
         Behaviour::Close => FaultAction::Close { accepted: false },
         Behaviour::AcceptedThenClose => FaultAction::Close { accepted: true },
+        Behaviour::HalfOpen => FaultAction::HalfOpen { accepted: false },
+        Behaviour::AcceptedThenHalfOpen => FaultAction::HalfOpen { accepted: true },
+        Behaviour::Wedge => FaultAction::Wedge { accepted: false },
+        Behaviour::CloseTls => FaultAction::CloseTls { accepted: false },
+        Behaviour::AcceptedThenCloseTls => FaultAction::CloseTls { accepted: true },
         Behaviour::GoAway => {
-            FaultAction::GoAway { last_stream: LastStream::All, code: 0, debug: SHUTDOWN_DEBUG.to_owned() }
+            FaultAction::from(&Action::GoAway { last_stream: LastStream::All, code: 0, debug: None, twice: false })
         }
-        Behaviour::GoAwayBefore => {
-            FaultAction::GoAway { last_stream: LastStream::BeforeThis, code: 0, debug: SHUTDOWN_DEBUG.to_owned() }
-        }
+        Behaviour::GoAwayBefore => FaultAction::from(&Action::GoAway {
+            last_stream: LastStream::BeforeThis,
+            code: 0,
+            debug: None,
+            twice: false,
+        }),
     };
     Some(Fault { delay_ms: if *behaviour == Behaviour::Slow { 1000 } else { 0 }, action })
 }
@@ -486,6 +591,9 @@ mod tests {
         );
         let goaway: Script =
             serde_json::from_str(r#"{"token":"*","action":{"go_away":{"last_stream":{"exactly":5}}}}"#).unwrap();
-        assert_eq!(goaway.action, Action::GoAway { last_stream: LastStream::Exactly(5), code: 0, debug: None });
+        assert_eq!(
+            goaway.action,
+            Action::GoAway { last_stream: LastStream::Exactly(5), code: 0, debug: None, twice: false }
+        );
     }
 }

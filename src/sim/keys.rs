@@ -140,9 +140,14 @@ impl KnownKey {
     }
 
     /// Whether both may be used on one connection.
-    pub(super) fn goes_with(&self, other: &Self) -> bool {
+    pub(super) fn goes_with(&self, other: &Self, lenient: bool) -> bool {
+        let is_kin = self.registered.team_id == other.registered.team_id
+            && (&self.registered.topics, &other.registered.topics) == (&Topics::All, &Topics::All);
         let names = |a: &Self, b: &Self| a.registered.related_key_id.as_ref() == Some(&b.registered.key_id);
-        self.registered.key_id == other.registered.key_id || names(self, other) || names(other, self)
+        (lenient && is_kin)
+            || self.registered.key_id == other.registered.key_id
+            || names(self, other)
+            || names(other, self)
     }
 }
 

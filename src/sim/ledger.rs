@@ -1,9 +1,12 @@
-//! What arrived: counters, accepted pushes, provider tokens and connections.
+//! What arrived: counters, the truth about every push, accepted pushes, provider tokens and connections.
 //!
 //! Promises: counters are always kept and cost an atomic addition each. Accepted pushes are kept one by one only while
 //! recording is on, at most [`Limits::max_pushes`] of them (the oldest go first), at about 120 bytes each and the bytes
-//! of token, collapse id and body. A provider token is kept as its SHA-256 only. Everything is bounded: at most 10,000
-//! provider tokens and 10,000 closed connections are remembered.
+//! of token, collapse id and body. A provider token is kept as its SHA-256 only. At most 10,000 provider tokens and
+//! 10,000 closed connections are remembered. What grows with every push is [`truth`], which forgets nothing until it is
+//! told to.
+
+mod truth;
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
@@ -15,6 +18,9 @@ use std::{
 
 use uuid::Uuid;
 
+use self::truth::Records;
+pub(super) use self::truth::{Attempt, Unproved};
+pub use self::truth::{Summary, Truth, TruthQuery, Verdict};
 use super::{
     environment::{Environment, PerEnvironment},
     fault::Answer,
@@ -32,6 +38,7 @@ const MAX_SWITCHES: usize = 1_000;
 /// What the ledger keeps of accepted pushes.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Limits {
+    pub(super) record_attempts: bool,
     pub(super) record_pushes: bool,
     pub(super) max_pushes: usize,
 }
@@ -101,7 +108,7 @@ pub struct Repeat {
     /// The `apns-id`.
     #[serde(serialize_with = "as_text")]
     pub apns_id: Uuid,
-    /// How often, among the pushes still kept.
+    /// How often.
     pub times: u64,
 }
 
@@ -194,6 +201,7 @@ pub struct Ledger {
 #[derive(Debug)]
 struct Shared {
     tallies: PerEnvironment<Tally>,
+    records: Records,
     recording: AtomicBool,
     max_pushes: usize,
     pushes: Mutex<Pushes>,
@@ -439,6 +447,7 @@ impl Ledger {
         Self {
             shared: Arc::new(Shared {
                 tallies: PerEnvironment::new(|_| Tally::default()),
+                records: Records::new(limits.record_attempts),
                 recording: AtomicBool::new(limits.record_pushes),
                 max_pushes: limits.max_pushes,
                 pushes: Mutex::default(),
@@ -485,25 +494,41 @@ impl Ledger {
         pushes.kept.iter().skip(skipped).filter(wanted).take(query.limit.unwrap_or(1000)).map(Kept::show).collect()
     }
 
-    /// Pushes accepted more than once, by environment, device token and `apns-id`, among those still kept.
+    /// The truth about pushes, by their first attempt, and the sequence number up to which was looked: pass it as
+    /// `after` for the next page. Empty if attempts are not recorded.
+    #[must_use]
+    pub fn truth(&self, query: &TruthQuery) -> (Vec<Truth>, u64) {
+        self.shared.records.list(query)
+    }
+
+    /// The truth about one push; absent: no attempt was received whole.
+    #[must_use]
+    pub fn truth_of(&self, environment: Environment, token: &str, apns_id: Uuid) -> Option<Truth> {
+        self.shared.records.of(environment, token, apns_id)
+    }
+
+    /// The truth about all pushes in numbers.
+    #[must_use]
+    pub fn summary(&self) -> Summary {
+        self.shared.records.summary()
+    }
+
+    /// Forgets the truth; an attempt under way leaves no trace then. Counters, accepted pushes, tokens and connections
+    /// stay.
+    pub fn clear_truth(&self) {
+        self.shared.records.clear();
+    }
+
+    /// Pushes accepted more than once, by environment, device token and `apns-id`.
     #[must_use]
     pub fn repeats(&self) -> Vec<Repeat> {
-        let pushes = lock(&self.shared.pushes);
-        let mut times: HashMap<(Environment, &[u8], Uuid), u64> = HashMap::with_capacity(pushes.kept.len());
-        for kept in &pushes.kept {
-            *times.entry((kept.environment, kept.parts().0, kept.apns_id)).or_default() += 1;
-        }
-        let mut repeats: Vec<_> = times
-            .into_iter()
-            .filter(|(_, times)| *times > 1)
-            .map(|((environment, token, apns_id), times)| Repeat {
-                environment,
-                token: hex::encode(token),
-                apns_id,
-                times,
-            })
-            .collect();
-        drop(pushes);
+        let repeat = |truth: Truth| Repeat {
+            environment: truth.environment,
+            token: truth.token,
+            apns_id: truth.apns_id,
+            times: truth.accepted,
+        };
+        let mut repeats: Vec<_> = self.shared.records.accepted_repeatedly().into_iter().map(repeat).collect();
         repeats.sort_by(|a, b| {
             (a.environment.name(), &a.token, a.apns_id).cmp(&(b.environment.name(), &b.token, b.apns_id))
         });
@@ -551,6 +576,15 @@ impl Ledger {
     /// Forgets the accepted pushes; counters, tokens and connections stay.
     pub fn clear_pushes(&self) {
         lock(&self.shared.pushes).kept.clear();
+    }
+
+    /// Whether every push has a record, in which its attempts are counted.
+    pub(super) fn keeps_records(&self) -> bool {
+        self.shared.records.is_kept()
+    }
+
+    pub(super) fn records(&self) -> &Records {
+        &self.shared.records
     }
 
     pub(super) fn tally(&self, environment: Environment) -> &Tally {
@@ -670,7 +704,7 @@ mod tests {
     }
 
     fn ledger(max_pushes: usize) -> Ledger {
-        Ledger::new(Limits { record_pushes: true, max_pushes })
+        Ledger::new(Limits { record_attempts: true, record_pushes: true, max_pushes })
     }
 
     #[test]
@@ -718,17 +752,6 @@ mod tests {
             ledger.pushes(&PushQuery { after: 1, ..PushQuery::default() }).iter().map(|push| push.sequence).collect();
         assert_eq!(sequences, [4, 5]);
         assert_eq!(ledger.counters().accepted, 5);
-    }
-
-    #[test]
-    fn only_the_same_token_with_the_same_id_is_a_repeat() {
-        let ledger = ledger(100);
-        for (token, id) in [("ab", 1), ("ab", 2), ("cd", 1), ("AB", 1), ("ab", 1)] {
-            accept(&ledger, token, "a.b", id);
-        }
-        let expected =
-            Repeat { environment: Environment::Sandbox, token: "ab".to_owned(), apns_id: Uuid::from_u128(1), times: 3 };
-        assert_eq!(ledger.repeats(), [expected]);
     }
 
     #[test]

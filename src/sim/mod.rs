@@ -12,20 +12,28 @@
 //! | `frames` | SETTINGS and GOAWAY, which `h2` cannot write as we need them |
 //! | `check`, `provider_token`, `devices` | the checks |
 //! | `reason`, `push_type` | the tables |
-//! | `keys` | provider keys |
+//! | `keys`, `client_certificate` | provider keys, client certificates |
 //! | `fault` | scripted answers, and device tokens that force an answer |
+//! | `chaos` | faults by rate, from a seed |
+//! | `conduct` | how an environment conducts itself on a bad day |
+//! | `door` | letting new TCP connections in, or not |
 //! | `gate` | holding, slowing and sending away a whole environment |
-//! | `ledger` | what arrived |
+//! | `rate`, `phones` | how much a device takes; what it shows, and what is stored for it |
+//! | `ledger`, `ledger/truth` | what arrived; what became of every push |
+//! | `receipts` | which answers the client has certainly read |
 //! | `control` | all of it over plain HTTP |
 //!
-//! Known gaps: broadcasts (`/4/broadcasts/…`) and channel management are answered `404 BadPath`; there is no
-//! certificate authentication, no limit of pushes per device, and no idle timeout.
+//! Known gaps: broadcasts (`/4/broadcasts/…`) and channel management are answered `404 BadPath`.
 
 mod certificate;
+mod chaos;
 mod check;
+mod client_certificate;
+mod conduct;
 mod connection;
 mod control;
 mod devices;
+mod door;
 mod environment;
 mod fault;
 mod frames;
@@ -33,9 +41,12 @@ mod gate;
 mod identifiers;
 mod keys;
 mod ledger;
+mod phones;
 mod provider_token;
 mod push_type;
+mod rate;
 mod reason;
+mod receipts;
 mod server;
 
 use std::{
@@ -50,15 +61,27 @@ use tokio::net::TcpListener;
 use tokio_rustls::TlsAcceptor;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
+use self::rate::Rates;
 pub use self::{
     certificate::CertificateError,
+    chaos::{Chaos, ChaosApplied, ChaosError, ChaosPlan, Latency, RatedFault},
     check::{MAX_COLLAPSE_ID_BYTES, MAX_EXPIRATION_SECONDS},
+    client_certificate::{ClientCertificate, ClientCertificates, KnownCertificate, NotACertificate},
+    conduct::{
+        AfterTokenError, Conduct, ConductError, DeviceRate, ErrorBody, ExpiredToken, FirstSettings, IdleEnd,
+        IdleTimeout, MessageId, RetryAfter,
+    },
     devices::{Device, Devices, MAX_TOKEN_BYTES, is_well_formed},
+    door::Connects,
     environment::Environment,
     fault::{ANY_TOKEN, Action, Behaviour, LastStream, PREFIX, PREFIXES, Script, Scripts},
-    gate::{GateState, Gates, GoAwayOrder},
+    gate::{GateState, Gates, GoAwayOrder, WedgeError, WedgeOrder},
     keys::{KeyError, Keys, ProviderKey, Topics, read_folder},
-    ledger::{ConnectionSeen, Counters, Ledger, ProviderTokenSeen, Push, PushQuery, Repeat, TokenSwitch},
+    ledger::{
+        ConnectionSeen, Counters, Ledger, ProviderTokenSeen, Push, PushQuery, Repeat, Summary, TokenSwitch, Truth,
+        TruthQuery, Verdict,
+    },
+    phones::{MAX_PHONES, MAX_SHOWN, MAX_STORED, Notification, Phone, PhoneError, Phones},
     provider_token::{MAX_AGE, MIN_TIME_BETWEEN_CHANGES},
     push_type::{MAX_BODY_BYTES, MAX_VOIP_BODY_BYTES, PushType, bundle_id},
     reason::Reason,
@@ -67,6 +90,7 @@ use crate::domain::clock::Clock;
 
 /// How a simulator is set up.
 #[derive(Debug, Clone)]
+#[expect(clippy::struct_excessive_bools, reason = "independent switches, as on the command line")]
 pub struct Settings {
     /// Where production listens; port 0 takes a free one.
     pub production: SocketAddr,
@@ -86,15 +110,22 @@ pub struct Settings {
     pub stream_limit: u32,
     /// How long every answer waits.
     pub latency: Duration,
+    /// Whether the ledger keeps the truth about every push: about 125 bytes each until it is cleared, and a PING for
+    /// every round trip with answers. Else it only counts, and finds no repeats.
+    pub record_attempts: bool,
     /// Whether the ledger keeps accepted pushes one by one; counters are kept in any case.
     pub record_pushes: bool,
     /// How many it keeps, the newest; each costs about 120 bytes and its token and body.
     pub max_recorded_pushes: usize,
+    /// What goes wrong by rate in both environments; absent: nothing.
+    pub chaos: Option<ChaosPlan>,
     /// Whether device tokens nobody registered are `BadDeviceToken`.
     pub registered_devices_only: bool,
     /// Whether a key of the other environment is refused with `BadEnvironmentKeyInToken`, as others saw it on the wire,
     /// and not with the documented `BadEnvironmentKeyIdInToken`.
     pub wire_spelling: bool,
+    /// How both environments conduct themselves at first.
+    pub conduct: Conduct,
 }
 
 impl Default for Settings {
@@ -111,10 +142,13 @@ impl Default for Settings {
             initial_stream_limit: 1,
             stream_limit: 1000,
             latency: Duration::ZERO,
+            record_attempts: true,
             record_pushes: true,
             max_recorded_pushes: 100_000,
+            chaos: None,
             registered_devices_only: false,
             wire_spelling: false,
+            conduct: Conduct::default(),
         }
     }
 }
@@ -139,6 +173,9 @@ pub enum Error {
     /// A provider key.
     #[error(transparent)]
     Key(#[from] KeyError),
+    /// The plan of what goes wrong.
+    #[error("what shall go wrong by rate is not clear")]
+    Chaos(#[from] ChaosError),
 }
 
 /// What every task of a simulator shares.
@@ -147,9 +184,13 @@ struct State {
     clock: Arc<dyn Clock>,
     wire_spelling: bool,
     keys: Keys,
+    client_certificates: ClientCertificates,
     devices: Devices,
+    phones: Phones,
+    rates: Rates,
     scripts: Scripts,
     gates: Gates,
+    chaos: Chaos,
     ledger: Ledger,
     ca_pem: String,
     tasks: TaskTracker,
@@ -189,20 +230,32 @@ impl Simulator {
         }
         let devices = Devices::default();
         devices.require_registration(settings.registered_devices_only);
+        let ledger = Ledger::new(ledger::Limits {
+            record_attempts: settings.record_attempts,
+            record_pushes: settings.record_pushes,
+            max_pushes: settings.max_recorded_pushes,
+        });
+        let chaos = Chaos::new(ledger.clone());
+        if let Some(plan) = settings.chaos {
+            for environment in Environment::ALL {
+                chaos.set(environment, plan.clone())?;
+            }
+        }
         let (production, production_address) = bind("production", settings.production).await?;
         let (sandbox, sandbox_address) = bind("sandbox", settings.sandbox).await?;
         let (control, control_address) = bind("control", settings.control).await?;
         let state = Arc::new(State {
-            clock,
             wire_spelling: settings.wire_spelling,
             keys,
+            client_certificates: ClientCertificates::default(),
             devices,
+            phones: Phones::new(Arc::clone(&clock)),
+            rates: Rates::default(),
             scripts: Scripts::default(),
-            gates: Gates::new(settings.initial_stream_limit, settings.stream_limit, settings.latency),
-            ledger: Ledger::new(ledger::Limits {
-                record_pushes: settings.record_pushes,
-                max_pushes: settings.max_recorded_pushes,
-            }),
+            gates: Gates::new(settings.initial_stream_limit, settings.stream_limit, settings.latency, settings.conduct),
+            chaos,
+            ledger,
+            clock,
             ca_pem: authority.pem,
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
@@ -278,10 +331,28 @@ impl Simulator {
         self.state.keys.clone()
     }
 
+    /// The client certificates.
+    #[must_use]
+    pub fn client_certificates(&self) -> ClientCertificates {
+        self.state.client_certificates.clone()
+    }
+
     /// The devices.
     #[must_use]
     pub fn devices(&self) -> Devices {
         self.state.devices.clone()
+    }
+
+    /// What devices show, and what is stored for them.
+    #[must_use]
+    pub fn phones(&self) -> Phones {
+        self.state.phones.clone()
+    }
+
+    /// What goes wrong by rate.
+    #[must_use]
+    pub fn chaos(&self) -> Chaos {
+        self.state.chaos.clone()
     }
 
     /// Holding, slowing, sending away.

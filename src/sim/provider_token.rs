@@ -131,6 +131,8 @@ pub(super) struct Judge<'a> {
     pub(super) monotonic: Duration,
     /// Answer `BadEnvironmentKeyInToken` instead of `BadEnvironmentKeyIdInToken`.
     pub(super) wire_spelling: bool,
+    /// Let a connection change between team keys of one team.
+    pub(super) lenient: bool,
 }
 
 impl ConnectionTokens {
@@ -157,7 +159,7 @@ impl ConnectionTokens {
                 Reason::BadEnvironmentKeyIdInToken
             });
         }
-        if self.first_key.as_ref().is_some_and(|first| !first.goes_with(&key)) {
+        if self.first_key.as_ref().is_some_and(|first| !first.goes_with(&key, judge.lenient)) {
             return Err(Reason::UnrelatedKeyIdInToken);
         }
         let is_change = self.current.as_ref().is_none_or(|current| bearer(&current.header) != Some(jwt));
@@ -262,6 +264,7 @@ mod tests {
             now: Timestamp::from_seconds(NOW).plus(Duration::from_secs(seconds)),
             monotonic: Duration::from_secs(seconds),
             wire_spelling: false,
+            lenient: false,
         }
     }
 
@@ -365,6 +368,17 @@ mod tests {
         assert_eq!(connection.check(Some(&stranger), &judge(&keys, 5000)).err(), Some(Reason::ExpiredProviderToken));
         assert_eq!(connection.check(Some(&stranger), &judge(&keys, 1300)).err(), Some(Reason::UnrelatedKeyIdInToken));
         assert!(connection.check(Some(&token("RELATED000", "TEAM000001", NOW)), &judge(&keys, 1300)).is_ok());
+    }
+
+    #[test]
+    fn a_lenient_connection_takes_another_team_key_of_its_team() {
+        let (keys, mut connection) = (keys(), ConnectionTokens::default());
+        assert!(connection.check(Some(&token("ABC123DEFG", "TEAM000001", NOW)), &judge(&keys, 0)).is_ok());
+        let lenient = || Judge { lenient: true, ..judge(&keys, 1300) };
+        assert!(connection.check(Some(&token("STRANGER00", "TEAM000001", NOW)), &lenient()).is_ok());
+        keys.set_team("STRANGER00", "TEAM000002").unwrap();
+        let stranger = token("STRANGER00", "TEAM000002", NOW);
+        assert_eq!(connection.check(Some(&stranger), &lenient()).err(), Some(Reason::UnrelatedKeyIdInToken));
     }
 
     #[test]

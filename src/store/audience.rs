@@ -1,7 +1,9 @@
-//! From an audience to devices: read once when it is due, generations captured.
+//! From an audience to devices, generations captured: a list, or a part of one, in one read; tags and everyone in
+//! pieces, in the order of the devices' numbers.
 //!
-//! Promises: whoever is resolved is in exactly one place of exactly one chunk; whoever is not a target is counted as
-//! unmatched; a device that may not be sent to any more is a target that has ended, with the word for why.
+//! Promises: whoever is resolved is in exactly one place of exactly one chunk; whoever is named and not a target is
+//! counted as unmatched; a named device that may not be sent to any more is a target that has ended, with the word for
+//! why. A phone that passes on while tags are read is never a target for its next user by the tags of the one before.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -13,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     BoxError, StoreError,
+    ranges::{self, Chosen},
     sql::Failure,
     statement::{Conn, Row, Statement, Value, corrupt, id_value},
 };
@@ -20,7 +23,7 @@ use crate::domain::{
     clock::{Clock, Timestamp},
     delivery::{CHUNK_TARGETS, Chunk, DeliveryStatus, State, Target},
     device::{Address, DeviceId, DeviceSeq, DeviceStatus, DeviceToken, Generation, Tag, UserId},
-    notification::{Audience, Notification},
+    notification::{Audience, Notification, NotificationId},
     outcome::{Cause, own},
     topic::{Environment, Topic},
 };
@@ -28,9 +31,16 @@ use crate::domain::{
 /// How many values go into one `IN (…)`.
 pub(super) const LIST: usize = 500;
 
-/// The words with which a target may end while it is resolved.
-pub(super) const WORDS: [Cause; 5] =
-    [own::WRONG_PUSH_TYPE, own::OWNER_CHANGED, own::LOGGED_OUT, own::DEVICE_INACTIVE, own::DEVICE_SUSPENDED];
+/// The words with which a target may end without having been leased.
+pub(super) const WORDS: [Cause; 7] = [
+    own::WRONG_PUSH_TYPE,
+    own::OWNER_CHANGED,
+    own::LOGGED_OUT,
+    own::DEVICE_INACTIVE,
+    own::DEVICE_SUSPENDED,
+    own::CANCELLED,
+    own::EXPIRED,
+];
 
 /// An audience whose time has not come, as it is kept.
 #[derive(Serialize, Deserialize)]
@@ -66,27 +76,32 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Audience, BoxError> {
     })
 }
 
-/// Whether this version can resolve it.
-pub(super) fn check(audience: &Audience) -> Result<(), StoreError> {
+/// The part of a list from one place to another. Tags and everyone have no places.
+pub(super) fn part(audience: &Audience, places: std::ops::Range<usize>) -> Audience {
+    fn cut<T: Clone>(list: &[T], places: std::ops::Range<usize>) -> Vec<T> {
+        list.get(places).unwrap_or_default().to_vec()
+    }
     match audience {
-        Audience::Users(_) | Audience::Devices { .. } | Audience::Tokens(_) => Ok(()),
-        Audience::Tags { .. } | Audience::Everyone => {
-            Err(StoreError::Statement("this version does not resolve tags and everyone: refuse them before".into()))
-        }
+        Audience::Users(users) => Audience::Users(cut(users, places)),
+        Audience::Devices { ids, user_id } => Audience::Devices { ids: cut(ids, places), user_id: user_id.clone() },
+        Audience::Tokens(tokens) => Audience::Tokens(cut(tokens, places)),
+        Audience::Tags { .. } | Audience::Everyone => audience.clone(),
     }
 }
 
-/// What is to be resolved.
+/// A list that is to be resolved, or a part of one.
 #[derive(Clone, Copy)]
 pub(super) struct Wanted<'w> {
     pub(super) notification: &'w Notification,
     pub(super) audience: &'w Audience,
+    /// The place of its first in the caller's list.
+    pub(super) from: usize,
 }
 
 /// One audience, resolved.
 pub(super) struct Resolved {
-    /// At most [`CHUNK_TARGETS`] targets each.
-    pub(super) chunks: Vec<Chunk>,
+    /// Each once, and where it stands already.
+    pub(super) targets: Vec<(Target, State)>,
     /// How many were named and are nobody.
     pub(super) unmatched: u64,
 }
@@ -110,7 +125,7 @@ struct Found {
 
 const COLUMNS: &str = "seq, id, token, user_id, generation, environment, status, last_accepted_at";
 
-/// Resolves audiences: one read a kind for all of them, in pieces where they are long.
+/// Resolves lists: one read a kind for all of them.
 pub(super) async fn resolve(
     conn: &mut Conn<'_>,
     clock: &dyn Clock,
@@ -122,7 +137,7 @@ pub(super) async fn resolve(
     let mut user_topics = BTreeSet::new();
     let mut ids = BTreeSet::new();
     let mut tokens: BTreeMap<&Topic, BTreeSet<&DeviceToken>> = BTreeMap::new();
-    for Wanted { notification, audience } in wanted {
+    for Wanted { notification, audience, .. } in wanted {
         match audience {
             Audience::Users(named) => {
                 users.extend(named.iter());
@@ -130,7 +145,9 @@ pub(super) async fn resolve(
             }
             Audience::Devices { ids: named, .. } => ids.extend(named.iter()),
             Audience::Tokens(named) => tokens.entry(&notification.topic).or_default().extend(named.iter()),
-            Audience::Tags { .. } | Audience::Everyone => check(audience)?,
+            Audience::Tags { .. } | Audience::Everyone => {
+                return Err(StoreError::Statement("tags and everyone are not resolved as lists".into()).into());
+            }
         }
     }
     let by_user = find_by_user(conn, &users, &user_topics).await?;
@@ -138,14 +155,14 @@ pub(super) async fn resolve(
     let by_token = find_by_token(conn, &tokens).await?;
     let resolved = wanted
         .iter()
-        .map(|Wanted { notification, audience }| {
+        .map(|Wanted { notification, audience, from }| {
             let (targets, unmatched) = match audience {
                 Audience::Users(named) => pick_users(notification, named, &by_user),
                 Audience::Devices { ids, user_id } => pick_devices(notification, ids, user_id.as_ref(), &by_id, now),
-                Audience::Tokens(named) => pick_tokens(notification, named, &by_token, now),
+                Audience::Tokens(named) => pick_tokens(notification, named, *from, &by_token, now),
                 Audience::Tags { .. } | Audience::Everyone => (Vec::new(), 0),
             };
-            Resolved { chunks: into_chunks(targets), unmatched }
+            Resolved { targets, unmatched }
         })
         .collect();
     let addresses = by_user
@@ -277,13 +294,14 @@ fn pick_devices(
 fn pick_tokens(
     notification: &Notification,
     named: &[DeviceToken],
+    from: usize,
     found: &HashMap<Topic, HashMap<DeviceToken, Found>>,
     now: Timestamp,
 ) -> (Vec<(Target, State)>, u64) {
     let mut targets = Vec::new();
     let mut seen = HashSet::with_capacity(named.len());
     let registered = found.get(&notification.topic);
-    for (index, token) in named.iter().enumerate() {
+    for (index, token) in (from..).zip(named) {
         if !seen.insert(token) {
             continue;
         }
@@ -313,7 +331,8 @@ fn target(notification: &Notification, one: &Found, fence: Option<&UserId>, now:
     (target, state)
 }
 
-fn into_chunks(targets: Vec<(Target, State)>) -> Vec<Chunk> {
+/// At most [`CHUNK_TARGETS`] targets each.
+pub(super) fn into_chunks(targets: Vec<(Target, State)>) -> Vec<Chunk> {
     let mut chunks = Vec::with_capacity(targets.len().div_ceil(CHUNK_TARGETS));
     let mut rest = targets.into_iter().peekable();
     while rest.peek().is_some() {
@@ -321,6 +340,70 @@ fn into_chunks(targets: Vec<(Target, State)>) -> Vec<Chunk> {
         chunks.push(Chunk { targets, states });
     }
     chunks
+}
+
+/// A piece of tags or of everyone.
+pub(super) struct Piece {
+    /// In the order of their numbers.
+    pub(super) targets: Vec<(Target, State)>,
+    /// The addresses that were read on the way.
+    pub(super) addresses: HashMap<DeviceSeq, Address>,
+    /// All numbers up to this one were looked at.
+    pub(super) reached: i64,
+}
+
+/// The next piece of tags or of everyone: at most `most` of the active devices for this push type with numbers above
+/// `after`. May hold fewer, or none, though there are more: until `up_to` is reached.
+pub(super) async fn next_piece(
+    conn: &mut Conn<'_>,
+    notification: &Notification,
+    audience: &Audience,
+    (after, up_to): (i64, i64),
+    most: usize,
+) -> Result<Piece, Failure> {
+    let topic = &notification.topic;
+    let Chosen { mut devices, mut reached } = ranges::choose(conn, topic, audience, (after, up_to), most).await?;
+    let mut found = find_by_seq(conn, &devices).await?;
+    let fenced = *audience != Audience::Everyone;
+    if fenced {
+        // Once more, behind the read of the generations: had the phone passed on between tags and generation, its next
+        // user would get what the tags of the one before asked for.
+        let again = ranges::choose(conn, topic, audience, (after, reached), most).await?;
+        reached = again.reached;
+        let still: HashSet<DeviceSeq> = again.devices.into_iter().collect();
+        devices.retain(|device| still.contains(device));
+    }
+    let mut targets = Vec::with_capacity(devices.len());
+    let mut addresses = HashMap::with_capacity(devices.len());
+    for device in devices {
+        let Some(one) = found.remove(&device) else { continue };
+        if one.address.status == DeviceStatus::Active && of_topic(notification, &one) && fits(notification, &one) {
+            let generation = fenced.then_some(one.address.generation);
+            targets.push((Target::Device { seq: device, generation }, State::PENDING));
+            addresses.insert(device, one.address);
+        }
+    }
+    Ok(Piece { targets, addresses, reached })
+}
+
+/// The highest number that any device has: those that are there now have no higher one.
+pub(super) async fn highest(conn: &mut Conn<'_>) -> Result<i64, Failure> {
+    let rows = conn.fetch(Statement::new("-- queue.highest_device\nSELECT MAX(seq) FROM devices")).await?;
+    Ok(rows.first().map(|row| row.int_or_null(0)).transpose()?.flatten().unwrap_or(0))
+}
+
+async fn find_by_seq(conn: &mut Conn<'_>, devices: &[DeviceSeq]) -> Result<HashMap<DeviceSeq, Found>, Failure> {
+    let mut found = HashMap::with_capacity(devices.len());
+    for piece in devices.chunks(LIST) {
+        let mut statement = Statement::new("-- queue.resolve_numbers\nSELECT ");
+        statement.push(COLUMNS).push(", topic, push_type FROM devices WHERE seq IN ");
+        statement.list(piece.iter().map(|seq| seq.0));
+        for row in &conn.fetch(statement).await? {
+            let one = found_from(row)?;
+            found.insert(one.address.seq, one);
+        }
+    }
+    Ok(found)
 }
 
 /// Addresses by number: the ownership read. Those that are forgotten are missing.
@@ -376,11 +459,11 @@ where
 }
 
 /// Who is addressed by name: the link rows of a notification.
-pub(super) fn links(notification: &Notification, audience: &Audience) -> Vec<Vec<Value>> {
+pub(super) fn links(id: NotificationId, audience: &Audience) -> Vec<Vec<Value>> {
     let users: BTreeSet<&UserId> = match audience {
         Audience::Users(users) => users.iter().collect(),
         Audience::Devices { user_id, .. } => user_id.iter().collect(),
         Audience::Tokens(_) | Audience::Tags { .. } | Audience::Everyone => BTreeSet::new(),
     };
-    users.into_iter().map(|user| vec![user.as_str().as_bytes().into(), id_value(notification.id.as_uuid())]).collect()
+    users.into_iter().map(|user| vec![user.as_str().as_bytes().into(), id_value(id.as_uuid())]).collect()
 }

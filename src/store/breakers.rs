@@ -24,6 +24,11 @@ pub(super) const fn parked_holder(breaker: BreakerId) -> i64 {
 /// The most characters of a reason that are kept. Apple's longest has 28.
 const REASON_CHARACTERS: usize = 128;
 
+/// A reason as it is kept.
+fn kept(fault: &Fault) -> String {
+    fault.reason.as_str().chars().take(REASON_CHARACTERS).collect()
+}
+
 on_both! {
     #[async_trait]
     impl Breakers for Base {
@@ -36,29 +41,17 @@ on_both! {
             now: Timestamp,
             next_probe_at: Timestamp,
         ) -> Result<BreakerId, StoreError> {
-            let reason: String = fault.reason.as_str().chars().take(REASON_CHARACTERS).collect();
             committed(Repeat::DuplicatesToo, || async {
                 let mut tx = self.begin().await?;
-                let counted = sqlx::query(
-                    "-- breakers.probe_failed\nUPDATE breakers SET probes = probes + 1, apns_status = ?, reason = ? \
-                     WHERE topic = ? AND environment = ? AND fingerprint = ?",
+                let open: Option<i64> = sqlx::query_scalar(
+                    "-- breakers.find\nSELECT id FROM breakers WHERE topic = ? AND environment = ? AND fingerprint = ?",
                 )
-                .bind(i64::from(fault.status))
-                .bind(&reason)
                 .bind(topic.as_str())
                 .bind(environment.as_str())
                 .bind(fingerprint)
-                .execute(&mut *tx)
+                .fetch_optional(&mut *tx)
                 .await?;
-                if counted.rows_affected() == 1 {
-                    let id: i64 = sqlx::query_scalar(
-                        "-- breakers.find\nSELECT id FROM breakers WHERE topic = ? AND environment = ? AND fingerprint = ?",
-                    )
-                    .bind(topic.as_str())
-                    .bind(environment.as_str())
-                    .bind(fingerprint)
-                    .fetch_one(&mut *tx)
-                    .await?;
+                if let Some(id) = open {
                     return Ok((tx, BreakerId(id)));
                 }
                 let done = sqlx::query(
@@ -70,11 +63,27 @@ on_both! {
                 .bind(fingerprint)
                 .bind(now.as_millis())
                 .bind(i64::from(fault.status))
-                .bind(&reason)
+                .bind(kept(fault))
                 .bind(next_probe_at.as_millis())
                 .execute(&mut *tx)
                 .await?;
                 Ok((tx, BreakerId(new_id(&done))))
+            })
+            .await
+        }
+
+        async fn probe_failed(&self, breaker: BreakerId, fault: &Fault) -> Result<(), StoreError> {
+            committed(Repeat::Deadlocks, || async {
+                let mut tx = self.begin().await?;
+                sqlx::query(
+                    "-- breakers.probe_failed\nUPDATE breakers SET probes = probes + 1, apns_status = ?, reason = ? WHERE id = ?",
+                )
+                .bind(i64::from(fault.status))
+                .bind(kept(fault))
+                .bind(breaker.0)
+                .execute(&mut *tx)
+                .await?;
+                Ok((tx, ()))
             })
             .await
         }

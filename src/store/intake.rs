@@ -9,9 +9,9 @@
 //! store ([`Handover`]): it is sent from memory, and read from the database again only after a crash.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     sync::{
-        Arc,
+        Arc, PoisonError, RwLock,
         atomic::{AtomicI64, Ordering},
     },
     time::Duration,
@@ -122,6 +122,52 @@ impl Drop for Entry {
     }
 }
 
+/// Notifications that were cancelled and have not ended: nothing of them is to leave. What the API of this process
+/// cancels is here at once; what another cancels, as soon as the dispatcher has looked.
+#[derive(Debug, Clone, Default)]
+pub struct Cancelled(Arc<CancelledIds>);
+
+#[derive(Debug, Default)]
+struct CancelledIds {
+    ids: RwLock<BTreeSet<NotificationId>>,
+    added: Notify,
+}
+
+impl Cancelled {
+    /// Whether it is one of them.
+    #[must_use]
+    pub fn holds(&self, id: NotificationId) -> bool {
+        let ids = self.0.ids.read().unwrap_or_else(PoisonError::into_inner);
+        !ids.is_empty() && ids.contains(&id)
+    }
+
+    /// One more.
+    pub fn add(&self, id: NotificationId) {
+        self.0.ids.write().unwrap_or_else(PoisonError::into_inner).insert(id);
+        self.0.added.notify_waiters();
+    }
+
+    /// These, and no others.
+    pub fn replace(&self, ids: BTreeSet<NotificationId>) {
+        *self.0.ids.write().unwrap_or_else(PoisonError::into_inner) = ids;
+        self.0.added.notify_waiters();
+    }
+
+    /// Waits until it is one of them. Dropping the future loses nothing.
+    pub async fn reached(&self, id: NotificationId) {
+        loop {
+            let added = self.0.added.notified();
+            tokio::pin!(added);
+            // Registered before the look, so that what comes in between is not missed.
+            added.as_mut().enable();
+            if self.holds(id) {
+                return;
+            }
+            added.await;
+        }
+    }
+}
+
 /// A chunk that was just committed as ours.
 #[derive(Debug)]
 pub struct Handed {
@@ -144,6 +190,8 @@ pub struct Handover {
     pub wake: Arc<Notify>,
     /// What is in memory.
     pub roster: Roster,
+    /// What must not leave any more.
+    pub cancelled: Cancelled,
 }
 
 /// This replica's number; a new one after it was declared dead.
@@ -178,6 +226,7 @@ struct Submitted {
 pub struct Intake {
     notifications: mpsc::Sender<Waiting<Submitted, Noted>>,
     registrations: mpsc::Sender<Waiting<Registration, Device>>,
+    committer: Arc<Committer>,
 }
 
 impl Intake {
@@ -193,7 +242,8 @@ impl Intake {
         let (notifications, submitted) = mpsc::channel(settings.waiting);
         let (registrations, registered) = mpsc::channel(settings.waiting);
         let (leases, handed) = mpsc::unbounded_channel();
-        let handover = Handover { handed, wake: Arc::new(Notify::new()), roster: Roster::default() };
+        let wake = Arc::new(Notify::new());
+        let handover = Handover { handed, wake, roster: Roster::default(), cancelled: Cancelled::default() };
         let committer = Arc::new(Committer {
             store,
             clock,
@@ -203,6 +253,7 @@ impl Intake {
             leases,
             wake: Arc::clone(&handover.wake),
             roster: handover.roster.clone(),
+            cancelled: handover.cancelled.clone(),
         });
         let submitted = Arc::new(Mutex::new(submitted));
         for _ in 0..COMMITS_AT_ONCE {
@@ -228,22 +279,23 @@ impl Intake {
             });
         }
         let stop = tasks.stopping().clone();
+        let registering = Arc::clone(&committer);
         tasks.spawn("store.register", async move {
             let mut registered = registered;
             loop {
                 let mut group = Vec::new();
                 tokio::select! {
                     biased;
-                    _ = registered.recv_many(&mut group, committer.settings.group) => {}
+                    _ = registered.recv_many(&mut group, registering.settings.group) => {}
                     () = stop.cancelled() => registered.close(),
                 }
                 if group.is_empty() {
                     break;
                 }
-                committer.register(group).await;
+                registering.register(group).await;
             }
         });
-        (Self { notifications, registrations }, handover)
+        (Self { notifications, registrations, committer }, handover)
     }
 
     /// Commits a notification together with whatever else waits. Dropping the future does not undo it.
@@ -257,6 +309,15 @@ impl Intake {
         idempotency: Option<Idempotency>,
     ) -> Result<Noted, IntakeError> {
         ask(&self.notifications, Submitted { notification, audience, idempotency }).await
+    }
+
+    /// Cancels a notification: durable when this returns, and known to the sender of this process. How it stands then;
+    /// `None` if there is no such notification. Dropping the future may undo it.
+    ///
+    /// # Errors
+    /// The database's errors after its time-outs.
+    pub async fn cancel(&self, id: NotificationId) -> Result<Option<NotificationView>, IntakeError> {
+        self.committer.cancel(id).await.map_err(|error| IntakeError::Store(Arc::new(error)))
     }
 
     /// Commits a registration together with whatever else waits, in the order of arrival.
@@ -287,6 +348,7 @@ struct Committer {
     leases: mpsc::UnboundedSender<Handed>,
     wake: Arc<Notify>,
     roster: Roster,
+    cancelled: Cancelled,
 }
 
 /// One submission on its way, with what it needs once it is committed.
@@ -421,6 +483,26 @@ impl Committer {
         };
         // A client that has left does not hear it; it stays committed.
         _ = answer.send(Ok(noted));
+    }
+
+    async fn cancel(&self, id: NotificationId) -> Result<Option<NotificationView>, StoreError> {
+        let deadline = self.clock.monotonic() + self.settings.resolve;
+        loop {
+            match self.store.cancel(id, self.clock.now()).await {
+                // Cancelling again what was cancelled changes nothing: no need to know.
+                Err(StoreError::CommitUnknown(_)) if self.clock.monotonic() < deadline => {
+                    self.clock.sleep(Duration::from_millis(200)).await;
+                }
+                Err(error) => return Err(error),
+                Ok(view) => {
+                    if view.as_ref().is_some_and(|view| view.done_at.is_none()) {
+                        self.cancelled.add(id);
+                        self.wake.notify_one();
+                    }
+                    return Ok(view);
+                }
+            }
+        }
     }
 
     async fn register(&self, group: Vec<Waiting<Registration, Device>>) {

@@ -5,6 +5,7 @@
 //! implementations, one conformance suite (`tests/it/store/`), which is the contract.
 
 pub mod intake;
+pub mod retention;
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
@@ -20,6 +21,7 @@ mod migrate;
 mod mysql;
 mod notifications;
 mod queue;
+mod ranges;
 mod reasons;
 mod replicas;
 mod rows;
@@ -27,6 +29,7 @@ mod sql;
 mod sqlite;
 mod statement;
 
+use self::retention::Retention;
 use crate::domain::{
     api_key::{ApiKey, ApiKeyId},
     clock::{Clock, Timestamp},
@@ -290,6 +293,15 @@ pub struct Lease {
     pub read_at: Duration,
 }
 
+/// What a claim has come to.
+#[derive(Debug, Default)]
+pub struct Claimed {
+    /// To be sent by this replica.
+    pub leases: Vec<Lease>,
+    /// An audience has a rest that may be claimed at once, though this claim may have brought no lease.
+    pub more: bool,
+}
+
 /// What the chunk does after a settle. A chunk all of whose targets have ended is ended whatever is said here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Disposition {
@@ -320,8 +332,7 @@ pub struct Settled<'a> {
     pub chunk: &'a Chunk,
     /// What the chunk does next.
     pub disposition: Disposition,
-    /// What the attempts said of devices: the token that was tried, whether it was ever accepted before (then only
-    /// a day-old `last_accepted_at` is written again), and the effect.
+    /// What the attempts said of devices: the token that was tried, and the effect.
     pub effects: &'a [(DeviceSeq, DeviceToken, DeviceEffect)],
     /// `apns-unique-id`s by position.
     pub unique_ids: &'a [(u32, Box<str>)],
@@ -376,7 +387,7 @@ pub struct Breaker {
     pub fault: Fault,
     /// When one replica may try again.
     pub next_probe_at: Timestamp,
-    /// How many probes have failed.
+    /// How many probes have failed that told something new.
     pub probes: u32,
     /// Chunks that wait for it.
     pub parked: u64,
@@ -526,7 +537,8 @@ pub trait Queue: Send + Sync {
     async fn committed(&self, ids: &[NotificationId]) -> Result<BTreeSet<NotificationId>, StoreError>;
     /// Takes over at most `max` due chunks of `lanes`, in that order, that nobody owns, oldest first; also those parked by one of
     /// `passable` breakers (open for another credential than this replica's), and those whose time parked by one of
-    /// `overdue` is over. Audiences that are due are resolved.
+    /// `overdue` is over. Audiences that are due are resolved: long ones a piece at a time, whose chunks are this
+    /// replica's, and whose rest is due behind what else waits in its lane. What was cancelled ends, and is not taken.
     async fn claim(
         &self,
         lanes: &[Lane],
@@ -535,8 +547,9 @@ pub trait Queue: Send + Sync {
         overdue: &[BreakerId],
         replica: ReplicaId,
         now: Timestamp,
-    ) -> Result<Vec<Lease>, StoreError>;
-    /// Takes the oldest chunk parked by this breaker, for a probe.
+    ) -> Result<Claimed, StoreError>;
+    /// Takes a chunk parked by this breaker, for a probe: an urgent one nothing of which was tried, the oldest first;
+    /// else a bulk one; else the one that has waited longest since it was tried. Never one whose time is over.
     async fn claim_probe(
         &self,
         breaker: BreakerId,
@@ -551,6 +564,13 @@ pub trait Queue: Send + Sync {
         replica: ReplicaId,
         now: Timestamp,
     ) -> Result<Vec<ChunkKey>, StoreError>;
+    /// Cancels what no replica holds, of a notification that has not ended, and tells the others by
+    /// [`Queue::cancelled`]; how it stands now. May be repeated; what has ended stays as it is. `None` if there is no such
+    /// notification.
+    async fn cancel(&self, id: NotificationId, now: Timestamp) -> Result<Option<NotificationView>, StoreError>;
+    /// Notifications that were cancelled and of which some deliveries are open: nothing of them may leave. What was put
+    /// back or parked by a replica that did not know yet may be claimed at once, to be ended.
+    async fn cancelled(&self, now: Timestamp) -> Result<BTreeSet<NotificationId>, StoreError>;
     /// The chunks that this replica owns according to the database.
     async fn owned(&self, replica: ReplicaId) -> Result<Vec<ChunkKey>, StoreError>;
     /// Gives back chunks that this replica owns but does not have in memory.
@@ -591,7 +611,7 @@ pub trait Replicas: Send + Sync {
 /// Credentials that APNs refuses.
 #[async_trait]
 pub trait Breakers: Send + Sync {
-    /// Opens a breaker; one that is open already keeps its times and counts a failed probe.
+    /// Opens a breaker; one that is open already stays as it is.
     async fn open_breaker(
         &self,
         topic: &Topic,
@@ -601,6 +621,9 @@ pub trait Breakers: Send + Sync {
         now: Timestamp,
         next_probe_at: Timestamp,
     ) -> Result<BreakerId, StoreError>;
+    /// A probe got the same answer, or another of the kind: counted, and the last answer is shown. Nothing, if the breaker
+    /// has closed.
+    async fn probe_failed(&self, breaker: BreakerId, fault: &Fault) -> Result<(), StoreError>;
     /// All open breakers.
     async fn breakers(&self) -> Result<Vec<Breaker>, StoreError>;
     /// Tries to become the one that probes now: true for one replica only. Moves the next probe to `next_probe_at`.
@@ -649,6 +672,6 @@ pub trait Database: Send + Sync {
 }
 
 /// Everything that is kept.
-pub trait Store: Devices + Notifications + Queue + Replicas + Breakers + ApiKeys + Database {}
+pub trait Store: Devices + Notifications + Queue + Replicas + Breakers + ApiKeys + Retention + Database {}
 
-impl<T: Devices + Notifications + Queue + Replicas + Breakers + ApiKeys + Database> Store for T {}
+impl<T: Devices + Notifications + Queue + Replicas + Breakers + ApiKeys + Retention + Database> Store for T {}

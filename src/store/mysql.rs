@@ -53,6 +53,7 @@ pub(super) struct MysqlStore {
     host: AtomicUsize,
     pub(super) clock: Arc<dyn Clock>,
     pub(super) reasons: Arc<super::reasons::Reasons>,
+    pub(super) noted: Arc<super::queue::chunk::Noted>,
 }
 
 impl MysqlStore {
@@ -69,7 +70,14 @@ impl MysqlStore {
             match tried.await {
                 Ok(Ok(())) => {
                     let pool = pool(settings).connect_lazy_with(options.clone());
-                    return Ok(Self { pool, hosts, host: AtomicUsize::new(host), clock, reasons: Arc::default() });
+                    return Ok(Self {
+                        pool,
+                        hosts,
+                        host: AtomicUsize::new(host),
+                        clock,
+                        reasons: Arc::default(),
+                        noted: Arc::default(),
+                    });
                 }
                 Ok(Err(error)) => last = Some(StoreError::from(error)),
                 Err(_) => last = Some(StoreError::Unavailable("no answer before the deadline".into())),

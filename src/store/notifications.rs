@@ -72,7 +72,6 @@ const SELECT: &str = "SELECT id, topic, reference, audience_complete, unmatched,
 struct Asked {
     view: NotificationView,
     due_at: Timestamp,
-    cancelled: bool,
 }
 
 /// What its chunks add up to.
@@ -93,7 +92,12 @@ struct Sum {
     backing_off_since: Option<i64>,
 }
 
-async fn one(conn: &mut Conn<'_>, id: NotificationId, now: Timestamp) -> Result<Option<NotificationView>, Failure> {
+/// One notification as it stands in this transaction.
+pub(super) async fn one(
+    conn: &mut Conn<'_>,
+    id: NotificationId,
+    now: Timestamp,
+) -> Result<Option<NotificationView>, Failure> {
     let mut statement = Statement::new("-- notifications.notification\n");
     statement.push(SELECT).push(" WHERE id = ").bind(id_value(id.as_uuid()));
     let asked = conn.fetch(statement).await?.iter().map(asked_from).collect::<Result<_, _>>()?;
@@ -122,9 +126,11 @@ async fn list(
     Ok(Page { items, next_cursor })
 }
 
-const OPEN: &str = " AND EXISTS (SELECT 1 FROM chunks c WHERE c.notification_id = n.id AND c.holder IS NOT NULL)";
+/// By the index of what is open, which is little of what there is.
+const OPEN: &str = " AND n.id IN (SELECT c.notification_id FROM chunks c WHERE c.holder IS NOT NULL)";
 const ALL_ENDED: &str = " AND n.audience_complete = 1 AND NOT EXISTS \
     (SELECT 1 FROM chunks c WHERE c.notification_id = n.id AND c.holder IS NOT NULL)";
+const DUE: &str = " AND (n.cancelled_at IS NOT NULL OR n.due_at <= ";
 const TRIED: &str = "EXISTS (SELECT 1 FROM chunks c WHERE c.notification_id = n.id AND c.states IS NOT NULL)";
 
 fn filtered(statement: &mut Statement, filter: &NotificationFilter, now: Timestamp) {
@@ -155,12 +161,14 @@ fn filtered(statement: &mut Statement, filter: &NotificationFilter, now: Timesta
         None => {}
         Some(NotificationStatus::Done) => drop(statement.push(" AND n.cancelled_at IS NULL").push(ALL_ENDED)),
         Some(NotificationStatus::Cancelled) => drop(statement.push(" AND n.cancelled_at IS NOT NULL").push(ALL_ENDED)),
-        Some(NotificationStatus::Scheduled) => drop(statement.push(OPEN).push(" AND n.due_at > ").bind(now)),
+        Some(NotificationStatus::Scheduled) => {
+            statement.push(OPEN).push(" AND n.cancelled_at IS NULL AND n.due_at > ").bind(now);
+        }
         Some(NotificationStatus::Queued) => {
-            statement.push(OPEN).push(" AND n.due_at <= ").bind(now).push(" AND NOT ").push(TRIED);
+            statement.push(OPEN).push(DUE).bind(now).push(") AND NOT ").push(TRIED);
         }
         Some(NotificationStatus::Sending) => {
-            statement.push(OPEN).push(" AND n.due_at <= ").bind(now).push(" AND ").push(TRIED);
+            statement.push(OPEN).push(DUE).bind(now).push(") AND ").push(TRIED);
         }
     }
 }
@@ -197,10 +205,10 @@ fn asked_from(row: &Row) -> Result<Asked, StoreError> {
             waiting_for: None,
             warnings: warnings(row.bytes_or_null(8)?).map_err(bad("warnings"))?,
             created_at: Timestamp::from_millis(row.int(6)?),
+            cancelled_at: row.int_or_null(7)?.map(Timestamp::from_millis),
             done_at: None,
         },
         due_at: Timestamp::from_millis(row.int(5)?),
-        cancelled: row.int_or_null(7)?.is_some(),
     })
 }
 
@@ -287,11 +295,12 @@ fn sum_from(row: &Row, id: NotificationId) -> Result<Sum, StoreError> {
 }
 
 fn view(asked: Asked, sum: &Sum, faults: &BTreeMap<i64, String>, now: Timestamp) -> NotificationView {
-    let Asked { mut view, due_at, cancelled } = asked;
+    let Asked { mut view, due_at } = asked;
+    let cancelled = view.cancelled_at.is_some();
     view.counts = sum.counts;
     view.status = if sum.open == 0 && view.audience_complete {
         if cancelled { NotificationStatus::Cancelled } else { NotificationStatus::Done }
-    } else if due_at > now {
+    } else if due_at > now && !cancelled {
         NotificationStatus::Scheduled
     } else if sum.tried == 0 {
         NotificationStatus::Queued

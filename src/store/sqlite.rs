@@ -52,6 +52,7 @@ pub(super) struct SqliteStore {
     readers: SqlitePool,
     pub(super) clock: Arc<dyn Clock>,
     pub(super) reasons: Arc<super::reasons::Reasons>,
+    pub(super) noted: Arc<super::queue::chunk::Noted>,
     /// Held as long as the store: the lock goes with the file handle.
     _lock: Option<File>,
 }
@@ -88,7 +89,7 @@ impl SqliteStore {
         // The writer first: it turns WAL on.
         let writer = pool(1).connect_with(options.clone()).await?;
         let readers = pool(READERS).connect_with(options.pragma("query_only", "ON")).await?;
-        Ok(Self { writer, readers, clock, reasons: Arc::default(), _lock: lock })
+        Ok(Self { writer, readers, clock, reasons: Arc::default(), noted: Arc::default(), _lock: lock })
     }
 
     /// Begins a transaction that writes.

@@ -99,9 +99,50 @@ expect 'total.refused["410 Unregistered"]' 2
 expect total.unanswered 0
 expect total.stream_limit_violations 0
 expect total.reset 0
+echo "The ledger agrees: $((pushes + 1002)) accepted, none unanswered."
+
+# A bad day: single pushes fail by rate, and whole connections with them. What each client says is held against the ledger.
+curl -sf -X DELETE "$control/ledger/truth"
+before=$(ledger sandbox.accepted)
+bad_day() { curl -sf -X PUT -H 'content-type: application/json' -d "$1" "$control/environments/sandbox/chaos"; }
+refused() { ledger "sandbox.refused['$1'] || 0"; }
+bad_day '{"seed": 7, "latency": {"percentiles_ms": {"p50": 2, "p99": 100, "max": 500}}, "faults": [
+    {"rate": 0.02, "action": {"answer": {"status": 500, "reason": "InternalServerError"}}},
+    {"rate": 0.02, "action": {"answer": {"status": 429, "reason": "TooManyRequests"}}},
+    {"rate": 0.01, "action": {"reset": {"code": 2, "accepted": true}}},
+    {"rate": 0.01, "action": {"reset": {"code": 2, "accepted": false}}}]}'
+limit 1000
+before_500=$(refused '500 InternalServerError') before_429=$(refused '429 TooManyRequests') before_unanswered=$(ledger sandbox.accepted_unanswered)
+h2load -n "$pushes" -c 4 -t 1 -m 100 -d "$work/payload" -H "authorization: bearer $jwt" -H 'apns-topic: com.example.foreign' \
+    -H 'apns-push-type: alert' -H 'apns-priority: 10' "https://localhost:$sandbox/3/device/00aa11bb" >"$work/h2load"
+limit 1
+said() { sed -n "s/^status codes: .*[ ,]\([0-9][0-9]*\) $1xx.*/\1/p; s/^status codes: \([0-9][0-9]*\) $1xx.*/\1/p" "$work/h2load" | head -1; }
+accepted=$(($(ledger sandbox.accepted) - before - $(ledger sandbox.accepted_unanswered) + before_unanswered))
+[ "$(said 2)" = "$accepted" ] || fail "h2load says $(said 2) 2xx, the ledger $accepted: $(cat "$work/h2load")"
+[ "$(said 4)" = $(($(refused '429 TooManyRequests') - before_429)) ] || fail "h2load says $(said 4) 4xx: $(cat "$work/h2load")"
+[ "$(said 5)" = $(($(refused '500 InternalServerError') - before_500)) ] || fail "h2load says $(said 5) 5xx: $(cat "$work/h2load")"
+echo "h2load on a bad day: $(said 2) 2xx, $(said 4) 4xx, $(said 5) 5xx of $pushes, and the ledger knows it"
+
+rare=$(node -p "4 / $pushes")
+curl -sf -X DELETE "$control/ledger/truth"
+bad_day "{\"seed\": 8, \"dead_tokens\": 0.05, \"latency\": {\"percentiles_ms\": {\"p50\": 2, \"p99\": 100, \"max\": 500}}, \"faults\": [
+    {\"rate\": 0.02, \"action\": {\"answer\": {\"status\": 503, \"reason\": \"ServiceUnavailable\"}}},
+    {\"rate\": 0.01, \"action\": {\"stall\": {\"accepted\": true}}},
+    {\"rate\": 0.01, \"action\": {\"reset\": {\"code\": 7}}},
+    {\"rate\": 0.01, \"action\": {\"reset\": {\"code\": 2, \"accepted\": true}}},
+    {\"rate\": $rare, \"action\": {\"close\": {\"accepted\": true}}},
+    {\"rate\": $rare, \"action\": {\"close\": {\"accepted\": false}}},
+    {\"rate\": $rare, \"action\": {\"close_tls\": {\"accepted\": true}}},
+    {\"rate\": $rare, \"action\": {\"go_away\": {}}},
+    {\"rate\": $rare, \"action\": {\"go_away\": {\"last_stream\": \"before_this\"}}}]}"
+NODE_APN_FOLDER=$clients node "$here/node-apn-chaos.mjs" "$sandbox" "$control" "$work/ca/ca.pem" \
+    "$work/keys/AuthKey_FOREIGN001.p8" FOREIGN001 TEAMFOREIG com.example.foreign "$pushes"
+curl -sf -X DELETE "$control/environments/sandbox/chaos"
+[ "$(push "$sandbox" 00aa11bb)" = "2 200" ] || fail "the simulator has not survived: $(cat "$work/body")"
+total=$(ledger total.accepted)
 
 kill "$simulator"
 wait "$simulator" || fail "the simulator did not end kindly"
 simulator=
-grep -q "Pushes accepted: $((pushes + 1002))" "$work/out" || fail "its last words: $(tail -1 "$work/out")"
-echo "The ledger agrees: $((pushes + 1002)) accepted, none unanswered."
+grep -q "Pushes accepted: $total" "$work/out" || fail "its last words: $(tail -1 "$work/out")"
+echo "The ledger agrees: $total accepted."

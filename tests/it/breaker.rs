@@ -1,102 +1,245 @@
 //! A mistake of ours never kills a token (promise 5): a refused credential stops by itself and resumes by itself.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashSet, sync::Arc, time::Duration};
 
-use serde_json::{Value, json};
+use serde_json::json;
 use sonnette::{
     domain::clock::{Clock, ManualClock, Timestamp},
-    sim::{Action, Script},
+    sim::{Action, Environment, PushQuery, Script, Topics},
 };
 
 use crate::support::{
-    database::on_both_stores,
-    world::{KEY_ID, TEAM, TOPIC, World, until},
+    crowd::{Crowd, live, pass, requests, token},
+    database::{TestDatabase, on_both_stores},
+    world::{KEY_ID, TEAM, TOPIC, World, tick, ticking, ticking_until_done, until},
 };
-
-fn token(number: usize) -> String {
-    format!("{number:064x}")
-}
-
-/// Lets about a second pass, until the service's heart has beaten: time that leaps ahead of the heart would make the
-/// service distrust its own leases, as it should.
-async fn tick(world: &World, clock: &ManualClock) {
-    let beat = || async { world.app().store().replicas().await.unwrap()[0].beat };
-    let before = beat().await;
-    until("the heart beats", || {
-        clock.advance(Duration::from_millis(250));
-        async { (beat().await > before).then_some(()) }
-    })
-    .await;
-}
-
-/// Lets time pass until a condition holds.
-async fn ticking<T, F>(world: &World, clock: &ManualClock, what: &str, mut look: impl FnMut() -> F) -> T
-where
-    F: Future<Output = Option<T>>,
-{
-    until(what, || {
-        let look = look();
-        async move {
-            tick(world, clock).await;
-            look.await
-        }
-    })
-    .await
-}
 
 fn accepted(world: &World) -> u64 {
     world.sim.ledger().counters().accepted
 }
 
+/// Phones that APNs accepted once, and pushes that are queued for them, in lists and one by one.
+const PHONES: usize = 1_000;
+const LISTS: usize = 9;
+const SINGLES: usize = 1_000;
+const QUEUED: usize = LISTS * PHONES + SINGLES;
+
+/// Ten minutes of one mistake of ours with ten thousand pushes queued: no device is touched, APNs is asked at most once
+/// an interval, health names the fault and the cure, and after the cure everything leaves, once.
+async fn ten_minutes_of(
+    database: TestDatabase,
+    reason: &str,
+    cure: &str,
+    begin: impl AsyncFnOnce(&mut World),
+    end: impl AsyncFnOnce(&mut World),
+) {
+    let clock = Arc::new(ManualClock::new(Timestamp::from_seconds(1_795_000_000)));
+    let mut world = World::with(database, Arc::clone(&clock) as _, "").await;
+    live(&world, 0..PHONES, Environment::Production, None);
+    let crowd = Crowd::once_accepted(&world, &clock, 0..PHONES).await;
+    begin(&mut world).await;
+    let mut ids = Vec::with_capacity(LISTS + SINGLES);
+    for _ in 0..LISTS {
+        ids.push(crowd.send(&world).await);
+    }
+    let singles = (0..SINGLES).map(|n| world.send(json!({ "user_ids": [format!("user-{n}")] })));
+    ids.extend(futures_util::future::join_all(singles).await);
+
+    let check = ticking(&world, &clock, "health names the fault", || world.check("apns:breaker", "production")).await;
+    assert_eq!(check["status"], "fail");
+    assert!(check["output"].as_str().unwrap().contains(reason), "{check}");
+    assert!(check["advice"].as_str().unwrap().contains(cure), "the cure is named: {check}");
+    let health = world.server.get("/health").await;
+    assert_eq!((health.status.as_u16(), health.body["status"].as_str()), (200, Some("warn")));
+    ticking(&world, &clock, "all of it waits for the breaker", || async {
+        for id in ids.iter().take(LISTS).chain(ids.last()) {
+            let seen = world.notification(id).await;
+            let waits = seen["waiting_for"]["reason"].as_str().is_some_and(|r| r == format!("breaker: {reason}"));
+            if !waits {
+                return None;
+            }
+        }
+        Some(())
+    })
+    .await;
+
+    let (since, before) = (clock.now(), requests(&world));
+    let mut probed_at = Vec::new();
+    while clock.now().since(since) < Duration::from_secs(600) {
+        pass(&world, &clock, Duration::from_secs(2)).await;
+        let now = requests(&world) - before;
+        assert!(now <= probed_at.len() as u64 + 1, "one push at a time is tried");
+        if now > probed_at.len() as u64 {
+            probed_at.push(clock.now());
+        }
+    }
+    // After 2 s, 30 s, 1, 2, then every 5 minutes; the first ones may have been made before all of it waited.
+    assert!((1..=5).contains(&probed_at.len()), "{probed_at:?} in ten minutes");
+    let gaps: Vec<_> = probed_at.windows(2).map(|at| at[1].since(at[0]).as_secs()).collect();
+    assert!(gaps.iter().all(|gap| *gap >= 25), "{probed_at:?}");
+    assert!(gaps.windows(2).all(|gap| gap[1] + 5 > gap[0]), "rarer and rarer: {probed_at:?}");
+    assert_eq!(Crowd::statuses(&world).await, [PHONES, 0, 0], "no device is touched");
+    assert_eq!(accepted(&world), PHONES as u64);
+
+    end(&mut world).await;
+    ticking(&world, &clock, "everything has left", || async {
+        (accepted(&world) == (PHONES + QUEUED) as u64).then_some(())
+    })
+    .await;
+    ticking(&world, &clock, "everything is told", || async {
+        for id in &ids {
+            if world.notification(id).await["status"] != "done" {
+                return None;
+            }
+        }
+        Some(())
+    })
+    .await;
+    let pushes = world.sim.ledger().pushes(&PushQuery { limit: Some(2 * QUEUED), ..PushQuery::default() });
+    let different: HashSet<_> = pushes.iter().map(|push| (&push.token, push.apns_id)).collect();
+    assert_eq!((pushes.len(), different.len()), (PHONES + QUEUED, PHONES + QUEUED), "each of them once");
+    assert_eq!(Crowd::statuses(&world).await, [PHONES, 0, 0]);
+    assert!(world.check("apns:breaker", "production").await.is_none());
+}
+
+/// What APNs' portal says of the key is changed so.
+fn change_key(world: &World, change: impl FnOnce(&mut sonnette::sim::ProviderKey)) {
+    let mut key = world.sim.keys().list().into_iter().find(|key| key.key_id == KEY_ID).unwrap();
+    change(&mut key);
+    world.sim.keys().register(key).unwrap();
+}
+
 on_both_stores! {
-    async fn a_key_of_the_wrong_team_costs_a_handful_of_requests_and_no_device(database) {
-        const QUEUED: u64 = 1_000;
-        const DEVICES: usize = 10;
+    async fn ten_minutes_of_a_key_that_apns_does_not_know(database) {
+        let kept = std::sync::Mutex::new(None);
+        ten_minutes_of(database, "InvalidProviderToken", "key_id",
+            async |world| {
+                *kept.lock().unwrap() = world.sim.keys().list().pop();
+                assert!(world.sim.keys().remove(KEY_ID));
+            },
+            async |world| world.sim.keys().register(kept.lock().unwrap().take().unwrap()).unwrap(),
+        )
+        .await;
+    }
+
+    async fn ten_minutes_of_a_wrong_team(database) {
+        ten_minutes_of(database, "InvalidProviderToken", "team_id",
+            async |world| world.sim.keys().set_team(KEY_ID, "ZZZZZ99999").unwrap(),
+            async |world| world.sim.keys().set_team(KEY_ID, TEAM).unwrap(),
+        )
+        .await;
+    }
+
+    async fn ten_minutes_of_a_topic_that_the_key_may_not_use(database) {
+        let only = |topic: &str| Topics::Only(vec![topic.to_owned()]);
+        ten_minutes_of(database, "TopicDisallowed", "`topic`",
+            async |world| change_key(world, |key| key.topics = only("fr.ocpizza.shop")),
+            async |world| change_key(world, |key| key.topics = only(TOPIC)),
+        )
+        .await;
+    }
+
+    async fn ten_minutes_of_tokens_of_another_topic(database) {
+        ten_minutes_of(database, "DeviceTokenNotForTopic", "`topic`",
+            async |world| live(world, 0..PHONES, Environment::Production, Some("fr.ocpizza.shop")),
+            async |world| live(world, 0..PHONES, Environment::Production, None),
+        )
+        .await;
+    }
+
+    async fn ten_minutes_of_a_key_of_the_other_environment(database) {
+        ten_minutes_of(database, "BadEnvironmentKeyIdInToken", "`environments`",
+            async |world| change_key(world, |key| key.environments = vec![Environment::Sandbox]),
+            async |world| change_key(world, |key| key.environments = Environment::ALL.to_vec()),
+        )
+        .await;
+    }
+
+    async fn ten_minutes_of_a_key_of_the_other_environment_as_it_is_spelled_on_the_wire(database) {
+        let reason = "BadEnvironmentKeyInToken";
+        ten_minutes_of(database, reason, "`environments`",
+            async |world| {
+                let action = Action::Answer { status: 403, reason: Some(reason.into()), timestamp_ms: None };
+                world.sim.scripts().add(Script::new(sonnette::sim::ANY_TOKEN, action));
+            },
+            async |world| assert_eq!(world.sim.scripts().clear(None), 2),
+        )
+        .await;
+    }
+
+    async fn ten_minutes_of_the_sandbox_where_production_should_be(database) {
+        ten_minutes_of(database, "BadDeviceToken", "[apns]",
+            async |world| {
+                world.config.apns.production = format!("https://{}", world.sim.sandbox());
+                world.restart().await;
+            },
+            async |world| {
+                world.config.apns.production = format!("https://{}", world.sim.production());
+                world.restart().await;
+            },
+        )
+        .await;
+    }
+
+    async fn ten_thousand_devices_on_one_wrong_key_cost_a_handful_of_requests(database) {
         let clock = Arc::new(ManualClock::new(Timestamp::from_seconds(1_795_000_000)));
         let world = World::with(database, Arc::clone(&clock) as _, "").await;
-        for number in 0..DEVICES {
-            world.device(&token(number), Some(&format!("user-{number}"))).await;
-        }
+        let crowd = Crowd::registered(&world, 0..10_000).await;
         world.sim.keys().set_team(KEY_ID, "ZZZZZ99999").unwrap();
-        let sends = (0..QUEUED).map(|n| world.send(json!({ "user_ids": [format!("user-{}", n % DEVICES as u64)] })));
-        let ids = futures_util::future::join_all(sends).await;
-
-        let check = ticking(&world, &clock, "health names the fault", || world.check("apns:breaker", "production")).await;
-        assert_eq!(check["status"], "fail");
-        assert!(check["output"].as_str().unwrap().contains("InvalidProviderToken"), "{check}");
-        assert!(check["advice"].as_str().unwrap().contains("team_id"), "the cure is named: {check}");
-        let health = world.server.get("/health").await;
-        assert_eq!((health.status.as_u16(), health.body["status"].as_str()), (200, Some("warn")));
-
-        // Everything is parked, and ten minutes pass.
+        let id = crowd.send(&world).await;
         ticking(&world, &clock, "all of it waits for the breaker", || async {
-            let page = world.server.get("/v1/notifications?limit=1000").await.ok();
-            let waiting = |n: &Value| n["waiting_for"]["reason"].as_str().is_some_and(|r| r.contains("InvalidProviderToken"));
-            page["items"].as_array().unwrap().iter().all(waiting).then_some(())
+            let seen = world.notification(&id).await;
+            seen["waiting_for"]["reason"].as_str().is_some_and(|r| r.contains("InvalidProviderToken")).then_some(())
         })
         .await;
-        let later = clock.now().plus(Duration::from_secs(600));
-        while clock.now() < later {
-            tick(&world, &clock).await;
-        }
-        let requests = world.sim.ledger().counters().requests;
-        assert!(requests <= 12, "a handful of requests in ten minutes, not {requests}");
-        assert_eq!(accepted(&world), 0);
-        let devices = world.server.get("/v1/devices?limit=1000").await.ok();
-        assert!(devices["items"].as_array().unwrap().iter().all(|d| d["status"] == "active"), "no device is touched");
-        let seen = world.notification(&ids[0]).await;
-        assert_eq!((seen["counts"]["pending"].as_u64(), seen["counts"]["failed"].as_u64()), (Some(1), Some(0)));
-
+        pass(&world, &clock, Duration::from_secs(60)).await;
+        assert!(requests(&world) <= 12, "{} requests", requests(&world));
         world.sim.keys().set_team(KEY_ID, TEAM).unwrap();
-        ticking(&world, &clock, "everything has left", || async { (accepted(&world) == QUEUED).then_some(()) }).await;
-        for id in ids {
-            until("it is done", || async {
-                (world.notification(&id).await["counts"]["accepted"] == 1).then_some(())
+        let seen = ticking_until_done(&world, &clock, &id).await;
+        assert_eq!(seen["counts"]["accepted"], 10_000, "{seen}");
+        assert_eq!((accepted(&world), world.sim.ledger().repeats().len()), (10_000, 0));
+        assert_eq!(Crowd::statuses(&world).await, [10_000, 0, 0]);
+    }
+
+    async fn a_breaker_that_opens_again_soon_is_probed_more_rarely_from_the_start(database) {
+        let clock = Arc::new(ManualClock::new(Timestamp::from_seconds(1_795_000_000)));
+        let world = World::with(database, Arc::clone(&clock) as _, "").await;
+        world.device(&token(1), Some("user-1")).await;
+        let mut took = Vec::new();
+        for _ in 0..3 {
+            world.sim.keys().set_team(KEY_ID, "ZZZZZ99999").unwrap();
+            let id = world.send(json!({ "user_ids": ["user-1"] })).await;
+            ticking(&world, &clock, "it waits", || async {
+                (!world.notification(&id).await["waiting_for"].is_null()).then_some(())
             })
             .await;
+            world.sim.keys().set_team(KEY_ID, TEAM).unwrap();
+            let since = clock.now();
+            assert_eq!(ticking_until_done(&world, &clock, &id).await["counts"]["accepted"], 1);
+            took.push(clock.now().since(since).as_secs());
         }
-        assert_eq!(world.sim.ledger().repeats().len(), 0, "and nothing twice");
-        assert!(world.check("apns:breaker", "production").await.is_none());
+        // 2 s, 30 s, 1 min, less what passed before it was seen to wait.
+        assert!(took[0] < 20 && (20..45).contains(&took[1]) && (45..80).contains(&took[2]), "{took:?}");
+    }
+
+    async fn a_paused_app_is_not_probed_either(database) {
+        let clock = Arc::new(ManualClock::new(Timestamp::from_seconds(1_795_000_000)));
+        let world = World::with(database, Arc::clone(&clock) as _, "").await;
+        world.device(&token(1), Some("user-1")).await;
+        world.sim.keys().set_team(KEY_ID, "ZZZZZ99999").unwrap();
+        let id = world.send(json!({ "user_ids": ["user-1"] })).await;
+        ticking(&world, &clock, "it waits", || async {
+            (!world.notification(&id).await["waiting_for"].is_null()).then_some(())
+        })
+        .await;
+        assert_eq!(world.server.post(&format!("/v1/apps/{TOPIC}/pause"), &json!({})).await.status, 204);
+        ticking(&world, &clock, "health shows the pause", || world.check("queue:paused", "production")).await;
+        world.sim.keys().set_team(KEY_ID, TEAM).unwrap();
+        let before = requests(&world);
+        pass(&world, &clock, Duration::from_secs(60)).await;
+        assert_eq!(requests(&world), before);
+        assert_eq!(world.server.post(&format!("/v1/apps/{TOPIC}/resume"), &json!({})).await.status, 204);
+        ticking(&world, &clock, "it has left", || async { (accepted(&world) == 1).then_some(()) }).await;
     }
 
     async fn work_that_expires_behind_a_breaker_ends_as_expired(database) {

@@ -20,6 +20,8 @@ use crate::{
 };
 
 const KILLS: usize = 20;
+/// A caller that has no answer by then asks again.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// What is posted before each kill.
 const BATCH: usize = 500;
 const NOTIFICATIONS: usize = KILLS * BATCH;
@@ -41,7 +43,8 @@ async fn post(client: &Client, number: usize) -> String {
     let key = format!("order-{number}");
     until("the notification is accepted", || async {
         let headers = [("idempotency-key", key.as_str())];
-        let answer = client.send(http::Method::POST, "/v1/notifications", &headers, body.clone()).await.ok()?;
+        let answer =
+            client.send_within(PATIENCE, http::Method::POST, "/v1/notifications", &headers, body.clone()).await?;
         match answer.status.as_u16() {
             // Killed in mid-answer: half a body is no answer.
             202 => answer.body["id"].as_str().map(str::to_owned),

@@ -20,7 +20,7 @@ use crate::{
         api_key::Scope,
         clock::Timestamp,
         delivery::DeliveryStatus,
-        device::{DeviceId, DeviceToken, UserId},
+        device::{DeviceId, DeviceToken, MAX_TAGS, Tag, UserId},
         notification::{
             Audience, Counts, Lane, Notification, NotificationId, NotificationStatus, NotificationView, Reference,
             WaitingFor, Warning,
@@ -158,8 +158,8 @@ fn read(text: &str, caller: &Caller, catalogue: &Catalogue) -> Result<Draft, Pro
     let topic = object.required("topic", &mut faults);
     let topic = known_topic(topic.as_ref(), caller, catalogue, &mut faults)?;
     let audience = object.required("to", &mut faults).and_then(|value| audience(&value, &mut faults));
-    if audience.is_some() {
-        caller.require(&[Scope::Send])?;
+    if let Some(audience) = &audience {
+        caller.require(&[if audience.named().is_some() { Scope::Send } else { Scope::Broadcast }])?;
     }
     let push_type = object.optional("push_type").map_or(Some(PushType::Alert), |value| push_type(&value, &mut faults));
     let mut warnings = Vec::new();
@@ -271,16 +271,20 @@ fn audience(value: &Value<'_>, faults: &mut Faults) -> Option<Audience> {
     if named != 1 {
         if named > 1 || fence.is_none() {
             let code = if named == 0 { "required" } else { "conflict" };
-            value.fault(faults, code, "`to` must have exactly one of `user_ids`, `device_ids` and `tokens`.");
+            let one = "`to` must have exactly one of `user_ids`, `device_ids`, `tokens`, `tags` and `everyone`.";
+            value.fault(faults, code, one);
         }
         return None;
     }
-    for later in [&tags, &everyone].into_iter().flatten() {
-        later.fault(
-            faults,
-            "not_available_yet",
-            "Sending to tags and to everyone does not work yet: name users, devices or tokens.",
-        );
+    if let Some(tags) = tags {
+        return tagged(&tags, faults);
+    }
+    if let Some(everyone) = everyone {
+        let true = everyone.boolean(faults)? else {
+            everyone.fault(faults, "invalid", "Must be true: to send to fewer, name them.");
+            return None;
+        };
+        return Some(Audience::Everyone);
     }
     if let Some(users) = users {
         return filled::<UserId>(&users, faults).map(Audience::Users);
@@ -294,6 +298,21 @@ fn audience(value: &Value<'_>, faults: &mut Faults) -> Option<Audience> {
         None => None,
     };
     Some(Audience::Devices { ids: ids?, user_id })
+}
+
+/// Devices by their tags.
+fn tagged(value: &Value<'_>, faults: &mut Faults) -> Option<Audience> {
+    let mut tags = Object::open(value, faults)?;
+    let mut list = |name| tags.optional(name).map_or(Some(Vec::new()), |list| list.list::<Tag>(MAX_TAGS, faults));
+    let lists = (list("all"), list("any"), list("none"));
+    tags.finish(&[], faults);
+    let (Some(all), Some(any), Some(none)) = lists else { return None };
+    if all.is_empty() && any.is_empty() && none.is_empty() {
+        let detail = "Name at least one tag in `all`, `any` or `none`; for every device write `everyone` instead.";
+        value.fault(faults, "required", detail);
+        return None;
+    }
+    Some(Audience::Tags { all, any, none })
 }
 
 /// A list that names at least one.
@@ -519,6 +538,7 @@ struct Shown<'a> {
     waiting_for: Option<&'a WaitingFor>,
     warnings: &'a [Warning],
     created_at: Timestamp,
+    cancelled_at: Option<Timestamp>,
     done_at: Option<Timestamp>,
 }
 
@@ -535,6 +555,7 @@ impl<'a> Shown<'a> {
             waiting_for: view.waiting_for.as_ref(),
             warnings: &view.warnings,
             created_at: view.created_at,
+            cancelled_at: view.cancelled_at,
             done_at: view.done_at,
         }
     }
@@ -557,6 +578,23 @@ pub(in crate::http) async fn one(
     caller.require(&[Scope::Read])?;
     let id = id.parse().map_err(|_| Problem::not_found("notification"))?;
     Ok(Json(Shown::of(&visible(&api, &caller, id).await?)).into_response())
+}
+
+/// `DELETE /v1/notifications/{id}`
+pub(in crate::http) async fn cancel(
+    State(api): State<Shared>,
+    caller: Caller,
+    _: NoQuery,
+    Path(id): Path<String>,
+) -> Result<Response, Problem> {
+    caller.require(&[Scope::Send])?;
+    let missing = || Problem::not_found("notification");
+    let id = id.parse().map_err(|_| missing())?;
+    if caller.0.topics.is_some() {
+        visible(&api, &caller, id).await?;
+    }
+    let view = api.services.intake.cancel(id).await?.ok_or_else(missing)?;
+    Ok(Json(Shown::of(&view)).into_response())
 }
 
 /// `GET /v1/notifications`
@@ -781,11 +819,22 @@ pub(super) mod tests {
             (r#"{"tokens":["xyz"]}"#, "/to/tokens/0", "invalid"),
             (r#"{"device_ids":["1"]}"#, "/to/device_ids/0", "invalid"),
             (r#"{"user_id":"a"}"#, "/to/user_id", "conflict"),
-            (r#"{"everyone":true}"#, "/to/everyone", "not_available_yet"),
-            (r#"{"tags":{"all":["a"]}}"#, "/to/tags", "not_available_yet"),
+            (r#"{"everyone":false}"#, "/to/everyone", "invalid"),
+            (r#"{"everyone":1}"#, "/to/everyone", "type"),
+            (r#"{"everyone":true,"user_ids":["a"]}"#, "/to", "conflict"),
+            (r#"{"tags":["a"]}"#, "/to/tags", "type"),
+            (r#"{"tags":{}}"#, "/to/tags", "required"),
+            (r#"{"tags":{"all":[],"none":[]}}"#, "/to/tags", "required"),
+            (r#"{"tags":{"all":"a"}}"#, "/to/tags/all", "type"),
+            (r#"{"tags":{"any":[""]}}"#, "/to/tags/any/0", "invalid"),
         ] {
             assert_eq!(faults(&[("to", to)]), [(pointer.to_owned(), code)], "{to}");
         }
+        let unknown = [("/to/tags/not".to_owned(), "unknown_field"), ("/to/tags".to_owned(), "required")];
+        assert_eq!(faults(&[("to", r#"{"tags":{"not":["a"]}}"#)]), unknown);
+        let many: Vec<String> = (0..51).map(|n| format!("\"t{n}\"")).collect();
+        let many = format!(r#"{{"tags":{{"none":[{}]}}}}"#, many.join(","));
+        assert_eq!(faults(&[("to", &many)]), [("/to/tags/none".to_owned(), "too_many")]);
         let long: Vec<String> = (0..20_001).map(|n| format!("\"u{n}\"")).collect();
         let long = format!(r#"{{"user_ids":[{}]}}"#, long.join(","));
         assert_eq!(faults(&[("to", &long)]), [("/to/user_ids".to_owned(), "too_many")]);
@@ -886,6 +935,19 @@ pub(super) mod tests {
         assert_eq!(problem.kind(), Kind::Forbidden);
         let problem = read(&request(&[]), &caller(&[Scope::Broadcast]), &catalogue()).unwrap_err();
         assert_eq!(problem.kind(), Kind::Forbidden, "naming users needs `send`");
+    }
+
+    #[test]
+    fn tags_and_everyone_need_a_scope_of_their_own_and_go_behind_what_is_urgent() {
+        let of = |to: &str, scope| read(&request(&[("to", to)]), &caller(&[scope]), &catalogue());
+        for to in [r#"{"everyone":true}"#, r#"{"tags":{"any":["a"]}}"#] {
+            assert_eq!(of(to, Scope::Send).unwrap_err().kind(), Kind::Forbidden, "{to}");
+            assert_eq!(of(to, Scope::Broadcast).unwrap().lane, Lane::Bulk, "{to}");
+        }
+        let tags = of(r#"{"tags":{"all":["a","a"],"any":["b","c"],"none":["d"]}}"#, Scope::Broadcast).unwrap().audience;
+        let named = |names: &[&str]| names.iter().map(|name| name.parse().unwrap()).collect::<Vec<Tag>>();
+        let wanted = Audience::Tags { all: named(&["a"]), any: named(&["b", "c"]), none: named(&["d"]) };
+        assert_eq!(tags, wanted, "repeats are merged");
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! Accepting a group: resolved, committed and handed over in one transaction.
+//! Accepting a group: resolved, committed and handed over in one transaction. What is not due, tags, everyone and long
+//! lists are kept as they were asked for: accepting reads no device for them, whatever their size.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -23,7 +24,7 @@ use crate::store::{
 /// One submission on its way.
 struct Entry<'s> {
     submission: &'s Submission,
-    /// `None`: not due yet.
+    /// `None`: not resolved yet.
     chunks: Option<Vec<Chunk>>,
     view: NotificationView,
 }
@@ -38,15 +39,15 @@ pub(in crate::store) async fn accept(
 ) -> Result<Vec<Accepted>, Failure> {
     let due: Vec<Wanted<'_>> = group
         .iter()
-        .filter(|submission| is_due(submission, now))
-        .map(|submission| Wanted { notification: &submission.notification, audience: &submission.audience })
+        .filter(|submission| at_once(submission, now))
+        .map(|submission| Wanted { notification: &submission.notification, audience: &submission.audience, from: 0 })
         .collect();
     let resolution = audience::resolve(conn, &*context.clock, &due, now).await?;
     let mut resolved = resolution.resolved.into_iter();
     let entries: Vec<Entry<'_>> = group
         .iter()
         .map(|submission| {
-            let resolved = if is_due(submission, now) { resolved.next() } else { None };
+            let resolved = if at_once(submission, now) { resolved.next() } else { None };
             entry(submission, resolved, now)
         })
         .collect();
@@ -67,23 +68,26 @@ pub(in crate::store) async fn accept(
     Ok(accepted)
 }
 
-fn is_due(submission: &Submission, now: Timestamp) -> bool {
-    submission.notification.due_at <= now
+/// Whether it is resolved where it is accepted.
+fn at_once(submission: &Submission, now: Timestamp) -> bool {
+    submission.notification.due_at <= now && submission.audience.is_short()
 }
 
 fn entry(submission: &Submission, resolved: Option<audience::Resolved>, now: Timestamp) -> Entry<'_> {
     let notification = &submission.notification;
+    let unmatched = resolved.as_ref().map_or(0, |resolved| resolved.unmatched);
+    let chunks = resolved.map(|resolved| audience::into_chunks(resolved.targets));
     let mut counts = Counts::default();
     let mut tried = false;
-    for chunk in resolved.iter().flat_map(|resolved| &resolved.chunks) {
+    for chunk in chunks.iter().flatten() {
         counts.add(&chunk.counts());
         tried |= counts.pending < counts.targeted;
     }
-    let status = match &resolved {
-        None => NotificationStatus::Scheduled,
+    let status = match &chunks {
+        None if notification.due_at > now => NotificationStatus::Scheduled,
         Some(_) if counts.pending == 0 => NotificationStatus::Done,
         Some(_) if tried => NotificationStatus::Sending,
-        Some(_) => NotificationStatus::Queued,
+        None | Some(_) => NotificationStatus::Queued,
     };
     let done_at = (status == NotificationStatus::Done).then_some(match counts.targeted {
         0 => notification.created_at,
@@ -95,14 +99,15 @@ fn entry(submission: &Submission, resolved: Option<audience::Resolved>, now: Tim
         topic: notification.topic.clone(),
         reference: notification.reference.clone(),
         counts,
-        unmatched: resolved.as_ref().map_or(0, |resolved| resolved.unmatched),
-        audience_complete: resolved.is_some(),
+        unmatched,
+        audience_complete: chunks.is_some(),
         waiting_for: None,
         warnings: notification.warnings.clone(),
         created_at: notification.created_at,
+        cancelled_at: None,
         done_at,
     };
-    Entry { submission, chunks: resolved.map(|resolved| resolved.chunks), view }
+    Entry { submission, chunks, view }
 }
 
 /// Claims the idempotency keys; the answers for those that were seen before, by place in the group.
@@ -224,7 +229,10 @@ async fn insert(
     for entry in new {
         let Submission { notification, audience, own, .. } = entry.submission;
         notifications.push(notification_row(notification, audience, &entry.view)?);
-        links.extend(audience::links(notification, audience));
+        // The users of a long list are linked as it is resolved.
+        if audience.is_short() || !matches!(audience, Audience::Users(_)) {
+            links.extend(audience::links(notification.id, audience));
+        }
         let (lane, due_at) = (notification.lane, notification.due_at);
         let owner = replica.filter(|_| *own);
         match &entry.chunks {
@@ -243,9 +251,20 @@ async fn insert(
     }
     conn.insert(INSERT, &notifications, "").await?;
     chunk::insert(conn, &context.reasons, &chunks, now).await?;
+    link(conn, links).await?;
+    chunk::note(conn, context, &notes).await
+}
+
+/// Notes who is addressed, in the order of the users.
+pub(super) async fn link(conn: &mut Conn<'_>, mut links: Vec<Vec<Value>>) -> Result<(), Failure> {
     links.sort_unstable_by(|one, other| key_of(one).cmp(&key_of(other)));
-    conn.insert("-- queue.insert_links\nINSERT INTO notification_users (user_id, notification_id)", &links, "").await?;
-    chunk::note(conn, &notes).await
+    let head = "-- queue.insert_links\nINSERT INTO notification_users (user_id, notification_id)";
+    // Differs: how a row that is there is left alone.
+    let tail = match conn.kind() {
+        Kind::Sqlite => " ON CONFLICT DO NOTHING",
+        Kind::Mysql => " ON DUPLICATE KEY UPDATE notification_id = notification_id",
+    };
+    Ok(conn.insert(head, &links, tail).await?)
 }
 
 fn key_of(row: &[Value]) -> Option<&[u8]> {

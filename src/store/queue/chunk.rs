@@ -1,10 +1,17 @@
 //! Chunks as rows: read and written.
 
-use super::notification_id;
+use std::{
+    collections::{HashMap, HashSet, hash_map::Entry},
+    sync::{Mutex, PoisonError},
+};
+
+use super::{Context, notification_id};
 use crate::domain::{
     clock::Timestamp,
-    delivery::{Chunk, ChunkKey, NotAChunk, State, decode_states, decode_targets, encode_states, encode_targets},
-    notification::{Counts, Lane},
+    delivery::{
+        CHUNK_TARGETS, Chunk, ChunkKey, NotAChunk, State, decode_states, decode_targets, encode_states, encode_targets,
+    },
+    notification::{Counts, Lane, NotificationId},
     outcome::Cause,
 };
 use crate::store::{
@@ -60,6 +67,30 @@ pub(super) fn states(chunk: &Chunk, reasons: &Reasons) -> Result<Option<Vec<u8>>
         None => Ok(Some(bytes)),
         Some(Cause { reason, .. }) => Err(StoreError::Statement(format!("{reason:?} has no number").into())),
     }
+}
+
+/// Writes a chunk as a whole over the row that stands for it; one all of whose targets have ended is ended.
+pub(super) async fn write(
+    conn: &mut Conn<'_>,
+    reasons: &Reasons,
+    key: ChunkKey,
+    chunk: &Chunk,
+    now: Timestamp,
+) -> Result<(), Failure> {
+    let counts = chunk.counts();
+    let mut statement = Statement::new("-- queue.write_chunk\nUPDATE chunks SET targets = ");
+    statement.bind(encode_targets(&chunk.targets));
+    statement.push(", states = ").bind(states(chunk, reasons)?);
+    statement.push(", targeted = ").bind(counts.targeted);
+    for (column, count) in COUNTED.into_iter().zip(counted(&counts)) {
+        statement.push(column).bind(count);
+    }
+    if chunk.is_done() {
+        statement.push(", holder = NULL, ended_at = ").bind(now);
+    }
+    statement.push(" WHERE ").keys(conn.kind(), [&key]);
+    conn.execute(statement).await?;
+    Ok(())
 }
 
 /// The count columns behind `targeted`, in the order of the table.
@@ -137,8 +168,11 @@ pub(super) async fn insert(
     Ok(conn.insert(INSERT, &rows, "").await?)
 }
 
-/// The most rows of outcomes other than accepted that a notification gets.
+/// The most rows of outcomes other than accepted that a notification gets. Its first chunk has a share of its own.
 const MAX_NOTES: usize = 10_000;
+
+/// The most of them beside the first chunk's.
+const MAX_FURTHER_NOTES: usize = MAX_NOTES - CHUNK_TARGETS;
 
 /// What is to be noted of one chunk: positions, and Apple's ids where there are any.
 pub(super) struct Notes<'c> {
@@ -159,17 +193,25 @@ impl<'c> Notes<'c> {
 }
 
 /// Writes rows for exceptions.
-pub(super) async fn note(conn: &mut Conn<'_>, notes: &[Notes<'_>]) -> Result<(), Failure> {
+pub(super) async fn note(conn: &mut Conn<'_>, context: &Context, notes: &[Notes<'_>]) -> Result<(), Failure> {
     let mut rows = Vec::new();
+    let mut further = HashMap::new();
     for Notes { key, chunk, ended, unique_ids } in notes {
-        // One chunk alone cannot be too many; for the others the rows that are there are counted.
-        let room = match key.number {
-            0 => MAX_NOTES,
+        let fits = match key.number {
+            0 => ended.len(),
             _ if ended.is_empty() => 0,
-            _ => MAX_NOTES.saturating_sub(noted(conn, key).await?),
+            _ => {
+                let room = match further.entry(key.notification) {
+                    Entry::Occupied(room) => room.into_mut(),
+                    Entry::Vacant(unknown) => unknown.insert(room_for_notes(conn, context, key.notification).await?),
+                };
+                let fits = ended.len().min(*room);
+                *room -= fits;
+                fits
+            }
         };
         let mut at_position = std::collections::BTreeMap::new();
-        for at in ended.iter().take(room) {
+        for at in ended.iter().take(fits) {
             at_position.insert(*at, None);
         }
         // The first chunk of a notification is all of it up to 1,000 targets.
@@ -234,10 +276,41 @@ fn short(id: &str) -> String {
     id.chars().take(64).collect()
 }
 
-async fn noted(conn: &mut Conn<'_>, key: &ChunkKey) -> Result<usize, Failure> {
-    let mut statement = Statement::new("-- queue.noted\nSELECT COUNT(*) FROM delivery_notes WHERE notification_id = ");
-    statement.bind(id_value(key.notification.as_uuid()));
+/// How many more may be noted beside the first chunk's. What is full is remembered: a million failures are not counted
+/// again with every settle.
+async fn room_for_notes(conn: &mut Conn<'_>, context: &Context, id: NotificationId) -> Result<usize, Failure> {
+    if context.noted.is_full(id) {
+        return Ok(0);
+    }
+    let mut statement =
+        Statement::new("-- queue.noted\nSELECT COUNT(*) FROM delivery_notes WHERE number > 0 AND notification_id = ");
+    statement.bind(id_value(id.as_uuid()));
     let rows = conn.fetch(statement).await?;
-    let count = rows.first().map(|row| row.int(0)).transpose()?.unwrap_or(0);
-    Ok(usize::try_from(count).unwrap_or(usize::MAX))
+    let there = rows.first().map(|row| row.int(0)).transpose()?.unwrap_or(0);
+    let room = MAX_FURTHER_NOTES.saturating_sub(usize::try_from(there).unwrap_or(usize::MAX));
+    if room == 0 {
+        context.noted.fill(id);
+    }
+    Ok(room)
+}
+
+/// Notifications that have all the notes they get.
+#[derive(Debug, Default)]
+pub(in crate::store) struct Noted(Mutex<HashSet<NotificationId>>);
+
+impl Noted {
+    /// The most that are remembered; then they are counted anew.
+    const MOST: usize = 1_000;
+
+    fn is_full(&self, id: NotificationId) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).contains(&id)
+    }
+
+    fn fill(&self, id: NotificationId) {
+        let mut full = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if full.len() >= Self::MOST {
+            full.clear();
+        }
+        full.insert(id);
+    }
 }

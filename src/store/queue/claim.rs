@@ -1,34 +1,36 @@
-//! Taking over what nobody owns.
+//! Taking over what nobody owns. What was cancelled meanwhile is ended here, and not taken.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet},
     sync::Arc,
 };
 
 use super::{
     Context, FREE, HELD,
     accept::{addresses_of, open_devices},
-    chunk::{self, NewChunk, Notes},
+    chunk::{self, Notes},
     lane_from,
+    resolve::{self, Own, Unresolved},
 };
 use crate::domain::{
     clock::Timestamp,
-    delivery::{Chunk, ChunkKey},
+    delivery::{ChunkKey, DeliveryStatus},
     device::DeviceSeq,
     notification::{Audience, Lane, Notification, NotificationId},
+    outcome::{Cause, own},
     payload::Payload,
     push::{Expiration, Priority},
 };
 use crate::store::{
-    BoxError, BreakerId, Kind, Lease, ReplicaId, StoreError,
-    audience::{self, LIST, Wanted, parsed, parsed_or_null},
+    BoxError, BreakerId, Claimed, Kind, Lease, ReplicaId, StoreError,
+    audience::{self, LIST, parsed, parsed_or_null},
     breakers::parked_holder,
     sql::Failure,
     statement::{Conn, Row, Statement, corrupt, id_value},
 };
 
 /// A chunk that was chosen, as its row.
-struct Chosen {
+pub(super) struct Chosen {
     key: ChunkKey,
     epoch: i64,
     targets: Option<Vec<u8>>,
@@ -53,18 +55,18 @@ pub(in crate::store) async fn claim(
     parked: &Parked<'_>,
     replica: ReplicaId,
     now: Timestamp,
-) -> Result<Vec<Lease>, Failure> {
+) -> Result<Claimed, Failure> {
     if !super::lives(conn, replica).await? {
-        return Ok(Vec::new());
+        return Ok(Claimed::default());
     }
     let mut chosen = Vec::new();
     for lane in lanes.iter().copied() {
-        let passable = parked.passable.iter().map(|breaker| (parked_holder(*breaker), None));
-        let overdue = parked.overdue.iter().map(|breaker| (parked_holder(*breaker), Some(now)));
-        for (holder, due) in std::iter::once((FREE, Some(now))).chain(passable).chain(overdue) {
+        let passable = parked.passable.iter().map(|breaker| (parked_holder(*breaker), Which::All));
+        let overdue = parked.overdue.iter().map(|breaker| (parked_holder(*breaker), Which::Due));
+        for (holder, which) in std::iter::once((FREE, Which::Due)).chain(passable).chain(overdue) {
             let room = max.saturating_sub(chosen.len());
             if room > 0 {
-                let more = choose(conn, holder, lane, due, room).await?;
+                let more = choose(conn, holder, &[lane], which, now, room).await?;
                 let known: BTreeSet<ChunkKey> = chosen.iter().map(|one: &Chosen| one.key).collect();
                 chosen.extend(more.into_iter().filter(|one| !known.contains(&one.key)));
             }
@@ -73,7 +75,8 @@ pub(in crate::store) async fn claim(
     take(conn, context, chosen, max, replica, now).await
 }
 
-/// Takes one chunk that a breaker has parked: an urgent one if there is one, else the oldest.
+/// Takes one chunk that a breaker has parked. What was not tried says most, an urgent one soonest; among those that were
+/// tried, whose turn it is, so that one that is refused rightly does not stand before all others.
 pub(in crate::store) async fn claim_probe(
     conn: &mut Conn<'_>,
     context: &Context,
@@ -84,22 +87,37 @@ pub(in crate::store) async fn claim_probe(
     if !super::lives(conn, replica).await? {
         return Ok(None);
     }
-    for lane in Lane::ALL {
-        let chosen = choose(conn, parked_holder(breaker), lane, None, 1).await?;
-        if let Some(lease) = take(conn, context, chosen, 1, replica, now).await?.pop() {
+    let untried = Lane::ALL.map(|lane| (vec![lane], Which::Untried));
+    for (lanes, which) in untried.into_iter().chain([(Lane::ALL.to_vec(), Which::LongestAgo)]) {
+        let chosen = choose(conn, parked_holder(breaker), &lanes, which, now, 1).await?;
+        if let Some(lease) = take(conn, context, chosen, 1, replica, now).await?.leases.pop() {
             return Ok(Some(lease));
         }
     }
     Ok(None)
 }
 
+/// Which chunks of a holder, and in which order. Of what is parked, `due_at` is the end of its time.
+#[derive(Clone, Copy)]
+enum Which {
+    /// All.
+    All,
+    /// Those that are due.
+    Due,
+    /// Those that are not due, and nothing of which was tried.
+    Untried,
+    /// Those that are not due; whatever has waited longest first.
+    LongestAgo,
+}
+
 /// Chooses and locks. Rows that another replica is choosing are passed over; the index is read in its order, so that
-/// no more rows are locked than are taken.
+/// no more rows are locked than are taken, but by [`Which::LongestAgo`], which has few to choose from.
 async fn choose(
     conn: &mut Conn<'_>,
     holder: i64,
-    lane: Lane,
-    due: Option<Timestamp>,
+    lanes: &[Lane],
+    which: Which,
+    now: Timestamp,
     max: usize,
 ) -> Result<Vec<Chosen>, Failure> {
     // Differs: how the index is named, and SQLite's one writer needs no locks.
@@ -110,12 +128,31 @@ async fn choose(
     let mut statement =
         Statement::new("-- queue.claim\nSELECT notification_id, number, epoch, targets, states FROM chunks");
     statement.push(index).push(" WHERE holder = ").bind(holder);
-    statement.push(" AND lane = ").bind(lane.as_number());
-    if let Some(now) = due {
-        statement.push(" AND due_at <= ").bind(now);
+    match lanes {
+        [lane] => drop(statement.push(" AND lane = ").bind(lane.as_number())),
+        lanes => drop(statement.push(" AND lane IN ").list(lanes.iter().map(|lane| lane.as_number()))),
     }
-    statement.push(" ORDER BY due_at LIMIT ").bind(max as u64).push(lock);
-    let rows = conn.fetch(statement).await?;
+    let order = match which {
+        Which::All => " ORDER BY due_at",
+        Which::Due => {
+            statement.push(" AND due_at <= ").bind(now);
+            " ORDER BY due_at"
+        }
+        Which::Untried => {
+            statement.push(" AND due_at > ").bind(now).push(" AND states IS NULL");
+            " ORDER BY due_at"
+        }
+        Which::LongestAgo => {
+            statement.push(" AND due_at > ").bind(now);
+            " ORDER BY waiting_since"
+        }
+    };
+    statement.push(order).push(" LIMIT ").bind(max as u64).push(lock);
+    chosen_from(&conn.fetch(statement).await?)
+}
+
+/// Rows of `notification_id, number, epoch, targets, states`.
+pub(super) fn chosen_from(rows: &[Row]) -> Result<Vec<Chosen>, Failure> {
     let chosen = rows.iter().map(|row| {
         Ok(Chosen {
             key: chunk::key_from(row, 0)?,
@@ -127,16 +164,17 @@ async fn choose(
     Ok(chosen.collect::<Result<_, StoreError>>()?)
 }
 
-async fn take(
+/// Takes what was chosen and locked: as leases, what is to be sent. What was cancelled ends here.
+pub(super) async fn take(
     conn: &mut Conn<'_>,
     context: &Context,
     chosen: Vec<Chosen>,
     max: usize,
     replica: ReplicaId,
     now: Timestamp,
-) -> Result<Vec<Lease>, Failure> {
+) -> Result<Claimed, Failure> {
     if chosen.is_empty() {
-        return Ok(Vec::new());
+        return Ok(Claimed::default());
     }
     let mut keys: Vec<ChunkKey> = chosen.iter().map(|one| one.key).collect();
     keys.sort_unstable();
@@ -153,50 +191,64 @@ async fn take(
     let ids: BTreeSet<NotificationId> = keys.iter().map(|key| key.notification).collect();
     let notifications = notifications(conn, &ids).await?;
 
-    // Chunks as they are, and audiences that are still to be resolved.
-    let mut open: Vec<(ChunkKey, i64, Arc<Notification>, Chunk)> = Vec::with_capacity(chosen.len());
+    // Chunks as they are, those that end here, and audiences that are still to be resolved.
+    let mut open: Vec<Own> = Vec::with_capacity(chosen.len());
+    let mut cancelled = Vec::new();
     let mut unresolved = Vec::new();
     for one in chosen {
-        let epoch = one.epoch + 1;
-        let Some((notification, audience)) = notifications.get(&one.key.notification) else {
-            aside.push(one.key);
+        let (key, epoch) = (one.key, one.epoch + 1);
+        let Some(asked) = notifications.get(&key.notification) else {
+            aside.push(key);
             continue;
         };
-        match (&one.targets, audience) {
+        let notification = &asked.notification;
+        match (&one.targets, &asked.audience) {
             (Some(targets), _) => {
-                match chunk::read(conn, &context.reasons, one.key, targets, one.states.as_deref()).await {
-                    Ok(chunk) => open.push((one.key, epoch, Arc::clone(notification), chunk)),
+                match chunk::read(conn, &context.reasons, key, targets, one.states.as_deref()).await {
+                    Ok(chunk) if asked.cancelled => cancelled.push((key, chunk)),
+                    Ok(chunk) => open.push(Own { key, epoch, notification: Arc::clone(notification), chunk }),
                     Err(Failure::Store(error @ StoreError::Corrupt { .. })) => {
-                        unreadable(one.key.notification, &error);
-                        aside.push(one.key);
+                        unreadable(key.notification, &error);
+                        aside.push(key);
                     }
                     Err(error) => return Err(error),
                 }
             }
-            (None, Some(audience)) => unresolved.push((one.key, epoch, Arc::clone(notification), audience)),
+            (None, Some(audience)) => {
+                let ending = asked.ending(now);
+                unresolved.push(Unresolved { key, epoch, notification, audience, ending });
+            }
             (None, None) => {
-                let row = one.key.notification;
+                let row = key.notification;
                 unreadable(row, &corrupt("notifications", "audience", row, "not resolved, and not there"));
-                aside.push(one.key);
+                aside.push(key);
             }
         }
     }
+    for (key, chunk) in &mut cancelled {
+        let ended = (0..).zip(&chunk.states).filter(|(_, state)| state.is_open()).map(|(at, _)| at).collect();
+        chunk.end_open(DeliveryStatus::Cancelled, &own::CANCELLED, now);
+        chunk::write(conn, &context.reasons, *key, chunk, now).await?;
+        chunk::note(conn, context, &[Notes { key: *key, chunk, ended, unique_ids: &[] }]).await?;
+    }
     let room = max.saturating_sub(open.len() + unresolved.len());
-    let resolved = resolve(conn, context, &unresolved, room, replica, now).await?;
-    open.extend(resolved);
+    let read_at = context.clock.monotonic();
+    let resolution = resolve::resolve(conn, context, &unresolved, room, replica, now).await?;
+    open.extend(resolution.own);
     set_aside(conn, &aside, now).await?;
 
-    let mut devices: Vec<DeviceSeq> = open.iter().flat_map(|(_, _, _, chunk)| open_devices(chunk)).collect();
+    let mut addresses = resolution.addresses;
+    let mut devices: Vec<DeviceSeq> = open.iter().flat_map(|own| open_devices(&own.chunk)).collect();
+    devices.retain(|device| !addresses.contains_key(device));
     devices.sort_unstable();
     devices.dedup();
-    let read_at = context.clock.monotonic();
-    let addresses: HashMap<_, _> =
-        audience::read_addresses(conn, &devices).await?.into_iter().map(|address| (address.seq, address)).collect();
-    let lease = |(key, epoch, notification, chunk): (_, _, _, Chunk)| {
+    let read = audience::read_addresses(conn, &devices).await?;
+    addresses.extend(read.into_iter().map(|address| (address.seq, address)));
+    let lease = |Own { key, epoch, notification, chunk }| {
         let addresses = addresses_of(&chunk, &addresses);
         Lease { key, epoch, notification, chunk, addresses, read_at }
     };
-    Ok(open.into_iter().map(lease).collect())
+    Ok(Claimed { leases: open.into_iter().map(lease).collect(), more: resolution.more })
 }
 
 /// Work that cannot be read is held: it is kept, it shows, and it does not stop the rest.
@@ -214,110 +266,42 @@ fn unreadable(id: NotificationId, error: &StoreError) {
     tracing::error!(notification.id = %id, error = %error, source, "work of {id} cannot be read: it is held");
 }
 
-/// Resolves audiences that are due. As many chunks as there is room for are this replica's, the others nobody's; the
-/// chunk that stood for the audience becomes the first of them, or ends when there is nobody.
-async fn resolve(
-    conn: &mut Conn<'_>,
-    context: &Context,
-    unresolved: &[(ChunkKey, i64, Arc<Notification>, &Audience)],
-    mut room: usize,
-    replica: ReplicaId,
-    now: Timestamp,
-) -> Result<Vec<(ChunkKey, i64, Arc<Notification>, Chunk)>, Failure> {
-    if unresolved.is_empty() {
-        return Ok(Vec::new());
-    }
-    let wanted: Vec<Wanted<'_>> =
-        unresolved.iter().map(|(_, _, notification, audience)| Wanted { notification, audience }).collect();
-    let resolution = audience::resolve(conn, &*context.clock, &wanted, now).await?;
-    let mut mine = Vec::new();
-    for ((first, epoch, notification, _), resolved) in unresolved.iter().zip(resolution.resolved) {
-        let mut chunks = resolved.chunks.into_iter();
-        let head = chunks.next().unwrap_or_default();
-        first_chunk(conn, context, *first, &head, now).await?;
-        chunk::note(conn, &[Notes::at_first(*first, &head)]).await?;
-        if !head.is_done() {
-            mine.push((*first, *epoch, Arc::clone(notification), head));
-        }
-        let rest: Vec<Chunk> = chunks.collect();
-        let mut rows = Vec::with_capacity(rest.len());
-        let mut notes = Vec::with_capacity(rest.len());
-        let mut own = 0;
-        for (number, chunk) in (first.number + 1..).zip(&rest) {
-            let key = ChunkKey { notification: first.notification, number };
-            let owner = (own < room && !chunk.is_done()).then_some(replica);
-            own += usize::from(owner.is_some());
-            rows.push(NewChunk {
-                key,
-                lane: notification.lane,
-                due_at: notification.due_at,
-                owner,
-                chunk: Some(chunk),
-            });
-            notes.push(Notes::at_first(key, chunk));
-        }
-        chunk::insert(conn, &context.reasons, &rows, now).await?;
-        chunk::note(conn, &notes).await?;
-        let owned: BTreeSet<ChunkKey> = rows.iter().filter(|row| row.owner.is_some()).map(|row| row.key).collect();
-        room = room.saturating_sub(own);
-        for (number, chunk) in (first.number + 1..).zip(rest) {
-            let key = ChunkKey { notification: first.notification, number };
-            if owned.contains(&key) {
-                mine.push((key, chunk::FIRST_EPOCH, Arc::clone(notification), chunk));
-            }
-        }
-        let mut statement = Statement::new(
-            "-- queue.resolved\nUPDATE notifications SET audience = NULL, audience_complete = 1, unmatched = ",
-        );
-        statement.bind(resolved.unmatched).push(" WHERE id = ").bind(id_value(first.notification.as_uuid()));
-        conn.execute(statement).await?;
-    }
-    Ok(mine)
+/// A notification as it is sent.
+struct Asked {
+    notification: Arc<Notification>,
+    /// Until it is resolved.
+    audience: Option<Audience>,
+    cancelled: bool,
 }
 
-async fn first_chunk(
-    conn: &mut Conn<'_>,
-    context: &Context,
-    key: ChunkKey,
-    chunk: &Chunk,
-    now: Timestamp,
-) -> Result<(), Failure> {
-    let counts = chunk.counts();
-    let mut statement = Statement::new("-- queue.resolve_first\nUPDATE chunks SET targets = ");
-    statement.bind(crate::domain::delivery::encode_targets(&chunk.targets));
-    statement.push(", states = ").bind(chunk::states(chunk, &context.reasons)?);
-    statement.push(", targeted = ").bind(counts.targeted);
-    for (column, count) in chunk::COUNTED.into_iter().zip(chunk::counted(&counts)) {
-        statement.push(column).bind(count);
+impl Asked {
+    /// How everybody ends who has not been resolved; `None`: as APNs says.
+    fn ending(&self, now: Timestamp) -> Option<(DeliveryStatus, Cause)> {
+        if self.cancelled {
+            return Some((DeliveryStatus::Cancelled, own::CANCELLED));
+        }
+        (now >= self.notification.deadline()).then_some((DeliveryStatus::Expired, own::EXPIRED))
     }
-    if chunk.is_done() {
-        statement.push(", holder = NULL, ended_at = ").bind(now);
-    }
-    statement.push(" WHERE ").keys(conn.kind(), [&key]);
-    conn.execute(statement).await?;
-    Ok(())
 }
-
-type Read = (Arc<Notification>, Option<Audience>);
 
 /// Notifications as they are sent. Those that cannot be read are missing.
 async fn notifications(
     conn: &mut Conn<'_>,
     ids: &BTreeSet<NotificationId>,
-) -> Result<BTreeMap<NotificationId, Read>, Failure> {
+) -> Result<BTreeMap<NotificationId, Asked>, Failure> {
     let mut found = BTreeMap::new();
     let all: Vec<_> = ids.iter().copied().collect();
     for piece in all.chunks(LIST) {
         let mut statement = Statement::new(
             "-- queue.notifications\nSELECT id, topic, owner, reference, lane, push_type, priority, expires_at, \
              collapse_id, derives_collapse_id, on_unknown, environment, payload, audience, due_at, created_at, \
-             warnings FROM notifications WHERE id IN ",
+             warnings, cancelled_at FROM notifications WHERE id IN ",
         );
         statement.list(piece.iter().map(|id| id_value(id.as_uuid())));
         for row in &conn.fetch(statement).await? {
             let id = super::notification_id(&row.bytes(0)?)?;
             match notification_from(row, id) {
-                Ok(read) => drop(found.insert(id, read)),
+                Ok(asked) => drop(found.insert(id, asked)),
                 Err(error) => unreadable(id, &error),
             }
         }
@@ -325,14 +309,11 @@ async fn notifications(
     Ok(found)
 }
 
-fn notification_from(row: &Row, id: NotificationId) -> Result<Read, StoreError> {
+fn notification_from(row: &Row, id: NotificationId) -> Result<Asked, StoreError> {
     let bad = |column| move |error: BoxError| corrupt("notifications", column, id, error);
     let expires_at = row.int(7)?;
     let audience = row.bytes_or_null(13)?;
     let audience = audience.map(|bytes| audience::decode(&bytes)).transpose().map_err(bad("audience"))?;
-    if let Some(audience) = &audience {
-        audience::check(audience).map_err(|error| bad("audience")(error.into()))?;
-    }
     let notification = Notification {
         id,
         topic: parsed(row.bytes(1)?).map_err(bad("topic"))?,
@@ -356,5 +337,5 @@ fn notification_from(row: &Row, id: NotificationId) -> Result<Read, StoreError> 
         created_at: Timestamp::from_millis(row.int(15)?),
         warnings: crate::store::notifications::warnings(row.bytes_or_null(16)?).map_err(bad("warnings"))?,
     };
-    Ok((Arc::new(notification), audience))
+    Ok(Asked { notification: Arc::new(notification), audience, cancelled: row.int_or_null(17)?.is_some() })
 }

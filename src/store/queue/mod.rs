@@ -5,8 +5,10 @@
 //! was leased; device rows are touched only after that was checked, in the same transaction.
 
 pub(super) mod accept;
+pub(super) mod cancel;
 pub(super) mod chunk;
 pub(super) mod claim;
+mod resolve;
 pub(super) mod settle;
 mod verbs;
 
@@ -47,6 +49,7 @@ pub(super) const fn breaker_of(holder: i64) -> Option<i64> {
 pub(super) struct Context {
     pub(super) clock: Arc<dyn Clock>,
     pub(super) reasons: Arc<Reasons>,
+    pub(super) noted: Arc<chunk::Noted>,
 }
 
 /// Whether this replica may take work in its name: its row is there, and stays until the transaction ends.

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::domain::{
     clock::Timestamp,
-    delivery::{ChunkKey, DeliveryStatus, DeviceEffect, Target},
+    delivery::{ChunkKey, DeliveryStatus, DeviceEffect},
     device::{DeviceSeq, DeviceToken},
     outcome::Cause,
     topic::Environment,
@@ -223,19 +223,19 @@ async fn notes(conn: &mut Conn<'_>, context: &Context, held: &[(&Settled<'_>, &B
             notes.push(Notes { key: settled.key, chunk: settled.chunk, ended, unique_ids: settled.unique_ids });
         }
     }
-    chunk::note(conn, &notes).await
+    chunk::note(conn, context, &notes).await
 }
 
 /// Applies what was learned of devices, in the order of their numbers.
 async fn effects(conn: &mut Conn<'_>, settled: &[&Settled<'_>], now: Timestamp) -> Result<(), Failure> {
     let mut accepted: BTreeMap<Environment, Vec<(DeviceSeq, &DeviceToken)>> = BTreeMap::new();
-    let mut others: Vec<(DeviceSeq, &DeviceToken, &DeviceEffect, Timestamp)> = Vec::new();
+    let mut others: Vec<(DeviceSeq, &DeviceToken, &DeviceEffect)> = Vec::new();
     for one in settled {
         for (seq, token, effect) in one.effects {
             match effect {
                 DeviceEffect::Accepted(environment) => accepted.entry(*environment).or_default().push((*seq, token)),
-                DeviceEffect::Dead { .. } | DeviceEffect::Bad | DeviceEffect::Suspend => {
-                    others.push((*seq, token, effect, tried_at(one, *seq).unwrap_or(now)));
+                DeviceEffect::Dead { .. } | DeviceEffect::Bad { .. } | DeviceEffect::Suspend { .. } => {
+                    others.push((*seq, token, effect));
                 }
             }
         }
@@ -256,27 +256,18 @@ async fn effects(conn: &mut Conn<'_>, settled: &[&Settled<'_>], now: Timestamp) 
     }
     others.sort_by_key(|(seq, ..)| *seq);
     let mut seen = HashSet::new();
-    for (seq, token, effect, tried_at) in others {
-        if !seen.insert((seq, effect_name(effect))) {
+    for (seq, token, effect) in others {
+        if !seen.insert((seq, effect)) {
             continue;
         }
-        if let Some(statement) = effect_on_one(seq, token, effect, tried_at) {
+        if let Some(statement) = effect_on_one(seq, token, effect) {
             conn.execute(statement).await?;
         }
     }
     Ok(())
 }
 
-fn effect_name(effect: &DeviceEffect) -> (&'static str, Option<Timestamp>) {
-    match effect {
-        DeviceEffect::Accepted(_) => ("accepted", None),
-        DeviceEffect::Dead { since, .. } => ("dead", Some(*since)),
-        DeviceEffect::Bad => ("bad", None),
-        DeviceEffect::Suspend => ("suspend", None),
-    }
-}
-
-fn effect_on_one(seq: DeviceSeq, token: &DeviceToken, effect: &DeviceEffect, tried_at: Timestamp) -> Option<Statement> {
+fn effect_on_one(seq: DeviceSeq, token: &DeviceToken, effect: &DeviceEffect) -> Option<Statement> {
     let mut statement = Statement::new("-- queue.settle_device\nUPDATE devices SET status = ");
     let (status, reason, registered_until, never_accepted) = match effect {
         DeviceEffect::Accepted(_) => return None,
@@ -284,8 +275,8 @@ fn effect_on_one(seq: DeviceSeq, token: &DeviceToken, effect: &DeviceEffect, tri
             let reason = reasons::kept(&Cause { apns_status: None, reason: reason.clone() }).reason.into_owned();
             ("inactive", reason, since.minus(CLOCK_SKEW), false)
         }
-        DeviceEffect::Bad => ("inactive", "BadDeviceToken".to_owned(), tried_at, true),
-        DeviceEffect::Suspend => ("suspended", "BadDeviceToken".to_owned(), tried_at, false),
+        DeviceEffect::Bad { sent_at } => ("inactive", "BadDeviceToken".to_owned(), *sent_at, true),
+        DeviceEffect::Suspend { sent_at } => ("suspended", "BadDeviceToken".to_owned(), *sent_at, false),
     };
     statement.bind(status).push(", status_reason = ").bind(reason);
     statement.push(" WHERE seq = ").bind(seq.0).push(" AND token = ").bind(token.to_bytes());
@@ -294,11 +285,4 @@ fn effect_on_one(seq: DeviceSeq, token: &DeviceToken, effect: &DeviceEffect, tri
         statement.push(" AND last_accepted_at = 0");
     }
     Some(statement)
-}
-
-/// When the attempt at this device was answered.
-fn tried_at(settled: &Settled<'_>, device: DeviceSeq) -> Option<Timestamp> {
-    let chunk = settled.chunk;
-    let of_device = |target: &Target| matches!(target, Target::Device { seq, .. } if *seq == device);
-    chunk.targets.iter().zip(&chunk.states).find(|(target, _)| of_device(target)).and_then(|(_, state)| state.at)
 }

@@ -4,19 +4,19 @@ use std::{collections::BTreeSet, sync::Arc};
 
 use async_trait::async_trait;
 
-use super::{Context, accept, claim, settle};
+use super::{Context, accept, cancel, claim, settle};
 use crate::domain::{
     clock::Timestamp,
     delivery::ChunkKey,
     device::DeviceSeq,
-    notification::{Lane, NotificationId},
+    notification::{Lane, NotificationId, NotificationView},
     outcome::Cause,
     push::CollapseId,
     topic::Topic,
 };
 use crate::store::{
-    Accepted, BreakerId, Idempotency, Lease, Queue, QueueDepth, ReplicaId, Settled, StoreError, Submission,
-    audience::{self, WORDS},
+    Accepted, BreakerId, Claimed, Idempotency, Lease, Queue, QueueDepth, ReplicaId, Settled, StoreError, Submission,
+    audience::WORDS,
     reasons,
     sql::{Repeat, committed, on_both, read},
     statement::Conn,
@@ -32,32 +32,21 @@ on_both! {
             now: Timestamp,
         ) -> Result<Vec<Result<Accepted, StoreError>>, StoreError> {
             self.intern(&WORDS).await?;
-            let mut answers: Vec<Result<(), StoreError>> =
-                group.iter().map(|submission| audience::check(&submission.audience)).collect();
-            let good: Vec<&Submission> =
-                group.iter().zip(&answers).filter(|(_, answer)| answer.is_ok()).map(|(submission, _)| submission).collect();
-            let accepted = match self.accept_group(&good, replica, now).await {
-                Ok(accepted) => accepted.into_iter().map(Ok).collect(),
+            let all: Vec<&Submission> = group.iter().collect();
+            match self.accept_group(&all, replica, now).await {
+                Ok(accepted) => Ok(accepted.into_iter().map(Ok).collect()),
                 // One of them is to blame: each alone, so that the others are not.
-                Err(StoreError::Statement(_) | StoreError::Corrupt { .. }) if good.len() > 1 => {
-                    let mut alone = Vec::with_capacity(good.len());
-                    for submission in good {
+                Err(StoreError::Statement(_) | StoreError::Corrupt { .. }) if all.len() > 1 => {
+                    let mut alone = Vec::with_capacity(all.len());
+                    for submission in all {
                         let answer = self.accept_group(&[submission], replica, now).await;
                         alone.push(answer.and_then(|mut accepted| accepted.pop().ok_or_else(unanswered)));
                     }
-                    alone
+                    Ok(alone)
                 }
-                Err(error @ (StoreError::Statement(_) | StoreError::Corrupt { .. })) => vec![Err(error)],
-                Err(error) => return Err(error),
-            };
-            let mut accepted: std::vec::IntoIter<Result<Accepted, StoreError>> = accepted.into_iter();
-            Ok(answers
-                .drain(..)
-                .map(|answer| match answer {
-                    Ok(()) => accepted.next().unwrap_or_else(|| Err(unanswered())),
-                    Err(error) => Err(error),
-                })
-                .collect())
+                Err(error @ (StoreError::Statement(_) | StoreError::Corrupt { .. })) => Ok(vec![Err(error)]),
+                Err(error) => Err(error),
+            }
         }
 
         async fn seen(&self, idempotency: &Idempotency) -> Result<Option<Accepted>, StoreError> {
@@ -85,14 +74,14 @@ on_both! {
             overdue: &[BreakerId],
             replica: ReplicaId,
             now: Timestamp,
-        ) -> Result<Vec<Lease>, StoreError> {
+        ) -> Result<Claimed, StoreError> {
             self.intern(&WORDS).await?;
             let parked = claim::Parked { passable, overdue };
             let context = self.context();
             committed(Repeat::Deadlocks, || async {
                 let mut tx = self.begin().await?;
-                let leases = claim::claim(&mut Conn::from(&mut *tx), &context, lanes, max, &parked, replica, now).await?;
-                Ok((tx, leases))
+                let claimed = claim::claim(&mut Conn::from(&mut *tx), &context, lanes, max, &parked, replica, now).await?;
+                Ok((tx, claimed))
             })
             .await
         }
@@ -111,6 +100,34 @@ on_both! {
                 Ok((tx, lease))
             })
             .await
+        }
+
+        async fn cancel(&self, id: NotificationId, now: Timestamp) -> Result<Option<NotificationView>, StoreError> {
+            self.intern(&WORDS).await?;
+            let context = self.context();
+            committed(Repeat::Deadlocks, || async {
+                let mut tx = self.begin().await?;
+                let view = cancel::cancel(&mut Conn::from(&mut *tx), &context, id, now).await?;
+                Ok((tx, view))
+            })
+            .await
+        }
+
+        async fn cancelled(&self, now: Timestamp) -> Result<BTreeSet<NotificationId>, StoreError> {
+            let watched = read(|| async {
+                let mut tx = self.snapshot().await?;
+                cancel::watched(&mut Conn::from(&mut *tx), now).await
+            })
+            .await?;
+            if watched.needs_care() {
+                committed(Repeat::Deadlocks, || async {
+                    let mut tx = self.begin().await?;
+                    cancel::care(&mut Conn::from(&mut *tx), &watched, now).await?;
+                    Ok((tx, ()))
+                })
+                .await?;
+            }
+            Ok(watched.open())
         }
 
         async fn settle(
@@ -203,7 +220,7 @@ on_both! {
     impl Base {
         /// What the functions of the queue need beside a connection.
         pub(in crate::store) fn context(&self) -> Context {
-            Context { clock: Arc::clone(&self.clock), reasons: Arc::clone(&self.reasons) }
+            Context { clock: Arc::clone(&self.clock), reasons: Arc::clone(&self.reasons), noted: Arc::clone(&self.noted) }
         }
 
         /// Sees to it that the dictionary holds these: in a transaction of its own, before the one that needs them.

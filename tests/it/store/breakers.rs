@@ -20,7 +20,7 @@ fn fault(reason: Reason) -> Fault {
 }
 
 on_both_stores! {
-    async fn one_that_is_open_keeps_its_times_and_counts(database) {
+    async fn one_that_is_open_stays_as_it_is_and_counts_the_probes_that_fail(database) {
         let store = store(&database).await;
         let (topic, reason) = (topic(), Reason::Other("x".repeat(300).into()));
         let open = |now, fault| {
@@ -28,19 +28,27 @@ on_both_stores! {
             async move { store.open_breaker(topic, Environment::Production, "abc", &fault, now, later(60)).await.unwrap() }
         };
         let id = open(NOW, fault(Reason::InvalidProviderToken)).await;
-        assert_eq!(open(later(5), fault(reason)).await, id);
+        assert_eq!(open(later(5), fault(Reason::TopicDisallowed)).await, id);
         let other = store
             .open_breaker(&topic, Environment::Sandbox, "abc", &fault(Reason::TopicDisallowed), NOW, later(60))
             .await
             .unwrap();
         assert_ne!(other, id, "another environment is another breaker");
 
-        let all = store.breakers().await.unwrap();
-        assert_eq!(all.len(), 2);
-        let found = all.into_iter().find(|breaker| breaker.id == id).unwrap();
-        assert_eq!((found.topic, found.environment, found.fingerprint.as_str()), (topic.clone(), Environment::Production, "abc"));
-        assert_eq!((found.opened_at, found.next_probe_at, found.probes, found.parked), (NOW, later(60), 1, 0));
-        assert_eq!(found.fault.reason.as_str().len(), 128, "a reason of any length is kept in part");
+        let found = async |id| store.breakers().await.unwrap().into_iter().find(|breaker| breaker.id == id).unwrap();
+        let as_opened = found(id).await;
+        assert_eq!((as_opened.topic, as_opened.environment, as_opened.fingerprint.as_str()), (topic.clone(), Environment::Production, "abc"));
+        assert_eq!((as_opened.opened_at, as_opened.next_probe_at, as_opened.probes, as_opened.parked), (NOW, later(60), 0, 0));
+        assert_eq!(as_opened.fault.reason, Reason::InvalidProviderToken);
+
+        store.probe_failed(id, &fault(reason)).await.unwrap();
+        let probed = found(id).await;
+        assert_eq!((probed.opened_at, probed.next_probe_at, probed.probes), (NOW, later(60), 1));
+        assert_eq!(probed.fault.reason.as_str().len(), 128, "a reason of any length is kept in part");
+        assert_eq!(found(other).await.probes, 0);
+        store.close_breaker(id, NOW).await.unwrap();
+        store.probe_failed(id, &fault(Reason::InvalidProviderToken)).await.unwrap();
+        assert_eq!(store.breakers().await.unwrap().len(), 1, "one that has closed stays closed");
     }
 
     async fn many_that_open_it_at_once_open_one(database) {
@@ -52,7 +60,7 @@ on_both_stores! {
         .await;
         let ids: std::collections::BTreeSet<_> = all.into_iter().map(Result::unwrap).collect();
         assert_eq!(ids.len(), 1);
-        assert_eq!(store.breakers().await.unwrap()[0].probes, 7);
+        assert_eq!(store.breakers().await.unwrap()[0].probes, 0, "and none of them was a probe");
     }
 
     async fn of_many_replicas_one_is_elected_to_probe(database) {

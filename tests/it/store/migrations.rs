@@ -12,7 +12,7 @@ on_both_stores! {
         assert_eq!((empty.version, empty.min_reader), (0, 1));
         assert!(matches!(empty.check(), Err(StoreError::Schema(advice)) if advice.contains("sonnette migrate")));
         let pending = store.pending().await.unwrap();
-        assert_eq!(pending.len(), usize::try_from(empty.known).unwrap());
+        assert_eq!(pending.last().map(|step| step.version), Some(empty.known));
 
         assert_eq!(store.migrate().await.unwrap(), pending);
         assert_eq!(store.migrate().await.unwrap(), [], "the second run has nothing to do");
@@ -27,11 +27,11 @@ on_both_stores! {
         for _ in 0..4 {
             stores.push(try_open(&database).await.unwrap());
         }
+        let pending: Vec<_> = stores[0].pending().await.unwrap().iter().map(|step| step.version).collect();
         let all = futures_util::future::join_all(stores.iter().map(|store| store.migrate())).await;
         let mut applied: Vec<_> = all.into_iter().flat_map(Result::unwrap).map(|step| step.version).collect();
         applied.sort_unstable();
-        let known = stores[0].schema().await.unwrap().known;
-        assert_eq!(applied, (1..=known).collect::<Vec<_>>());
+        assert_eq!(applied, pending);
     }
 
     async fn a_run_that_was_killed_before_it_could_record_its_step_is_run_again(database) {

@@ -1,14 +1,17 @@
 //! What every store promises, tried through the traits: one text, run on SQLite and on MariaDB or MySQL.
 
 mod api_keys;
+mod audience;
 mod breakers;
+mod cancel;
 mod connection;
 mod devices;
 mod migrations;
 mod notifications;
 mod queue;
 mod replicas;
-mod world;
+mod retention;
+pub(crate) mod world;
 
 use std::{sync::Arc, time::Duration};
 

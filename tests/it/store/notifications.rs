@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, time::Duration};
 use sonnette::{
     domain::{
         delivery::DeliveryStatus,
-        notification::{Audience, NotificationId, NotificationStatus},
+        notification::{Audience, Lane, NotificationId, NotificationStatus},
         push::{ApnsId, Recipient},
     },
     store::{Disposition, NotificationFilter, PageRequest, StoreError},
@@ -106,7 +106,8 @@ on_both_stores! {
     async fn deliveries_come_in_the_audiences_order_page_by_page_across_chunks(database) {
         let world = World::on(database).await;
         let tokens = (0..2_300_u32).map(|n| format!("{n:08x}").parse().unwrap()).collect();
-        let (view, leases) = world.accept(world.submission(Audience::Tokens(tokens))).await;
+        let (view, _) = world.accept(world.submission(Audience::Tokens(tokens))).await;
+        let leases = world.store.claim(&Lane::ALL, 9, &[], &[], world.replica, NOW).await.unwrap().leases;
         let mut chunk = leases[1].chunk.clone();
         for at in [0, 999] {
             chunk.states[at] = ended(DeliveryStatus::Failed, Some(apple(400, "BadDeviceToken")), NOW);

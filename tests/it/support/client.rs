@@ -1,6 +1,6 @@
 //! An HTTP client as the callers of the API have it: HTTP/2 with prior knowledge, JSON, an API key.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderMap, Method, Request, StatusCode};
@@ -81,6 +81,18 @@ impl Client {
 
     pub(crate) async fn post(&self, path: &str, body: &Value) -> Answer {
         self.send(Method::POST, path, &[], body.to_string()).await.expect("an answer")
+    }
+
+    /// Any request; `None` if no answer came in time.
+    pub(crate) async fn send_within(
+        &self,
+        patience: Duration,
+        method: Method,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: String,
+    ) -> Option<Answer> {
+        tokio::time::timeout(patience, self.send(method, path, headers, body)).await.ok()?.ok()
     }
 
     /// Any request; an error if no answer came.

@@ -72,9 +72,14 @@ pub(crate) struct Service {
 impl Service {
     /// Writes sonnette.toml into `folder` and starts on it.
     pub(crate) async fn start(folder: &Path, database: &str, sim: &SimulatorProcess) -> Self {
+        Self::start_with(folder, database, sim, "").await
+    }
+
+    /// The same with more lines in `[apns]`.
+    pub(crate) async fn start_with(folder: &Path, database: &str, sim: &SimulatorProcess, apns: &str) -> Self {
         let address = free_address();
         let text = format!(
-            "[server]\nlisten = \"{address}\"\n[database]\nurl = \"{database}\"\n[apns]\nkeys = \"keys\"\nproduction = \"https://{}\"\nsandbox = \"https://{}\"\nca_file = \"{}\"\n[log]\nlevel = \"error\"\n",
+            "[server]\nlisten = \"{address}\"\n[database]\nurl = \"{database}\"\n[apns]\nkeys = \"keys\"\nproduction = \"https://{}\"\nsandbox = \"https://{}\"\nca_file = \"{}\"\n{apns}[log]\nlevel = \"error\"\n",
             sim.production,
             sim.sandbox,
             sim.ca_file.display()
@@ -96,6 +101,11 @@ impl Service {
             (answer.status == 200).then_some(())
         })
         .await;
+    }
+
+    /// Sends it a signal by name.
+    pub(crate) fn signal(&self, name: &str) {
+        self.process.as_ref().expect("the service was started").signal(name);
     }
 
     pub(crate) fn process(&mut self) -> &mut Process {

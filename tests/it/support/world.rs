@@ -10,12 +10,12 @@ use sonnette::{
     config::Config,
     domain::{
         api_key::Scope,
-        clock::{Clock, SystemClock},
+        clock::{Clock, ManualClock, SystemClock},
     },
     sim::{self, Simulator},
 };
 
-use super::{client::Client, database::TestDatabase, scratch::Folder};
+use super::{apns_server::Server, client::Client, database::TestDatabase, scratch::Folder};
 
 /// The app that all worlds have.
 pub(crate) const TOPIC: &str = "fr.ocpizza.livreur";
@@ -66,6 +66,16 @@ impl World {
 
     /// On any clock, with more lines for the app in apps.toml.
     pub(crate) async fn with(database: TestDatabase, clock: Arc<dyn Clock>, more: &str) -> Self {
+        Self::configured(database, clock, more, |_, _| {}).await
+    }
+
+    /// The same, with a last word on the configuration: where APNs is, for one.
+    pub(crate) async fn configured(
+        database: TestDatabase,
+        clock: Arc<dyn Clock>,
+        more: &str,
+        change: impl FnOnce(&mut Config, &Simulator),
+    ) -> Self {
         let folder = Folder::new("world");
         let keys = keys_folder(&folder, more);
         let sim = Simulator::start(
@@ -87,7 +97,8 @@ impl World {
             sim.ca_file().display(),
         );
         std::fs::write(&file, text).unwrap();
-        let config = Config::load(Some(&file), &BTreeMap::new()).unwrap();
+        let mut config = Config::load(Some(&file), &BTreeMap::new()).unwrap();
+        change(&mut config, &sim);
         let app = App::start(&config, Arc::clone(&clock), Options::default()).await.unwrap();
         let server = Client::new(app.address(), None);
         let mut world = Self { app: Some(app), sim, server, clock, config, folder, _database: database };
@@ -99,6 +110,17 @@ impl World {
     /// The running service.
     pub(crate) fn app(&self) -> &App {
         self.app.as_ref().expect("the service runs")
+    }
+
+    /// With a server scripted by hand where APNs' production is.
+    pub(crate) async fn before(server: &Server, database: TestDatabase, clock: Arc<dyn Clock>) -> Self {
+        Self::configured(database, clock, "environments = [\"production\"]", |config, _| {
+            let ca_file = config.apns.ca_file.as_mut().unwrap();
+            ca_file.set_file_name("server.pem");
+            std::fs::write(ca_file, &server.ca_pem).unwrap();
+            config.apns.production = server.url();
+        })
+        .await
     }
 
     /// A new API key for all apps.
@@ -199,4 +221,40 @@ where
         assert!(std::time::Instant::now() < deadline, "waited in vain until {what}");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
+}
+
+/// Lets about a second pass, until the service's heart has beaten: time that leaps ahead of the heart would make the
+/// service distrust its own leases, as it should.
+pub(crate) async fn tick(world: &World, clock: &ManualClock) {
+    let beat = || async { world.app().store().replicas().await.unwrap()[0].beat };
+    let before = beat().await;
+    until("the heart beats", || {
+        clock.advance(Duration::from_millis(250));
+        async { (beat().await > before).then_some(()) }
+    })
+    .await;
+}
+
+/// Lets time pass until a condition holds.
+pub(crate) async fn ticking<T, F>(world: &World, clock: &ManualClock, what: &str, mut look: impl FnMut() -> F) -> T
+where
+    F: Future<Output = Option<T>>,
+{
+    until(what, || {
+        let look = look();
+        async move {
+            tick(world, clock).await;
+            look.await
+        }
+    })
+    .await
+}
+
+/// Lets time pass until a notification is done, and returns it.
+pub(crate) async fn ticking_until_done(world: &World, clock: &ManualClock, id: &str) -> Value {
+    ticking(world, clock, "the notification is done", || async {
+        let seen = world.notification(id).await;
+        (seen["status"] == "done").then_some(seen)
+    })
+    .await
 }

@@ -1,0 +1,2 @@
+-- inactive_devices_since: made with its table.
+DO 0;
