@@ -310,15 +310,17 @@ impl Driver<'_> {
                 }
                 self.has_more() && self.wire.waiting() < SENT_AT_ONCE
             } {}
-            match self.wire.poll_send(cx) {
-                Poll::Ready(Ok(())) => self.blocked_since = None,
+            let freed = match self.wire.poll_send(cx) {
+                Poll::Ready(Ok(())) => self.blocked_since.take().is_some(),
                 Poll::Ready(Err(error)) => return Poll::Ready(End::Broken(error)),
                 Poll::Pending => {
                     self.blocked_since.get_or_insert(self.passed);
+                    false
                 }
-            }
+            };
             self.report();
-            if !self.has_more() {
+            // What was posted while the socket took nothing woke nobody again.
+            if !freed && !self.has_more() {
                 break;
             }
         }
@@ -793,6 +795,7 @@ mod tests {
     use std::io;
 
     use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+    use tokio_util::task::TaskTracker;
 
     use super::*;
     use crate::{
@@ -817,6 +820,9 @@ mod tests {
         later: Vec<u8>,
         reader: Option<Waker>,
         heard: Vec<u8>,
+        /// Takes nothing.
+        deaf: bool,
+        writer: Option<Waker>,
     }
 
     impl Peer {
@@ -830,6 +836,20 @@ mod tests {
 
         fn says_later(&self, frame: &[u8]) {
             self.0.lock().unwrap().later.extend(frame);
+        }
+
+        fn is_deaf(&self, deaf: bool) {
+            let mut said = self.0.lock().unwrap();
+            said.deaf = deaf;
+            if let Some(writer) = said.writer.take() {
+                writer.wake();
+            }
+        }
+
+        async fn hears(&self, frame: (u8, u8)) {
+            while !self.heard().contains(&frame) {
+                tokio::task::yield_now().await;
+            }
         }
 
         /// Kind and stream of each frame that it heard.
@@ -861,8 +881,13 @@ mod tests {
     }
 
     impl AsyncWrite for Peer {
-        fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-            self.0.lock().unwrap().heard.extend(bytes);
+        fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+            let mut said = self.0.lock().unwrap();
+            if said.deaf {
+                said.writer = Some(cx.waker().clone());
+                return Poll::Pending;
+            }
+            said.heard.extend(bytes);
             Poll::Ready(Ok(bytes.len()))
         }
 
@@ -895,13 +920,32 @@ mod tests {
         fn ended(&self, _: u64, _: &End) {}
     }
 
+    const DATA: u8 = 0;
     const HEADERS: u8 = 1;
     const RST_STREAM: u8 = 3;
     const STREAMS_10: &[u8] = &[0, 0, 6, 4, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 10];
     const WINDOW_0: &[u8] = &[0, 0, 6, 4, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0];
+    const PING: &[u8] = &[0, 0, 8, 6, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8];
 
-    #[tokio::test]
-    async fn a_body_that_a_shrinking_window_keeps_back_is_taken_back_at_once() {
+    /// A connection that is driven, on a clock that stands still.
+    struct Scene {
+        peer: Peer,
+        connection: Arc<Connection>,
+        clock: Arc<dyn Clock>,
+    }
+
+    impl Scene {
+        async fn push(&self) -> Ended {
+            let stopped = std::sync::atomic::AtomicBool::new(false);
+            let push = request::tests::push(PushType::Alert, None);
+            let deadline = Timestamp::from_seconds(1_795_000_000);
+            let gate = Gate { fence: &NoFence, clock: &*self.clock, deadline, answer_by: None, stopped: &stopped };
+            connection::exchange(Slot::new(Arc::clone(&self.connection)), &push, &gate).await
+        }
+    }
+
+    /// Plays `scene` on a connection with ten streams.
+    async fn play(scene: impl AsyncFnOnce(&Scene)) {
         let peer = Peer::default();
         let clock: Arc<dyn Clock> = Arc::new(ManualClock::new(Timestamp::from_seconds(1_794_999_600)));
         let owner = Arc::new(Listener::default());
@@ -916,31 +960,62 @@ mod tests {
             abort: CancellationToken::new(),
         };
         let opened = connection::handshake(Wire::new(peer.clone())).await.unwrap();
-        let driven = drive(duty, opened, Arc::<Listener>::clone(&owner));
+        // A task of its own, so that it is polled only when something wakes it.
+        let listener: Arc<Listener> = Arc::clone(&owner);
+        let driven = TaskTracker::new().spawn(async move { drive(duty, opened, listener).await });
+        let stage = Scene { peer, connection, clock };
         let scene = async {
-            peer.says(STREAMS_10);
+            stage.peer.says(STREAMS_10);
             while owner.limit.load(Ordering::SeqCst) != 10 {
                 tokio::task::yield_now().await;
             }
-            // Between the turn that finds room for the body and the one that hands it over.
-            peer.says_later(WINDOW_0);
-            let stopped = std::sync::atomic::AtomicBool::new(false);
-            let push = request::tests::push(PushType::Alert, None);
-            let deadline = Timestamp::from_seconds(1_795_000_000);
-            let gate = Gate { fence: &NoFence, clock: &*clock, deadline, answer_by: None, stopped: &stopped };
-            let ended = connection::exchange(Slot::new(Arc::clone(&connection)), &push, &gate).await;
-            assert!(matches!(ended, Ended::GivenBack { .. }), "{ended:?}");
-            while !peer.heard().contains(&(RST_STREAM, 1)) {
-                tokio::task::yield_now().await;
-            }
-            let of_the_push: Vec<_> = peer.heard().into_iter().filter(|(_, stream)| *stream == 1).collect();
-            assert_eq!(of_the_push, [(HEADERS, 1), (RST_STREAM, 1)], "no DATA");
+            scene(&stage).await;
         };
         let bounded = tokio::time::timeout(Duration::from_secs(20), scene);
         tokio::select! {
             biased;
             done = bounded => done.expect("an end"),
-            () = driven => panic!("the connection ended"),
+            ended = driven => panic!("the connection ended: {ended:?}"),
         }
+    }
+
+    #[tokio::test]
+    async fn a_body_that_a_shrinking_window_keeps_back_is_taken_back_at_once() {
+        play(async |stage| {
+            // Between the turn that finds room for the body and the one that hands it over.
+            stage.peer.says_later(WINDOW_0);
+            let ended = stage.push().await;
+            assert!(matches!(ended, Ended::GivenBack { .. }), "{ended:?}");
+            stage.peer.hears((RST_STREAM, 1)).await;
+            let of_the_push: Vec<_> = stage.peer.heard().into_iter().filter(|(_, stream)| *stream == 1).collect();
+            assert_eq!(of_the_push, [(HEADERS, 1), (RST_STREAM, 1)], "no DATA");
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn what_comes_while_the_socket_takes_nothing_leaves_as_soon_as_it_takes_again() {
+        play(async |stage| {
+            stage.peer.is_deaf(true);
+            // What it is owed cannot leave.
+            stage.peer.says(PING);
+            while stage.peer.0.lock().unwrap().writer.is_none() {
+                tokio::task::yield_now().await;
+            }
+            let push = stage.push();
+            let leaves = async {
+                for _ in 0..10 {
+                    tokio::task::yield_now().await;
+                }
+                stage.peer.is_deaf(false);
+                stage.peer.hears((DATA, 1)).await;
+            };
+            tokio::select! {
+                biased;
+                ended = push => panic!("{ended:?}"),
+                () = leaves => {}
+            }
+        })
+        .await;
     }
 }
