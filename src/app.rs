@@ -360,6 +360,7 @@ fn apns_settings(config: &Config) -> Result<client::Settings, AppError> {
         extra_roots_pem: config.apns.ca_file.as_deref().map(read).transpose()?,
         request_deadline: Duration::from_secs(config.apns.request_timeout_seconds),
         max_connections: config.apns.max_connections,
+        ..client::Settings::default()
     })
 }
 

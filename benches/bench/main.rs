@@ -20,6 +20,7 @@
 
 mod commits;
 mod durability;
+mod engine;
 mod load;
 mod report;
 mod service;
@@ -36,16 +37,23 @@ mod support {
     pub(crate) mod scratch;
 }
 
-use std::{path::Path, process::ExitCode};
+use std::{path::Path, process::ExitCode, time::Duration};
 
 use crate::{
     commits::Commits,
+    engine::{Engine, Kind},
     report::Rounds,
     service::{Database, Kit, Sink},
     settings::Settings,
     support::{database::PrivateServer, scratch::Folder},
-    yardstick::{Client, Plan},
+    yardstick::{Client, Figures, Plan},
 };
+
+/// How late the second simulator answers.
+const LATENCY: Duration = Duration::from_millis(50);
+
+/// How much more memory ten times as many pushes may take.
+const MEMORY_GROWTH: f64 = 1.1;
 
 fn main() -> ExitCode {
     // Cargo adds `--bench`.
@@ -80,7 +88,7 @@ fn main() -> ExitCode {
 
 /// What takes its turn in a round.
 enum Step<'a> {
-    Yardstick(&'static str, Client),
+    Client { name: &'static str, client: Client, sink: &'a Sink },
     Commits(&'a Commits),
     Sonnette(&'a Database),
 }
@@ -109,11 +117,13 @@ async fn run(settings: &Settings) -> Result<Vec<String>, String> {
         databases.push(Database::sqlite(folder.path()));
     }
     let kit = Kit::new(folder.path());
-    let sink = Sink::start(&kit);
+    let sink = Sink::start(&kit, Duration::ZERO);
+    let far = Sink::start(&kit, LATENCY);
     for database in &databases {
         prepare(settings, &kit, &sink, database).await?;
     }
-    let rounds = measure(settings, &kit, &sink, &databases, folder.path()).await;
+    let mut rounds = measure(settings, &kit, [&sink, &far], &databases, folder.path()).await;
+    memory(settings, &kit, &sink, &mut rounds).await;
     for database in databases {
         database.drop().await;
     }
@@ -136,15 +146,27 @@ async fn prepare(settings: &Settings, kit: &Kit, sink: &Sink, database: &Databas
     serve.stop().await
 }
 
-async fn measure(settings: &Settings, kit: &Kit, sink: &Sink, databases: &[Database], folder: &Path) -> Rounds {
+/// All rounds, with the simulator that answers at once and the one that is far away.
+async fn measure(
+    settings: &Settings,
+    kit: &Kit,
+    [sink, far]: [&Sink; 2],
+    databases: &[Database],
+    folder: &Path,
+) -> Rounds {
     let mut commits = Vec::new();
     for database in databases {
         commits.push(Commits::new(database, folder).await);
     }
+    let engine = |kind, connections| Client::Engine(Engine { kind, connections, prepared: true });
     let mut steps = vec![
-        Step::Yardstick("h2 loop, 1 connection", Client::BareH2 { connections: 1 }),
-        Step::Yardstick("h2 loop, 4 connections", Client::BareH2 { connections: 4 }),
-        Step::Yardstick("hyper-util client", Client::HyperUtil),
+        Step::Client { name: report::H2_1, client: Client::BareH2 { connections: 1 }, sink },
+        Step::Client { name: report::H2_4, client: Client::BareH2 { connections: 4 }, sink },
+        Step::Client { name: report::HYPER, client: Client::HyperUtil, sink },
+        Step::Client { name: report::BROADCAST, client: engine(Kind::Broadcast, None), sink },
+        Step::Client { name: report::SINGLES, client: engine(Kind::Singles, None), sink },
+        Step::Client { name: report::FAR_1, client: engine(Kind::Broadcast, Some(1)), sink: far },
+        Step::Client { name: report::FAR_4, client: engine(Kind::Broadcast, Some(4)), sink: far },
     ];
     steps.extend(commits.iter().map(Step::Commits));
     steps.extend(databases.iter().map(Step::Sonnette));
@@ -155,15 +177,15 @@ async fn measure(settings: &Settings, kit: &Kit, sink: &Sink, databases: &[Datab
         rounds.begin();
         for step in &steps {
             match step {
-                Step::Yardstick(name, client) => {
-                    let before = sink.accepted().await;
-                    let figures = yardstick::run(&Plan::new(client.clone(), kit, sink, settings));
-                    let arrived = sink.accepted().await - before;
-                    if arrived != figures.sent {
-                        rounds.problem(format!("{name}: {} pushes sent, {arrived} accepted", figures.sent));
-                    }
+                Step::Client { name, client, sink } => {
+                    let plan = Plan::new(client.clone(), kit, sink, settings.pushes);
+                    let figures = client_run(name, &plan, kit, sink, &mut rounds).await;
                     rounds.note(&format!("{name}: pushes/s"), figures.per_second);
                     rounds.note(&format!("{name}: CPU µs/push"), figures.cpu_us);
+                    if matches!(client, Client::Engine(_)) {
+                        rounds.note(&format!("{name}: peak memory MiB"), figures.peak_memory);
+                        rounds.note(&format!("{name}: of the machine's processors"), figures.busy);
+                    }
                 }
                 Step::Commits(commits) => {
                     for (name, per_second) in commits.measure(settings.commits).await {
@@ -191,4 +213,31 @@ async fn measure(settings: &Settings, kit: &Kit, sink: &Sink, databases: &[Datab
         steps.rotate_left(1);
     }
     rounds
+}
+
+/// One client in its process; each of its pushes must have been accepted once.
+async fn client_run(name: &str, plan: &Plan, kit: &Kit, sink: &Sink, rounds: &mut Rounds) -> Figures {
+    let before = sink.accepted().await;
+    let figures = yardstick::run(plan, &kit.client_log());
+    let arrived = sink.accepted().await - before;
+    if arrived != figures.sent {
+        rounds.problem(format!("{name}: {} pushes sent, {arrived} accepted", figures.sent));
+    }
+    figures
+}
+
+/// Once: ten times as many pushes in one run take no more memory. No push is made before its turn comes.
+async fn memory(settings: &Settings, kit: &Kit, sink: &Sink, rounds: &mut Rounds) {
+    rounds.begin();
+    let mut peaks = Vec::new();
+    for pushes in [settings.pushes, 10 * settings.pushes] {
+        let client = Client::Engine(Engine { kind: Kind::Broadcast, connections: None, prepared: false });
+        let name = format!("engine, {pushes} pushes");
+        let figures = client_run(&name, &Plan::new(client, kit, sink, pushes), kit, sink, rounds).await;
+        rounds.note(&format!("{name}: peak memory MiB"), figures.peak_memory);
+        peaks.push(figures.peak_memory);
+    }
+    if peaks[1] > MEMORY_GROWTH * peaks[0] {
+        rounds.problem(format!("ten times as many pushes took {:.2} times the memory", peaks[1] / peaks[0]));
+    }
 }

@@ -6,6 +6,15 @@ use serde_json::json;
 
 use crate::{service::Database, settings::Settings};
 
+/// The names of the clients.
+pub(crate) const H2_1: &str = "h2 loop, 1 connection";
+pub(crate) const H2_4: &str = "h2 loop, 4 connections";
+pub(crate) const HYPER: &str = "hyper-util client";
+pub(crate) const BROADCAST: &str = "engine, broadcast";
+pub(crate) const SINGLES: &str = "engine, singles";
+pub(crate) const FAR_1: &str = "engine, 50 ms away, 1 connection";
+pub(crate) const FAR_4: &str = "engine, 50 ms away, 4 connections";
+
 /// What was measured, round by round.
 #[derive(Default)]
 pub(crate) struct Rounds {
@@ -41,6 +50,16 @@ impl Rounds {
 
     /// The ratios of this round.
     pub(crate) fn compare(&mut self, databases: &[Database]) {
+        for (engine, yardstick) in
+            [BROADCAST, SINGLES].into_iter().flat_map(|engine| [H2_1, H2_4, HYPER].map(|yardstick| (engine, yardstick)))
+        {
+            let figures = |what: &str| (format!("{engine}: {what}"), format!("{yardstick}: {what}"));
+            let (above, below) = figures("pushes/s");
+            self.ratio(&format!("{engine} ÷ {yardstick}: pushes/s"), &above, &below);
+            // The other way round, so that more is better here as well.
+            let (below, above) = figures("CPU µs/push");
+            self.ratio(&format!("{engine} ÷ {yardstick}: pushes per CPU second"), &above, &below);
+        }
         for database in databases {
             let whole = format!("sonnette, {database}: accepted, delivered and settled/s");
             let commits = if database.is_sqlite() {
@@ -57,11 +76,15 @@ impl Rounds {
                 ("serve CPU ÷ h2 loop (4 connections) CPU", &cpu, "h2 loop, 4 connections: CPU µs/push"),
                 ("serve CPU ÷ hyper-util CPU", &cpu, "hyper-util client: CPU µs/push"),
             ] {
-                let value = |name: &str| self.current.iter().find(|(known, _)| known == name).map(|(_, value)| *value);
-                if let (Some(above), Some(below)) = (value(above), value(below)) {
-                    self.keep(&format!("ratio, {database}: {name}"), above / below);
-                }
+                self.ratio(&format!("{database}: {name}"), above, below);
             }
+        }
+    }
+
+    fn ratio(&mut self, name: &str, above: &str, below: &str) {
+        let value = |name: &str| self.current.iter().find(|(known, _)| known == name).map(|(_, value)| *value);
+        if let (Some(above), Some(below)) = (value(above), value(below)) {
+            self.keep(&format!("ratio, {name}"), above / below);
         }
     }
 

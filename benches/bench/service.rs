@@ -142,17 +142,23 @@ impl Kit {
         self.api_keys.borrow_mut().entry(database.url.clone()).or_insert_with(make).clone()
     }
 
+    /// A configuration in which only the way to the simulator is named.
+    pub(crate) fn engine_config(&self, sink: &Sink) -> PathBuf {
+        let file = self.folder.join(format!("engine-{}.toml", sink.production.port()));
+        fs::write(&file, sink.as_apns()).expect("a file");
+        file
+    }
+
+    /// Where clients log.
+    pub(crate) fn client_log(&self) -> PathBuf {
+        self.folder.join("clients.log")
+    }
+
     /// Starts `sonnette serve` as an operator would: a configuration file with its defaults, the log into a file.
     pub(crate) async fn serve(&self, database: &Database, sink: &Sink) -> Serve {
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()));
-        let config = format!(
-            "[server]\nlisten = \"{address}\"\n[database]\nurl = \"{}\"\n[apns]\nkeys = \"keys\"\n\
-             production = \"https://{}\"\nsandbox = \"https://{}\"\nca_file = \"{}\"\n",
-            database.url,
-            sink.production,
-            sink.sandbox,
-            sink.ca_file.display()
-        );
+        let config =
+            format!("[server]\nlisten = \"{address}\"\n[database]\nurl = \"{}\"\n{}", database.url, sink.as_apns());
         let file = self.folder.join(format!("{database}.toml"));
         fs::write(&file, config).expect("a file");
         let log = self.folder.join(format!("{database}.log"));
@@ -207,10 +213,15 @@ impl Serve {
     }
 
     fn log_end(&self) -> String {
-        let log = fs::read_to_string(&self.log).unwrap_or_default();
-        let lines: Vec<_> = log.lines().collect();
-        lines[lines.len().saturating_sub(20)..].join("\n")
+        end_of(&self.log)
     }
+}
+
+/// The last lines of a log.
+pub(crate) fn end_of(log: &Path) -> String {
+    let log = fs::read_to_string(log).unwrap_or_default();
+    let lines: Vec<_> = log.lines().collect();
+    lines[lines.len().saturating_sub(20)..].join("\n")
 }
 
 /// `sonnette simulator`, with its checks and without keeping pushes.
@@ -224,14 +235,17 @@ pub(crate) struct Sink {
 }
 
 impl Sink {
-    pub(crate) fn start(kit: &Kit) -> Self {
+    /// One whose every answer waits for `latency`.
+    pub(crate) fn start(kit: &Kit, latency: Duration) -> Self {
+        let name = format!("simulator-{}", latency.as_millis());
         let mut command = Command::new(SONNETTE);
-        command.args(["simulator", "--no-ledger", "--folder"]).arg(kit.folder.join("simulator"));
+        command.args(["simulator", "--no-ledger", "--folder"]).arg(kit.folder.join(&name));
+        command.args(["--latency-ms", &latency.as_millis().to_string()]);
         command.arg("--keys").arg(kit.folder.join("keys"));
         for listener in ["production", "sandbox", "control"] {
             command.args([format!("--listen-{listener}"), "127.0.0.1:0".to_owned()]);
         }
-        let output = kit.folder.join("simulator.log");
+        let output = kit.folder.join(format!("{name}.log"));
         let file = fs::File::create(&output).expect("a log");
         let mut process =
             Process::spawn(command.stdin(Stdio::null()).stdout(Stdio::from(file))).expect("sonnette starts");
@@ -264,6 +278,16 @@ impl Sink {
         self.pid
     }
 
+    /// The section of a configuration that leads to it.
+    fn as_apns(&self) -> String {
+        format!(
+            "[apns]\nkeys = \"keys\"\nproduction = \"https://{}\"\nsandbox = \"https://{}\"\nca_file = \"{}\"\n",
+            self.production,
+            self.sandbox,
+            self.ca_file.display()
+        )
+    }
+
     /// Pushes accepted since its start.
     pub(crate) async fn accepted(&self) -> u64 {
         let stream = TcpStream::connect(self.control).await.expect("the simulator runs");
@@ -289,4 +313,34 @@ pub(crate) fn peak_memory_of(pid: u32) -> f64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("the process runs");
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("Linux");
     line.trim().trim_end_matches(" kB").parse::<f64>().expect("a number") / 1024.0
+}
+
+/// Processor time of the whole machine: busy and all, in ticks since it was started.
+pub(crate) struct Ticks {
+    busy: f64,
+    all: f64,
+}
+
+impl Ticks {
+    pub(crate) fn now() -> Self {
+        let stat = fs::read_to_string("/proc/stat").expect("Linux");
+        // user, nice, system, idle, iowait, irq, softirq, steal: of all processors together.
+        let fields: Vec<f64> = stat
+            .lines()
+            .next()
+            .expect("the sum stands first")
+            .split_whitespace()
+            .skip(1)
+            .take(8)
+            .map(|ticks| ticks.parse().expect("a number"))
+            .collect();
+        let all = fields.iter().sum();
+        Self { busy: all - fields[3] - fields[4], all }
+    }
+
+    /// The share of the machine that has been busy from then to now.
+    pub(crate) fn busy_since(&self) -> f64 {
+        let now = Self::now();
+        (now.busy - self.busy) / (now.all - self.all).max(1.0)
+    }
 }

@@ -17,7 +17,7 @@ pub(crate) struct Settings {
     pub(crate) concurrency: usize,
     /// `COMMITS` of the commit yardstick with 32 connections; an eighth of it with one.
     pub(crate) commits: usize,
-    /// `STORES`: `mysql`, `sqlite`, or both with a comma.
+    /// `STORES`: `mysql`, `sqlite`, or both with a comma; `none` measures the way to APNs alone.
     pub(crate) mysql: bool,
     /// As above.
     pub(crate) sqlite: bool,
@@ -30,7 +30,8 @@ impl Settings {
     pub(crate) fn read() -> Self {
         let stores = variable("STORES").unwrap_or_else(|| "mysql,sqlite".to_owned());
         for store in stores.split(',') {
-            assert!(["mysql", "sqlite"].contains(&store), "STORES: `{store}` is neither `mysql` nor `sqlite`");
+            let known = ["mysql", "sqlite", "none"].contains(&store);
+            assert!(known, "STORES: `{store}` is neither `mysql` nor `sqlite` nor `none`");
         }
         Self {
             rounds: number("ROUNDS", 5),

@@ -1,13 +1,14 @@
-//! Two other ways to send the same pushes to the same simulator: what the `h2` crate can do at most, and how the
-//! field's Rust libraries (such as a2) do it. Each runs in a process of its own.
+//! Ways to send the same pushes to the same simulator: what the `h2` crate can do at most, how the field's Rust
+//! libraries (such as a2) do it, and Sonnette's own engine. Each runs in a process of its own.
 //!
-//! Both keep one valid provider token, send the headers that Sonnette sends, wait for each answer and check it. Neither
-//! keeps anything: no database, no retry, no outcome.
+//! The first two keep one valid provider token, send the headers that Sonnette sends, wait for each answer and check
+//! it. None keeps anything: no database, no retry.
 
 use std::{
+    fs::File,
     io::{Read as _, Write as _},
     net::SocketAddr,
-    path::PathBuf,
+    path::{Path, PathBuf},
     pin::Pin,
     process::{Command, Stdio},
     task::{Context, Poll},
@@ -28,13 +29,13 @@ use tokio_rustls::{TlsConnector, client::TlsStream};
 use uuid::Uuid;
 
 use crate::{
+    engine::{self, Engine},
     service::{self, Kit, Sink, TOPIC},
-    settings::Settings,
     wire,
 };
 
 /// Sent before the clock starts: the handshake, the first SETTINGS, and the first allocations are behind it then.
-const WARM_UP: usize = 200;
+pub(crate) const WARM_UP: usize = 200;
 
 /// Pushes at once of the hyper-util client: the stream limit of APNs.
 const AT_ONCE: usize = 1_000;
@@ -46,6 +47,8 @@ pub(crate) enum Client {
     BareH2 { connections: usize },
     /// hyper-util's client as a2 0.10 uses it: one client, each request built when it is sent.
     HyperUtil,
+    /// Sonnette's.
+    Engine(Engine),
 }
 
 /// What a child is told.
@@ -55,17 +58,20 @@ pub(crate) struct Plan {
     address: SocketAddr,
     ca_file: PathBuf,
     provider_token: String,
+    /// Of Sonnette.
+    config: PathBuf,
     pushes: usize,
 }
 
 impl Plan {
-    pub(crate) fn new(client: Client, kit: &Kit, sink: &Sink, settings: &Settings) -> Self {
+    pub(crate) fn new(client: Client, kit: &Kit, sink: &Sink, pushes: usize) -> Self {
         Self {
             client,
             address: sink.production,
             ca_file: sink.ca_file.clone(),
             provider_token: kit.provider_token(),
-            pushes: settings.pushes,
+            config: kit.engine_config(sink),
+            pushes,
         }
     }
 }
@@ -76,21 +82,56 @@ pub(crate) struct Figures {
     /// With the warm-up.
     pub(crate) sent: u64,
     pub(crate) per_second: f64,
+    /// A push.
     pub(crate) cpu_us: f64,
+    /// MiB.
+    pub(crate) peak_memory: f64,
+    /// How much of the machine's processors was busy meanwhile, with everything that runs on it: 1 is all.
+    pub(crate) busy: f64,
 }
 
-/// Runs a yardstick in a process of its own.
-pub(crate) fn run(plan: &Plan) -> Figures {
+/// The clocks of one measurement.
+pub(crate) struct Timed {
+    started: Instant,
+    cpu_us: f64,
+    machine: service::Ticks,
+}
+
+impl Timed {
+    pub(crate) fn start() -> Self {
+        Self { started: Instant::now(), cpu_us: service::cpu_us_of(std::process::id()), machine: service::Ticks::now() }
+    }
+
+    pub(crate) fn stop(self) -> Took {
+        Took {
+            wall: self.started.elapsed(),
+            cpu_us: service::cpu_us_of(std::process::id()) - self.cpu_us,
+            busy: self.machine.busy_since(),
+        }
+    }
+}
+
+/// What they say.
+pub(crate) struct Took {
+    wall: Duration,
+    cpu_us: f64,
+    busy: f64,
+}
+
+/// Runs a client in a process of its own; what it logs goes to the end of `log`.
+pub(crate) fn run(plan: &Plan, log: &Path) -> Figures {
+    let to = File::options().create(true).append(true).open(log).expect("a log");
     let mut child = Command::new(std::env::current_exe().expect("this program"))
         .arg("yardstick")
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
+        .stderr(to)
         .spawn()
         .expect("this program starts again");
     let plan = serde_json::to_vec(plan).expect("plain data");
     child.stdin.take().expect("asked for").write_all(&plan).expect("the child reads");
     let output = child.wait_with_output().expect("the child ends");
-    assert!(output.status.success(), "a yardstick failed: see above");
+    assert!(output.status.success(), "a client failed, and said:\n{}", service::end_of(log));
     serde_json::from_slice(&output.stdout).expect("figures")
 }
 
@@ -99,21 +140,26 @@ pub(crate) fn run_child() {
     let mut plan = Vec::new();
     std::io::stdin().read_to_end(&mut plan).expect("a plan");
     let plan: Plan = serde_json::from_slice(&plan).expect("a plan");
-    let (took, cpu) = match plan.client {
+    let multi_thread = || tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
+    let took = match &plan.client {
         // One thread: handing frames from thread to thread costs a bare loop more than a second thread brings.
         Client::BareH2 { connections } => {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-            runtime.block_on(bare_h2(&plan, connections))
+            runtime.block_on(bare_h2(&plan, *connections))
         }
         // As `#[tokio::main]` makes it.
-        Client::HyperUtil => {
-            let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
-            runtime.block_on(hyper_util(&plan))
-        }
+        Client::HyperUtil => multi_thread().block_on(hyper_util(&plan)),
+        // As `sonnette` makes it.
+        Client::Engine(engine) => multi_thread().block_on(engine::run(engine, &plan.config, plan.pushes)),
     };
     let count = plan.pushes as f64;
-    let figures =
-        Figures { sent: (plan.pushes + WARM_UP) as u64, per_second: count / took.as_secs_f64(), cpu_us: cpu / count };
+    let figures = Figures {
+        sent: (plan.pushes + WARM_UP) as u64,
+        per_second: count / took.wall.as_secs_f64(),
+        cpu_us: took.cpu_us / count,
+        peak_memory: service::peak_memory_of(std::process::id()),
+        busy: took.busy,
+    };
     println!("{}", serde_json::to_string(&figures).expect("plain data"));
 }
 
@@ -131,7 +177,7 @@ impl Push {
     }
 }
 
-async fn bare_h2(plan: &Plan, connections: usize) -> (Duration, f64) {
+async fn bare_h2(plan: &Plan, connections: usize) -> Took {
     let tls = wire::tls(&plan.ca_file);
     let body = Bytes::from_static(service::PAYLOAD.as_bytes());
     let mut shared = HeaderMap::new();
@@ -167,19 +213,19 @@ async fn bare_h2(plan: &Plan, connections: usize) -> (Duration, f64) {
         let requests: Vec<_> = share(plan.pushes).map(request).collect();
         lines.push((send, requests));
     }
-    let (started, cpu) = (Instant::now(), service::cpu_us_of(std::process::id()));
+    let timed = Timed::start();
     let all = lines.into_iter().map(|(mut send, requests)| async move {
         wire::drive(&mut send, requests, usize::MAX, |response| response, check).await;
     });
     futures_util::future::join_all(all).await;
-    (started.elapsed(), service::cpu_us_of(std::process::id()) - cpu)
+    timed.stop()
 }
 
 fn check(response: Result<http::Response<h2::RecvStream>, h2::Error>) {
     assert_eq!(response.expect("an answer").status(), StatusCode::OK);
 }
 
-async fn hyper_util(plan: &Plan) -> (Duration, f64) {
+async fn hyper_util(plan: &Plan) -> Took {
     let client = hyper_util::client::legacy::Client::builder(TokioExecutor::new())
         .pool_idle_timeout(Duration::from_secs(600))
         .http2_only(true)
@@ -208,9 +254,9 @@ async fn hyper_util(plan: &Plan) -> (Duration, f64) {
     for number in 0..WARM_UP {
         send(number).await;
     }
-    let (started, cpu) = (Instant::now(), service::cpu_us_of(std::process::id()));
+    let timed = Timed::start();
     futures_util::stream::iter(0..plan.pushes).map(send).buffer_unordered(AT_ONCE).for_each(async |()| {}).await;
-    (started.elapsed(), service::cpu_us_of(std::process::id()) - cpu)
+    timed.stop()
 }
 
 fn uri(plan: &Plan, push: &Push) -> Uri {

@@ -1,61 +1,44 @@
-//! One HTTP/2 connection: opening it, the task that owns it, and one exchange on it.
+//! One HTTP/2 connection: opening it, and one exchange on it, as the push's own task sees it. The task that owns the
+//! connection is in [`super::drive`].
 //!
-//! Promises:
-//!
-//! - No stream before the peer's first SETTINGS. Every SETTINGS frame that changes the limit is reported to the
-//!   [`Owner`] right after the poll that read it, and so is a GOAWAY. A connection that was told GOAWAY opens no stream.
-//! - What [`exchange`] returns is honest: [`Ended::Unsent`] only if APNs cannot have processed the request (never
-//!   written, its body never handed over, `REFUSED_STREAM`, GOAWAY below its stream), [`Ended::Unknown`] if it may have.
-//! - The fence and the deadline are asked with the stream's slot in hand before HEADERS, and again before DATA. A
-//!   request without its body cannot be accepted, so a push that is refused between the two is taken back by a reset.
-//!
-//! On `h2` 0.4.20: a stream gets capacity for its body only once the connection's task has opened it within the peer's
-//! limit, so a push that raced with a falling limit waits in front of the second fence, not behind it. A stream's error
-//! `is_go_away() && is_remote()` is given only to streams above the GOAWAY's last-stream-id (`Streams::recv_go_away`);
-//! what is at or below goes on, and gets an I/O error if the connection ends first.
+//! Promises: what [`exchange`] returns is honest: [`Ended::GivenBack`] and [`Ended::Unsent`] only if APNs cannot have
+//! processed the request (never written, its body never whole, `REFUSED_STREAM`, GOAWAY below its stream),
+//! [`Ended::Unknown`] if it may have. The fence is asked with the stream's [`Slot`] in hand, and again whenever the push
+//! could not leave soon after.
 
 use std::{
+    collections::VecDeque,
     error::Error as _,
     fmt::Write as _,
-    future::{Future as _, poll_fn},
     net::SocketAddr,
-    pin::{Pin, pin},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, PoisonError, Weak,
         atomic::{AtomicBool, Ordering},
     },
-    task::{Context, Poll},
     time::Duration,
 };
 
-use bytes::{Bytes, BytesMut};
 use futures_util::task::AtomicWaker;
-use h2::{
-    Ping, PingPong, Reason as H2Reason, RecvStream, SendStream,
-    client::{ResponseFuture, SendRequest},
-};
-use http::{HeaderMap, Request, uri::Authority};
+use h2::client::SendRequest;
+use http::uri::{Authority, PathAndQuery};
 use rustls::{ClientConfig, pki_types::ServerName};
-use tokio::net::TcpStream;
-use tokio_rustls::{TlsConnector, client::TlsStream};
-use tokio_util::sync::CancellationToken;
+use tokio::{net::TcpStream, sync::oneshot};
+use tokio_rustls::TlsConnector;
 
 use super::{
-    Fence,
-    response::MAX_BODY_BYTES,
+    Fence, Head, Push,
+    drive::Body,
+    request,
+    response::Verdict,
     tls::ALPN_H2,
     token::{Choice, ConnectionToken, Minter, ProviderToken},
+    wire::Wire,
 };
-use crate::domain::clock::{Clock, Timer, Timestamp};
-
-/// How often a connection's task looks at its timers.
-const TICK: Duration = Duration::from_secs(1);
-
-/// A PING that is not acknowledged within this time ends the connection.
-const PING_PATIENCE: Duration = Duration::from_secs(10);
-
-/// A connection that has nothing in flight any more has this long to say goodbye.
-const CLOSE_PATIENCE: Duration = Duration::from_secs(5);
+use crate::domain::{
+    clock::{Clock, Timestamp},
+    outcome::Reply,
+    push::ApnsId,
+};
 
 /// TCP to one address.
 const TCP_PATIENCE: Duration = Duration::from_secs(5);
@@ -63,8 +46,16 @@ const TCP_PATIENCE: Duration = Duration::from_secs(5);
 /// Lookup, TCP, TLS and the HTTP/2 preface together.
 const OPEN_PATIENCE: Duration = Duration::from_secs(20);
 
+/// With so many bytes that the kernel cannot send yet, the socket takes no more.
+#[cfg(target_os = "linux")]
+const KERNEL_BYTES: u32 = 64 * 1024;
+
 /// How often an old fence is renewed for one write.
 const FENCE_RENEWALS: u32 = 3;
+
+/// What a fence said is acted on for so long at most, even if it said that it holds for longer: nobody sees a breaker
+/// open or an identity change meanwhile.
+const PERMIT_LASTS: Duration = Duration::from_millis(100);
 
 /// Where APNs is.
 #[derive(Debug, Clone)]
@@ -124,10 +115,11 @@ impl OpenError {
     }
 }
 
-/// A connection that has said its preface, before anybody drives it.
+/// A connection that is open, before anybody drives it.
 pub(super) struct Opened {
-    handle: SendRequest<Bytes>,
-    h2: h2::client::Connection<TlsStream<TcpStream>, Bytes>,
+    pub(super) handle: SendRequest<Body>,
+    pub(super) h2: h2::client::Connection<Wire, Body>,
+    pub(super) wire: Wire,
 }
 
 /// Opens a connection: a fresh lookup, the addresses in random order, TLS, preface. Dropping the future closes
@@ -168,6 +160,7 @@ async fn open_at(
         .unwrap_or_else(|| Err(std::io::ErrorKind::TimedOut.into()))
         .and_then(|tcp| tcp.set_nodelay(true).map(|()| tcp))
         .map_err(|source| OpenError::Tcp { address: at, source })?;
+    keep_little(&tcp);
     let stream = TlsConnector::from(Arc::clone(tls))
         .connect(address.server_name.clone(), tcp)
         .await
@@ -175,6 +168,11 @@ async fn open_at(
     if stream.get_ref().1.alpn_protocol() != Some(ALPN_H2) {
         return Err(OpenError::NotHttp2 { address: at });
     }
+    handshake(Wire::new(stream)).await.map_err(|source| OpenError::Preface { address: at, source })
+}
+
+/// HTTP/2 on a fresh wire. Sends nothing yet: that is left to whoever drives it.
+pub(super) async fn handshake(wire: Wire) -> Result<Opened, h2::Error> {
     let (handle, h2) = h2::client::Builder::new()
         // None before the peer's first SETTINGS: what it allows is then known, and a later raise is told from it.
         .initial_max_send_streams(0)
@@ -183,11 +181,20 @@ async fn open_at(
         // A reset of ours after a deadline must not be held against the peer's late answer.
         .max_concurrent_reset_streams(4096)
         .max_local_error_reset_streams(None)
-        .handshake::<_, Bytes>(stream)
-        .await
-        .map_err(|source| OpenError::Preface { address: at, source })?;
-    Ok(Opened { handle, h2 })
+        .handshake(wire.clone())
+        .await?;
+    Ok(Opened { handle, h2, wire })
 }
+
+/// Lets the kernel keep little of what cannot be sent yet: it could not be called back.
+#[cfg(target_os = "linux")]
+fn keep_little(tcp: &TcpStream) {
+    // If the kernel does not know it, it keeps what it always does.
+    _ = socket2::SockRef::from(tcp).set_tcp_notsent_lowat(KERNEL_BYTES);
+}
+
+#[cfg(not(target_os = "linux"))]
+const fn keep_little(_: &TcpStream) {}
 
 /// `future`, unless `patience` passes first.
 async fn within<F: Future>(clock: &dyn Clock, patience: Duration, future: F) -> Option<F::Output> {
@@ -198,7 +205,7 @@ async fn within<F: Future>(clock: &dyn Clock, patience: Duration, future: F) -> 
     }
 }
 
-/// What a connection's task tells whoever keeps the connections, and asks it.
+/// Whoever keeps the connections: told by a connection's task what happens on it, and asked what it needs.
 pub(super) trait Owner: Send + Sync {
     /// The peer allows this many streams from now on.
     fn limit_changed(&self, id: u64, streams: usize);
@@ -206,9 +213,13 @@ pub(super) trait Owner: Send + Sync {
     fn leaving(&self, id: u64, why: &str);
     /// A PING was acknowledged.
     fn pong(&self, id: u64);
+    /// These streams are free again, and this came of them.
+    fn released(&self, id: u64, notes: &[Note]);
+    /// How many seconds APNs' clock is ahead of ours, by an answer's `date`.
+    fn skew_measured(&self, seconds: i64);
     /// Called about once a second.
     fn care(&self, id: u64) -> Care;
-    /// The connection is gone; what was in flight has got its error.
+    /// The connection is gone; what was on it has ended.
     fn ended(&self, id: u64, why: &End);
 }
 
@@ -221,12 +232,25 @@ pub(super) enum Care {
     Close,
 }
 
+/// What became of a slot's stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Note {
+    /// Nothing that says anything about the connection.
+    Unused,
+    Answered(Verdict),
+    TimedOut,
+    /// No stream can be opened on the connection any more.
+    Over,
+}
+
 /// How a connection ended.
 #[derive(Debug)]
 pub(super) enum End {
     /// The peer or the network ended it, or we did after [`Connection::close`].
     Closed(Option<h2::Error>),
-    /// A PING was not acknowledged.
+    /// The socket broke while it was written to.
+    Broken(std::io::Error),
+    /// A PING was not acknowledged, or the socket took nothing for as long.
     Silent,
     /// It did not finish saying goodbye.
     Stuck,
@@ -234,15 +258,16 @@ pub(super) enum End {
     Aborted,
 }
 
-/// The side of a connection that requests use.
-#[derive(Debug)]
+/// The side of a connection that pushes use.
 pub(super) struct Connection {
     pub(super) id: u64,
-    handle: Mutex<Option<SendRequest<Bytes>>>,
+    owner: Weak<dyn Owner>,
+    minter: Arc<Minter>,
     token: Mutex<Token>,
+    mail: Mutex<Mail>,
     ping_wanted: AtomicBool,
     close_wanted: AtomicBool,
-    task: AtomicWaker,
+    pub(super) task: AtomicWaker,
 }
 
 #[derive(Debug, Default)]
@@ -251,12 +276,22 @@ struct Token {
     current: Option<Arc<ProviderToken>>,
 }
 
+/// What pushes ask of the connection's task.
+#[derive(Default)]
+struct Mail {
+    orders: VecDeque<Order>,
+    /// Nobody reads it any more.
+    closed: bool,
+}
+
 impl Connection {
-    pub(super) fn new(id: u64, opened: &Opened) -> Self {
+    pub(super) fn new(id: u64, owner: Weak<dyn Owner>, minter: Arc<Minter>) -> Self {
         Self {
             id,
-            handle: Mutex::new(Some(opened.handle.clone())),
+            owner,
+            minter,
             token: Mutex::default(),
+            mail: Mutex::default(),
             ping_wanted: AtomicBool::new(false),
             close_wanted: AtomicBool::new(false),
             task: AtomicWaker::new(),
@@ -269,24 +304,63 @@ impl Connection {
         self.task.wake();
     }
 
+    /// Whether a PING was wanted since the last call.
+    pub(super) fn take_ping(&self) -> bool {
+        self.ping_wanted.swap(false, Ordering::AcqRel)
+    }
+
     /// Wants the connection closed once nothing is in flight on it.
     pub(super) fn close(&self) {
-        drop(lock(&self.handle).take());
         self.close_wanted.store(true, Ordering::Release);
         self.task.wake();
     }
 
-    /// The token for a request that leaves now; `None`: this connection may send none, replace it.
-    fn authorize(&self, minter: &Minter, clock: &dyn Clock) -> Option<Arc<ProviderToken>> {
+    pub(super) fn is_closing(&self) -> bool {
+        self.close_wanted.load(Ordering::Acquire)
+    }
+
+    /// Hands an order to the connection's task. Comes back if there is no task any more.
+    fn post(&self, order: Order) -> Option<Order> {
+        let mut mail = lock(&self.mail);
+        if mail.closed {
+            return Some(order);
+        }
+        mail.orders.push_back(order);
+        let first = mail.orders.len() == 1;
+        drop(mail);
+        if first {
+            self.task.wake();
+        }
+        None
+    }
+
+    pub(super) fn has_mail(&self) -> bool {
+        !lock(&self.mail).orders.is_empty()
+    }
+
+    /// What was posted, in its order. `into` is empty, and lends its place in memory.
+    pub(super) fn take_mail(&self, into: &mut VecDeque<Order>) {
+        std::mem::swap(&mut lock(&self.mail).orders, into);
+    }
+
+    /// The same, for the last time.
+    pub(super) fn close_mail(&self) -> VecDeque<Order> {
+        let mut mail = lock(&self.mail);
+        mail.closed = true;
+        std::mem::take(&mut mail.orders)
+    }
+
+    /// The token for requests that leave now; `None`: this connection may send none, replace it.
+    pub(super) fn authorize(&self, now: Timestamp, passed: Duration) -> Option<Arc<ProviderToken>> {
         let mut token = lock(&self.token);
-        let slot = match token.rule.advance(clock.now(), clock.monotonic()) {
+        let slot = match token.rule.advance(now, passed) {
             Choice::Keep(slot) | Choice::Take(slot) => slot,
             Choice::Replace => return None,
         };
         match &token.current {
             Some(current) if current.slot() == slot => Some(Arc::clone(current)),
             _ => {
-                let fresh = minter.token(slot);
+                let fresh = self.minter.token(slot);
                 token.current = Some(Arc::clone(&fresh));
                 Some(fresh)
             }
@@ -306,131 +380,97 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Drives a connection until it ends: the one task that owns it. Cancelled by `abort`; what is in flight then ends as
-/// after a cut.
-pub(super) async fn drive(
+/// The right to one stream of a connection. Given back when dropped.
+pub(super) struct Slot {
     connection: Arc<Connection>,
-    opened: Opened,
-    owner: impl Owner,
-    clock: Arc<dyn Clock>,
-    abort: CancellationToken,
-) {
-    let Opened { handle, mut h2 } = opened;
-    let pings = h2.ping_pong();
-    let mut driver = Driver {
-        limit: h2.max_concurrent_send_streams(),
-        h2,
-        probe: Some(handle),
-        pings,
-        pinged_at: None,
-        closing_since: None,
-        tick: clock.sleep(TICK),
-        connection: &connection,
-        owner: &owner,
-        clock: &*clock,
-    };
-    let mut aborted = pin!(abort.cancelled());
-    let end = poll_fn(|cx| {
-        if aborted.as_mut().poll(cx).is_ready() {
-            return Poll::Ready(End::Aborted);
-        }
-        driver.poll(cx)
-    })
-    .await;
-    // Dropping the connection gives every stream its error, before the owner hears of it.
-    drop(driver);
-    drop(lock(&connection.handle).take());
-    owner.ended(connection.id, &end);
+    spent: bool,
 }
 
-struct Driver<'a> {
-    h2: h2::client::Connection<TlsStream<TcpStream>, Bytes>,
-    /// Asked after each poll whether streams may still be opened. Opens none itself.
-    probe: Option<SendRequest<Bytes>>,
-    pings: Option<PingPong>,
-    limit: usize,
-    pinged_at: Option<Duration>,
-    closing_since: Option<Duration>,
-    tick: Timer,
-    connection: &'a Connection,
-    owner: &'a dyn Owner,
-    clock: &'a dyn Clock,
+impl Slot {
+    pub(super) const fn new(connection: Arc<Connection>) -> Self {
+        Self { connection, spent: false }
+    }
+
+    /// The owner is told in another way that the stream is free.
+    pub(super) fn spend(mut self) {
+        self.spent = true;
+    }
+
+    /// Of which connection.
+    pub(super) fn connection(&self) -> u64 {
+        self.connection.id
+    }
+
+    fn give_back(self, note: Note) {
+        if let Some(owner) = self.connection.owner.upgrade() {
+            owner.released(self.connection.id, &[note]);
+        }
+        self.spend();
+    }
 }
 
-impl Driver<'_> {
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End> {
-        let id = self.connection.id;
-        self.connection.task.register(cx.waker());
-        if self.closing_since.is_none() && self.connection.close_wanted.load(Ordering::Acquire) {
-            self.closing_since = Some(self.clock.monotonic());
-            self.probe = None;
-        }
-        if self.connection.ping_wanted.swap(false, Ordering::AcqRel) {
-            self.ping();
-        }
-        if let Poll::Ready(result) = Pin::new(&mut self.h2).poll(cx) {
-            return Poll::Ready(End::Closed(result.err()));
-        }
-        let limit = self.h2.max_concurrent_send_streams();
-        if limit != self.limit {
-            self.limit = limit;
-            self.owner.limit_changed(id, limit);
-        }
-        if let Some(Poll::Ready(Err(error))) = self.probe.as_mut().map(|p| p.poll_ready(cx)) {
-            self.probe = None;
-            self.owner.leaving(id, &error.to_string());
-        }
-        if self.pinged_at.is_some()
-            && let Some(Poll::Ready(Ok(_))) = self.pings.as_mut().map(|p| p.poll_pong(cx))
+impl Drop for Slot {
+    fn drop(&mut self) {
+        if !self.spent
+            && let Some(owner) = self.connection.owner.upgrade()
         {
-            self.pinged_at = None;
-            self.owner.pong(id);
+            owner.released(self.connection.id, &[Note::Unused]);
         }
-        while self.tick.as_mut().poll(cx).is_ready() {
-            self.tick = self.clock.sleep(TICK);
-            let now = self.clock.monotonic();
-            let over =
-                |since: Option<Duration>, patience| since.is_some_and(|since| now.saturating_sub(since) >= patience);
-            if over(self.pinged_at, PING_PATIENCE) {
-                return Poll::Ready(End::Silent);
-            }
-            if over(self.closing_since, CLOSE_PATIENCE) {
-                return Poll::Ready(End::Stuck);
-            }
-            match self.owner.care(id) {
-                Care::Nothing => {}
-                Care::Ping => self.ping(),
-                Care::Close => self.connection.close(),
-            }
-        }
-        Poll::Pending
     }
+}
 
-    fn ping(&mut self) {
-        if self.pinged_at.is_none()
-            && let Some(pings) = &mut self.pings
-            && pings.send_ping(Ping::opaque()).is_ok()
-        {
-            self.pinged_at = Some(self.clock.monotonic());
-        }
-    }
+/// What a push asks of the connection's task.
+pub(super) enum Order {
+    /// Open a stream for this request.
+    Begin(Begin),
+    /// The fence was asked again.
+    GoOn { key: Key, permit: Permit, reply: oneshot::Sender<Word> },
+    /// The fence refused the rest.
+    TakeBack { key: Key },
+}
+
+/// A push and its right to leave.
+pub(super) struct Begin {
+    pub(super) slot: Slot,
+    pub(super) head: Arc<Head>,
+    pub(super) path: PathAndQuery,
+    pub(super) apns_id: ApnsId,
+    pub(super) permit: Permit,
+    /// As [`Gate::answer_by`].
+    pub(super) answer_by: Option<Duration>,
+    pub(super) reply: oneshot::Sender<Word>,
+}
+
+/// Names a stream between the two tasks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Key {
+    pub(super) place: usize,
+    /// Places are used again.
+    pub(super) serial: u64,
+}
+
+/// What the connection's task says to a push.
+pub(super) enum Word {
+    /// It took too long to get here. Nothing was done: ask the fence again.
+    Late(Slot),
+    /// The head has left, and now there is room for the body: ask the fence again.
+    Ask(Key),
+    /// It is over.
+    Ended(Ended),
 }
 
 /// How one exchange ended.
 #[derive(Debug)]
 pub(super) enum Ended {
     /// APNs answered.
-    Answered { status: u16, headers: HeaderMap, body: Bytes, sent_at: Timestamp },
-    /// APNs cannot have processed it.
+    Answered(Reply),
+    /// APNs cannot have processed it: here or elsewhere it may be sent at once. `answer_by`: until when its answer would
+    /// have been waited for, if it got so far.
+    GivenBack { answer_by: Option<Duration> },
+    /// APNs cannot have processed it, and there is no time for another try.
     Unsent,
-    /// The same, and the connection opens no more streams.
-    UnsentForGood,
-    /// It may have.
-    Unknown {
-        sent_at: Timestamp,
-        /// The request deadline passed; otherwise the stream broke.
-        timed_out: bool,
-    },
+    /// It may have. When the request left.
+    Unknown { sent_at: Timestamp },
     /// The fence refused it.
     Fenced,
 }
@@ -441,18 +481,39 @@ pub(super) struct Gate<'a> {
     pub(super) clock: &'a dyn Clock,
     /// Nothing is written at or after this moment.
     pub(super) deadline: Timestamp,
+    /// An answer is not waited for past this moment of the monotonic clock; `None`: for a whole request deadline.
+    pub(super) answer_by: Option<Duration>,
     /// Nothing is written any more.
     pub(super) stopped: &'a AtomicBool,
 }
 
+/// What the gate said, and for how long.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Permit {
+    asked_at: Timestamp,
+    /// On the monotonic clock; zero: at that instant only.
+    until: Duration,
+    deadline: Timestamp,
+}
+
+impl Permit {
+    /// Whether the push may leave at this moment. `at_once`: nothing has been waited for since the fence was asked.
+    pub(super) fn holds(&self, now: Timestamp, passed: Duration, at_once: bool) -> bool {
+        let fence_holds = passed < self.until || at_once && self.until.is_zero();
+        fence_holds && now.since(self.asked_at) < PERMIT_LASTS && now < self.deadline
+    }
+}
+
 impl Gate<'_> {
-    async fn pass(&self) -> Result<(), Ended> {
+    async fn pass(&self) -> Result<Permit, Ended> {
         for renewals in 0..=FENCE_RENEWALS {
-            if self.stopped.load(Ordering::Acquire) || self.clock.now() >= self.deadline {
+            let asked_at = self.clock.now();
+            let late = asked_at >= self.deadline || self.answer_by.is_some_and(|by| self.clock.monotonic() >= by);
+            if late || self.stopped.load(Ordering::Acquire) {
                 return Err(Ended::Unsent);
             }
-            if self.fence.is_open() {
-                return Ok(());
+            if let Some(until) = self.fence.open_until() {
+                return Ok(Permit { asked_at, until, deadline: self.deadline });
             }
             if renewals < FENCE_RENEWALS && !self.fence.renew().await {
                 return Err(Ended::Fenced);
@@ -463,136 +524,52 @@ impl Gate<'_> {
     }
 }
 
-/// Sends one request and waits for its answer, `patience` from the write at most.
+/// Sends one push in the slot and waits for what comes of it.
 ///
 /// Not to be dropped once the gate was passed: the push may then be written and unanswered.
-pub(super) async fn exchange(
-    connection: &Connection,
-    minter: &Minter,
-    gate: &Gate<'_>,
-    prepare: impl FnOnce(&ProviderToken) -> Option<Request<()>>,
-    mut payload: Bytes,
-    patience: Duration,
-) -> Ended {
-    if let Err(refused) = gate.pass().await {
-        return refused;
-    }
-    let Some(token) = connection.authorize(minter, gate.clock) else {
-        return Ended::UnsentForGood;
-    };
-    let Some(request) = prepare(&token) else {
-        return Ended::Unsent;
-    };
-    // A clone for each request: a handle remembers the stream it opened last, and refuses the next one for it.
-    let Some(mut handle) = lock(&connection.handle).clone() else {
-        return Ended::UnsentForGood;
-    };
-    let sent_at = gate.clock.now();
-    let Ok((response, mut body)) = handle.send_request(request, payload.is_empty()) else {
-        return Ended::UnsentForGood;
-    };
-    drop(handle);
-    let mut exchange = Exchange { response, timer: gate.clock.sleep(patience) };
-    body.reserve_capacity(payload.len());
-    while !payload.is_empty() {
-        match exchange.step(&mut body).await {
-            Step::Room(room) => {
-                if let Err(refused) = gate.pass().await {
-                    body.send_reset(H2Reason::CANCEL);
-                    return refused;
-                }
-                let piece = payload.split_to(room.min(payload.len()));
-                if body.send_data(piece, payload.is_empty()).is_err() {
-                    // The stream is closed already; its end says how.
-                    return match exchange.answer().await {
-                        Some(Ok(response)) => exchange.read(response, sent_at).await,
-                        _ => Ended::Unsent,
-                    };
-                }
-            }
-            Step::Answer(Ok(response)) => return exchange.read(response, sent_at).await,
-            Step::Answer(Err(_)) => return Ended::Unsent,
-            Step::TooLate => {
-                body.send_reset(H2Reason::CANCEL);
-                return Ended::Unsent;
-            }
+pub(super) async fn exchange(slot: Slot, push: &Push, gate: &Gate<'_>) -> Ended {
+    let connection = Arc::clone(&slot.connection);
+    let mut slot = slot;
+    let mut answer = loop {
+        let permit = match gate.pass().await {
+            Ok(permit) => permit,
+            Err(refused) => return refused,
+        };
+        let Ok(path) = request::path(&push.token) else {
+            return Ended::Unsent;
+        };
+        let (reply, answer) = oneshot::channel();
+        let Gate { answer_by, .. } = *gate;
+        let begin = Begin { slot, head: Arc::clone(&push.head), path, apns_id: push.apns_id, permit, answer_by, reply };
+        if let Some(Order::Begin(begin)) = connection.post(Order::Begin(begin)) {
+            begin.slot.give_back(Note::Over);
+            return Ended::GivenBack { answer_by };
         }
-    }
-    match exchange.answer().await {
-        Some(Ok(response)) => exchange.read(response, sent_at).await,
-        Some(Err(error)) if never_processed(&error) => Ended::Unsent,
-        Some(Err(_)) => Ended::Unknown { sent_at, timed_out: false },
-        None => {
-            body.send_reset(H2Reason::CANCEL);
-            Ended::Unknown { sent_at, timed_out: true }
+        match answer.await {
+            Ok(Word::Late(unused)) => slot = unused,
+            other => break other,
         }
-    }
-}
-
-/// Whether the peer itself says that it did nothing with the request.
-fn never_processed(error: &h2::Error) -> bool {
-    error.is_remote() && (error.is_go_away() || (error.is_reset() && error.reason() == Some(H2Reason::REFUSED_STREAM)))
-}
-
-type Response = http::Response<RecvStream>;
-
-enum Step {
-    Answer(Result<Response, h2::Error>),
-    Room(usize),
-    TooLate,
-}
-
-struct Exchange {
-    response: ResponseFuture,
-    timer: Timer,
-}
-
-impl Exchange {
-    /// Waits for room for the body, or for an answer that does not wait for it.
-    async fn step(&mut self, body: &mut SendStream<Bytes>) -> Step {
-        poll_fn(|cx| {
-            if let Poll::Ready(answer) = Pin::new(&mut self.response).poll(cx) {
-                return Poll::Ready(Step::Answer(answer));
-            }
-            // `None` and errors: the stream is closed, and its answer is about to say why.
-            if let Poll::Ready(Some(Ok(room))) = body.poll_capacity(cx) {
-                return Poll::Ready(Step::Room(room));
-            }
-            self.timer.as_mut().poll(cx).map(|()| Step::TooLate)
-        })
-        .await
-    }
-
-    /// Waits for the head of the answer; `None` if the deadline passes first.
-    async fn answer(&mut self) -> Option<Result<Response, h2::Error>> {
-        poll_fn(|cx| {
-            if let Poll::Ready(answer) = Pin::new(&mut self.response).poll(cx) {
-                return Poll::Ready(Some(answer));
-            }
-            self.timer.as_mut().poll(cx).map(|()| None)
-        })
-        .await
-    }
-
-    /// Reads an answer's body, as far as it comes within the deadline and the bound: the status alone has a meaning.
-    async fn read(&mut self, response: Response, sent_at: Timestamp) -> Ended {
-        let (head, mut stream) = response.into_parts();
-        let mut body = BytesMut::new();
-        if head.status != http::StatusCode::OK {
-            while body.len() < MAX_BODY_BYTES {
-                let piece = poll_fn(|cx| {
-                    if let Poll::Ready(piece) = stream.poll_data(cx) {
-                        return Poll::Ready(piece);
+    };
+    loop {
+        match answer {
+            Ok(Word::Ended(ended)) => return ended,
+            Ok(Word::Ask(key)) => {
+                let permit = match gate.pass().await {
+                    Ok(permit) => permit,
+                    Err(refused) => {
+                        // If there is no task any more, there is nothing to take back.
+                        _ = connection.post(Order::TakeBack { key });
+                        return refused;
                     }
-                    self.timer.as_mut().poll(cx).map(|()| None)
-                })
-                .await;
-                let Some(Ok(mut piece)) = piece else { break };
-                let _ = stream.flow_control().release_capacity(piece.len());
-                piece.truncate(MAX_BODY_BYTES - body.len());
-                body.extend_from_slice(&piece);
+                };
+                let (reply, next) = oneshot::channel();
+                if connection.post(Order::GoOn { key, permit, reply }).is_some() {
+                    return Ended::GivenBack { answer_by: gate.answer_by };
+                }
+                answer = next.await;
             }
+            // Only a task that was cut off in the middle says nothing: the push may have left.
+            Ok(Word::Late(_)) | Err(_) => return Ended::Unknown { sent_at: gate.clock.now() },
         }
-        Ended::Answered { status: head.status.as_u16(), headers: head.headers, body: body.freeze(), sent_at }
     }
 }

@@ -1,14 +1,16 @@
 //! The APNs client: what the dispatcher knows of it.
 //!
-//! Promises: one call, one request at most; the answer says honestly whether the request was never processed
-//! ([`Outcome::Unsent`]), answered, or written and left unanswered ([`Outcome::Unknown`]). The fence is asked right
-//! before the first byte, with the stream already in hand, and again if the body had to wait.
+//! Promises: one call, one request at most that APNs may have processed; the answer says honestly whether it was never
+//! processed ([`Outcome::Unsent`]), answered, or written and left unanswered ([`Outcome::Unknown`]). The fence is asked right
+//! before the first byte, with the stream already in hand, and again if anything had to wait.
 //!
 //! | file | holds |
 //! |---|---|
 //! | [`client`] | the [`Gateway`] over real connections: settings, apps, routes |
 //! | `pool` | the connections of one credential to one environment, and who may use them when |
-//! | `connection` | one HTTP/2 connection: opening it, the task that owns it, one exchange on it |
+//! | `connection` | one HTTP/2 connection: opening it, and one exchange on it, as the push's task sees it |
+//! | `drive` | the task that owns a connection: it alone opens streams, writes and reads |
+//! | `wire` | the connection's bytes, between HTTP/2 and TLS |
 //! | [`request`], [`response`] | a push as a request; what an answer means. Pure |
 //! | [`token`], [`credential`] | provider tokens; team, key id and key |
 //! | [`tls`] | TLS to APNs |
@@ -16,11 +18,13 @@
 pub mod client;
 mod connection;
 pub mod credential;
+mod drive;
 mod pool;
 pub mod request;
 pub mod response;
 pub mod tls;
 pub mod token;
+mod wire;
 
 use std::{sync::Arc, time::Duration};
 
@@ -79,6 +83,13 @@ pub trait Fence: Send + Sync {
     /// Whether what is known about the push is young enough to be acted on at this instant, and allows it.
     fn is_open(&self) -> bool;
 
+    /// The same, and for how long: until this moment of the clock's monotonic time what is known stays young enough.
+    /// `None`: it is not open. A fence that answers for the instant only says zero, and is asked once more if the push
+    /// cannot leave at once; any other is asked again at that moment at the latest, and long before it.
+    fn open_until(&self) -> Option<Duration> {
+        self.is_open().then_some(Duration::ZERO)
+    }
+
     /// Called when [`Fence::is_open`] says no: finds out again. `false`: the push must not leave.
     async fn renew(&self) -> bool;
 }
@@ -91,6 +102,10 @@ pub struct NoFence;
 impl Fence for NoFence {
     fn is_open(&self) -> bool {
         true
+    }
+
+    fn open_until(&self) -> Option<Duration> {
+        Some(Duration::MAX)
     }
 
     async fn renew(&self) -> bool {
@@ -133,7 +148,7 @@ pub struct RouteReport {
 #[async_trait]
 pub trait Gateway: Send + Sync {
     /// Sends one push: waits for a stream (urgent lane first), asks the fence, writes, waits for the answer within the
-    /// request deadline.
+    /// request deadline. What APNs certainly did nothing with is sent again at once, a few times within that deadline.
     ///
     /// Dropping the future before the fence was asked costs nothing; after that, it may leave a push written and
     /// unanswered: callers do not drop it.

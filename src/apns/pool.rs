@@ -9,6 +9,9 @@
 //! - One attempt to connect at a time, however many wait. Failures and connections that end without having proved
 //!   themselves (a refused credential is one) are followed by a back-off of 1 s doubling to 60 s; and there are never
 //!   more than a few attempts a minute, whatever the peer does.
+//! - What APNs did certainly nothing with goes elsewhere at once, if there is an elsewhere: a few times, past its fence
+//!   anew, and within the request deadline of the first try.
+//! - A connection that is in use and has reached its age or its number of requests serves until its successor does.
 //! - Nobody waits past the deadline of the push, nor longer than [`PATIENCE`].
 //!
 //! Locks: one mutex for the choice, held for a few instructions, never across an await.
@@ -27,10 +30,10 @@ use tokio::sync::{Notify, oneshot};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
-    Fence, Head, Push,
-    connection::{self, Address, Care, Connection, End, Ended, Gate, Opened, Owner},
-    request::Template,
-    response::{self, Verdict},
+    Fence, Push,
+    connection::{self, Address, Care, Connection, End, Ended, Gate, Note, Opened, Owner, Slot},
+    drive::{self, Duty},
+    response::Verdict,
     token::{Minter, Slot as TokenSlot},
 };
 use crate::domain::{
@@ -57,8 +60,8 @@ const SURPLUS_PACE: Duration = Duration::from_secs(60);
 const MAX_AGE: Duration = Duration::from_secs(12 * 3600);
 const AGE_JITTER: Duration = Duration::from_secs(2 * 3600);
 
-/// A connection is replaced after this many requests: stream ids end at 2^30 requests.
-const MAX_REQUESTS: u64 = 1 << 29;
+/// How often a push that APNs did nothing with is sent again at once.
+const RESENDS: usize = 3;
 
 /// While a fresh or long idle connection finds out whether it works, nobody opens another, for so long.
 const UNSURE: Duration = Duration::from_secs(2);
@@ -79,12 +82,6 @@ const BACKOFF_MAX: Duration = Duration::from_secs(60);
 /// The most streams used of one connection where the peer names no limit or a huge one.
 const MAX_STREAMS: usize = 4096;
 
-/// Templates of so many notifications are kept at a time.
-const TEMPLATES: usize = 16;
-
-/// How often the clocks are compared.
-const SKEW_EVERY: Duration = Duration::from_secs(60);
-
 /// What a pool is for and how it behaves.
 pub(super) struct Spec {
     pub(super) environment: Environment,
@@ -92,6 +89,8 @@ pub(super) struct Spec {
     pub(super) tls: Arc<ClientConfig>,
     pub(super) request_deadline: Duration,
     pub(super) max_connections: usize,
+    /// A connection is replaced after so many.
+    pub(super) max_requests: u64,
 }
 
 /// How a pool stands.
@@ -106,8 +105,10 @@ pub(super) struct Report {
 }
 
 pub(super) struct Pool {
+    /// For those who outlive a call: connections and tasks.
+    this: Weak<Self>,
     spec: Spec,
-    minter: Minter,
+    minter: Arc<Minter>,
     clock: Arc<dyn Clock>,
     tracker: TaskTracker,
     /// Ends attempts to connect.
@@ -117,7 +118,8 @@ pub(super) struct Pool {
     stopped: AtomicBool,
     /// A connection ended.
     ended: Notify,
-    templates: Mutex<VecDeque<(Weak<Head>, Arc<Template>)>>,
+    /// Somebody waits who will give up sooner than everybody before.
+    sooner: Notify,
     state: Mutex<State>,
 }
 
@@ -125,9 +127,11 @@ pub(super) struct Pool {
 struct State {
     members: Vec<Member>,
     /// The urgent lane, and the other.
-    waiting: [VecDeque<oneshot::Sender<Slot>>; 2],
+    waiting: [VecDeque<Waiter>; 2],
     /// The length of the queues after those who had left were last swept out.
     swept: usize,
+    /// When the next of them is told that there is no stream for it; `None`: nobody looks.
+    next_given_up: Option<Duration>,
     next_id: u64,
     connecting: bool,
     /// Failures and unproved connections in a row.
@@ -137,10 +141,15 @@ struct State {
     connect_error: Option<String>,
     surplus_closed_at: Option<Duration>,
     clock_skew_seconds: Option<i64>,
-    skew_measured_at: Option<Duration>,
 }
 
-#[expect(clippy::struct_excessive_bools, reason = "five independent facts about a connection, each asked for by name")]
+/// Somebody who waits for a stream.
+struct Waiter {
+    grant: oneshot::Sender<Slot>,
+    until: Duration,
+}
+
+#[expect(clippy::struct_excessive_bools, reason = "independent facts about a connection, each asked for by name")]
 struct Member {
     connection: Arc<Connection>,
     in_flight: usize,
@@ -155,6 +164,8 @@ struct Member {
     raised: bool,
     /// Opens streams.
     usable: bool,
+    /// Is to be retired once its successor can be used.
+    expiring: bool,
     /// Since when it waits for a PING before it is used again.
     checking: Option<Duration>,
     /// Its end has been counted as a failure, or need not be.
@@ -182,38 +193,6 @@ impl Member {
     }
 }
 
-/// The right to one stream. Given back when dropped.
-struct Slot {
-    pool: Option<Arc<Pool>>,
-    connection: Arc<Connection>,
-}
-
-/// What became of a slot's stream.
-enum Note {
-    /// Nothing that says anything about the connection.
-    Unused,
-    Answered(Verdict),
-    TimedOut,
-    /// No stream can be opened on the connection any more.
-    Over,
-}
-
-impl Slot {
-    fn done(mut self, note: &Note) {
-        if let Some(pool) = self.pool.take() {
-            pool.release(self.connection.id, note);
-        }
-    }
-}
-
-impl Drop for Slot {
-    fn drop(&mut self) {
-        if let Some(pool) = self.pool.take() {
-            pool.release(self.connection.id, &Note::Unused);
-        }
-    }
-}
-
 const UNSENT: Reply = Reply { outcome: Outcome::Unsent, answer: None, sent_at: None };
 
 impl Pool {
@@ -225,92 +204,277 @@ impl Pool {
         abort: &CancellationToken,
     ) -> Arc<Self> {
         let abort = abort.child_token();
-        Arc::new(Self {
+        Arc::new_cyclic(|this| Self {
+            this: Weak::clone(this),
             spec,
-            minter,
+            minter: Arc::new(minter),
             clock,
             tracker,
             stop: abort.child_token(),
             abort,
             stopped: AtomicBool::new(false),
             ended: Notify::new(),
-            templates: Mutex::default(),
+            sooner: Notify::new(),
             state: Mutex::default(),
         })
     }
 
     /// Sends one push in the caller's task.
-    pub(super) async fn send(self: &Arc<Self>, push: &Push, fence: &dyn Fence) -> Reply {
-        let Some(template) = self.template(&push.head) else {
-            return UNSENT;
-        };
-        let gate = Gate { fence, clock: &*self.clock, deadline: push.head.deadline, stopped: &self.stopped };
-        // Another round only where nothing was written: the connection turned out to take no more streams.
-        for _ in 0..=self.spec.max_connections {
-            let Some(slot) = self.acquire(push.head.lane, push.head.deadline).await else {
+    pub(super) async fn send(&self, push: &Push, fence: &dyn Fence) -> Reply {
+        let deadline = push.head.deadline;
+        let mut gate = Gate { fence, clock: &*self.clock, deadline, answer_by: None, stopped: &self.stopped };
+        let mut shunned = None;
+        for _ in 0..=RESENDS {
+            let Some(slot) = self.acquire(push.head.lane, deadline, gate.answer_by, shunned).await else {
                 return UNSENT;
             };
-            let ended = connection::exchange(
-                &slot.connection,
-                &self.minter,
-                &gate,
-                |token| template.request(push, &self.spec.address.authority, token.authorization()).ok(),
-                push.head.payload.clone(),
-                self.spec.request_deadline,
-            )
-            .await;
-            match ended {
-                Ended::Answered { status, headers, body, sent_at } => {
-                    let now = self.clock.now();
-                    let reply = response::read(status, &headers, &body, sent_at, now);
-                    let verdict = reply.answer.as_ref().map_or(Verdict::Keep, response::verdict);
-                    self.compare_clocks(&headers, now);
-                    slot.done(&Note::Answered(verdict));
-                    return reply;
-                }
-                Ended::Unknown { sent_at, timed_out } => {
-                    slot.done(if timed_out { &Note::TimedOut } else { &Note::Unused });
+            shunned = Some(slot.connection());
+            match connection::exchange(slot, push, &gate).await {
+                Ended::Answered(reply) => return reply,
+                Ended::Unknown { sent_at } => {
                     return Reply { outcome: Outcome::Unknown, answer: None, sent_at: Some(sent_at) };
                 }
-                Ended::Fenced => {
-                    return Reply { outcome: Outcome::Fenced, answer: None, sent_at: None };
-                }
+                Ended::Fenced => return Reply { outcome: Outcome::Fenced, answer: None, sent_at: None },
                 Ended::Unsent => return UNSENT,
-                Ended::UnsentForGood => slot.done(&Note::Over),
+                Ended::GivenBack { answer_by } => gate.answer_by = answer_by,
             }
         }
         UNSENT
     }
 
-    /// Waits for a stream; `None` if there is none in time, or the pool was stopped.
-    async fn acquire(self: &Arc<Self>, lane: Lane, deadline: Timestamp) -> Option<Slot> {
+    /// Waits for a stream; `None` if there is none in time, or the pool was stopped. Not of the connection `shunned` if
+    /// another has one right now.
+    async fn acquire(
+        &self,
+        lane: Lane,
+        deadline: Timestamp,
+        answer_by: Option<Duration>,
+        shunned: Option<u64>,
+    ) -> Option<Slot> {
         let granted = {
             let mut state = self.state();
             if self.stopped.load(Ordering::Acquire) {
                 return None;
             }
             if !state.somebody_is_before(lane)
-                && let Some(connection) = state.take_room(self.clock.monotonic())
+                && let Some(connection) = state.take_room(&*self.clock, shunned)
             {
-                return Some(Slot { pool: Some(Arc::clone(self)), connection });
+                return Some(Slot::new(connection));
             }
+            let patience = deadline.since(self.clock.now()).min(PATIENCE);
+            let until = (self.clock.monotonic() + patience).min(answer_by.unwrap_or(Duration::MAX));
             let (grant, granted) = oneshot::channel();
-            state.enqueue(lane, grant);
+            state.enqueue(lane, Waiter { grant, until });
+            self.watch(&mut state, until);
             self.settle(&mut state);
             granted
         };
-        let patience = deadline.since(self.clock.now()).min(PATIENCE);
-        tokio::select! {
-            biased;
-            slot = granted => slot.ok(),
-            // A grant that comes at this very moment is given back when `granted` is dropped.
-            () = self.clock.sleep(patience) => None,
+        granted.await.ok()
+    }
+
+    /// Sees to it that whoever waits in vain is told so.
+    fn watch(&self, state: &mut State, until: Duration) {
+        match state.next_given_up {
+            Some(next) if next <= until => {}
+            Some(_) => self.sooner.notify_one(),
+            None => {
+                state.next_given_up = Some(until);
+                if let Some(this) = self.this.upgrade() {
+                    self.tracker.spawn(this.give_up());
+                }
+            }
         }
     }
 
-    fn release(self: &Arc<Self>, id: u64, note: &Note) {
+    /// Tells those who have waited long enough, until nobody waits.
+    async fn give_up(self: Arc<Self>) {
+        loop {
+            let pause = {
+                let mut state = self.state();
+                let now = self.clock.monotonic();
+                for queue in &mut state.waiting {
+                    queue.retain(|waiter| waiter.until > now && !waiter.grant.is_closed());
+                }
+                state.next_given_up = state.waiting.iter().flatten().map(|waiter| waiter.until).min();
+                match state.next_given_up {
+                    Some(next) => next.saturating_sub(now),
+                    None => return,
+                }
+            };
+            tokio::select! {
+                () = self.stop.cancelled() => return,
+                () = self.sooner.notified() => {}
+                () = self.clock.sleep(pause) => {}
+            }
+        }
+    }
+
+    /// Hands free streams to those who wait, and sees to a connection if streams are missing. Called after every
+    /// change.
+    fn settle(&self, state: &mut State) {
+        loop {
+            state.skip_those_who_left();
+            let Some(queue) = state.waiting.iter().position(|q| !q.is_empty()) else {
+                return;
+            };
+            let Some(connection) = state.take_room(&*self.clock, None) else {
+                break;
+            };
+            let id = connection.id;
+            let waiter = state.waiting.get_mut(queue).and_then(VecDeque::pop_front);
+            if let Some(unwanted) = waiter.and_then(|w| w.grant.send(Slot::new(connection)).err()) {
+                // Not by its drop, which would want the lock that is held here.
+                unwanted.spend();
+                if let Some(member) = state.member(id) {
+                    member.in_flight = member.in_flight.saturating_sub(1);
+                }
+            }
+        }
+        self.connect_if_needed(state);
+    }
+
+    fn connect_if_needed(&self, state: &mut State) {
+        if state.connecting || self.stopped.load(Ordering::Acquire) {
+            return;
+        }
         let now = self.clock.monotonic();
+        let mut counted = 0;
+        for member in state.members.iter().filter(|m| m.usable && !m.expiring) {
+            match member.unsure_since() {
+                // Is about to be known: wait for it. After failures, one at a time, however long it takes.
+                Some(since) if now.saturating_sub(since) < UNSURE || state.strikes > 0 && member.checking.is_none() => {
+                    return;
+                }
+                // May well be dead: it does not stand in the way of another.
+                Some(_) if member.checking.is_some() => {}
+                _ => counted += 1,
+            }
+        }
+        if counted < self.spec.max_connections {
+            self.connect_soon(state);
+        }
+    }
+
+    /// Sees to a successor of what is expiring, whether or not somebody waits.
+    fn replace_if_needed(&self, state: &mut State) {
+        let successor = state.members.iter().any(|m| m.usable && !m.greeted);
+        if state.is_expiring() && !successor && !state.connecting && !self.stopped.load(Ordering::Acquire) {
+            self.connect_soon(state);
+        }
+    }
+
+    fn connect_soon(&self, state: &mut State) {
+        if state.members.len() < 2 * self.spec.max_connections
+            && let Some(this) = self.this.upgrade()
+        {
+            state.connecting = true;
+            self.tracker.spawn(this.connect());
+        }
+    }
+
+    /// One attempt to connect, after the back-off. Ends early if the pool is stopped or nobody waits any more.
+    async fn connect(self: Arc<Self>) {
+        let pause = {
+            let mut state = self.state();
+            let now = self.clock.monotonic();
+            let opens = MAX_OPENS.max(2 * self.spec.max_connections);
+            while state.opens.front().is_some_and(|at| now.saturating_sub(*at) >= OPENS_WINDOW) {
+                state.opens.pop_front();
+            }
+            let pace = if state.opens.len() >= opens {
+                state.opens.front().map_or(Duration::ZERO, |at| *at + OPENS_WINDOW)
+            } else {
+                Duration::ZERO
+            };
+            state.not_before.max(pace).saturating_sub(now)
+        };
+        let stopped = self.stop.cancelled();
+        if !pause.is_zero() {
+            tokio::select! {
+                () = stopped => return,
+                () = self.clock.sleep(pause) => {}
+            }
+        }
+        {
+            let mut state = self.state();
+            state.skip_those_who_left();
+            let wanted = state.waiting.iter().any(|queue| !queue.is_empty()) || state.is_expiring();
+            if self.stopped.load(Ordering::Acquire) || !wanted {
+                state.connecting = false;
+                return;
+            }
+            state.opens.push_back(self.clock.monotonic());
+        }
+        let opened = tokio::select! {
+            () = self.stop.cancelled() => return,
+            opened = connection::open(&self.spec.address, &self.spec.tls, &*self.clock) => opened,
+        };
         let mut state = self.state();
+        state.connecting = false;
+        let now = self.clock.monotonic();
+        match opened {
+            Ok(opened) => {
+                state.connect_error = None;
+                self.add(&mut state, opened, now);
+            }
+            Err(error) => {
+                let error = error.chain();
+                state.strike(now);
+                tracing::warn!(
+                    apns.environment = %self.spec.environment,
+                    server.address = %self.spec.address.authority,
+                    retry_in_ms = state.not_before.saturating_sub(now).as_millis(),
+                    error,
+                    "no connection to APNs: {error}"
+                );
+                state.connect_error = Some(error);
+            }
+        }
+        self.settle(&mut state);
+    }
+
+    fn add(self: &Arc<Self>, state: &mut State, opened: Opened, now: Duration) {
+        let id = state.next_id;
+        state.next_id += 1;
+        let owner: Weak<dyn Owner> = Weak::<Self>::clone(&self.this);
+        let connection = Arc::new(Connection::new(id, owner, Arc::clone(&self.minter)));
+        let jitter = AGE_JITTER.mul_f64(rand::random_range(0.0..=2.0));
+        state.members.push(Member {
+            connection: Arc::clone(&connection),
+            in_flight: 0,
+            limit: 0,
+            greeted: false,
+            requests: 0,
+            proved: false,
+            raised: false,
+            usable: true,
+            expiring: false,
+            checking: None,
+            judged: false,
+            opened_at: now,
+            active_at: now,
+            answered_at: now,
+            max_age: (MAX_AGE + jitter).saturating_sub(AGE_JITTER),
+        });
+        tracing::info!(
+            apns.environment = %self.spec.environment,
+            server.address = %self.spec.address.authority,
+            connection.id = id,
+            "connection {id} to APNs is open"
+        );
+        let duty = Duty {
+            connection,
+            authority: self.spec.address.authority.clone(),
+            request_deadline: self.spec.request_deadline,
+            clock: Arc::clone(&self.clock),
+            abort: self.abort.clone(),
+        };
+        let owner: Arc<dyn Owner> = Arc::<Self>::clone(self);
+        self.tracker.spawn(drive::drive(duty, opened, owner));
+    }
+
+    /// What became of one stream.
+    fn note(&self, state: &mut State, id: u64, note: Note, now: Duration) {
         let Some(member) = state.member(id) else {
             return;
         };
@@ -357,183 +521,6 @@ impl Pool {
                 }
             }
         }
-        state.close_if_done(id);
-        self.settle(&mut state);
-    }
-
-    /// Hands free streams to those who wait, and sees to a connection if streams are missing. Called after every
-    /// change.
-    fn settle(self: &Arc<Self>, state: &mut State) {
-        if state.waiting.iter().all(VecDeque::is_empty) {
-            return;
-        }
-        let now = self.clock.monotonic();
-        loop {
-            state.skip_those_who_left();
-            let Some(queue) = state.waiting.iter().position(|q| !q.is_empty()) else {
-                return;
-            };
-            let Some(connection) = state.take_room(now) else {
-                break;
-            };
-            let id = connection.id;
-            let slot = Slot { pool: Some(Arc::clone(self)), connection };
-            let waiter = state.waiting.get_mut(queue).and_then(VecDeque::pop_front);
-            if let Some(mut unwanted) = waiter.and_then(|w| w.send(slot).err()) {
-                // Not by its drop, which would want the lock that is held here.
-                unwanted.pool = None;
-                if let Some(member) = state.member(id) {
-                    member.in_flight = member.in_flight.saturating_sub(1);
-                }
-            }
-        }
-        self.connect_if_needed(state);
-    }
-
-    fn connect_if_needed(self: &Arc<Self>, state: &mut State) {
-        if state.connecting || self.stopped.load(Ordering::Acquire) {
-            return;
-        }
-        let now = self.clock.monotonic();
-        let mut counted = 0;
-        for member in state.members.iter().filter(|m| m.usable) {
-            match member.unsure_since() {
-                // Is about to be known: wait for it. After failures, one at a time, however long it takes.
-                Some(since) if now.saturating_sub(since) < UNSURE || state.strikes > 0 && member.checking.is_none() => {
-                    return;
-                }
-                // May well be dead: it does not stand in the way of another.
-                Some(_) if member.checking.is_some() => {}
-                _ => counted += 1,
-            }
-        }
-        if counted >= self.spec.max_connections || state.members.len() >= 2 * self.spec.max_connections {
-            return;
-        }
-        state.connecting = true;
-        self.tracker.spawn(Arc::clone(self).connect());
-    }
-
-    /// One attempt to connect, after the back-off. Ends early if the pool is stopped or nobody waits any more.
-    async fn connect(self: Arc<Self>) {
-        let pause = {
-            let mut state = self.state();
-            let now = self.clock.monotonic();
-            let opens = MAX_OPENS.max(2 * self.spec.max_connections);
-            while state.opens.front().is_some_and(|at| now.saturating_sub(*at) >= OPENS_WINDOW) {
-                state.opens.pop_front();
-            }
-            let pace = if state.opens.len() >= opens {
-                state.opens.front().map_or(Duration::ZERO, |at| *at + OPENS_WINDOW)
-            } else {
-                Duration::ZERO
-            };
-            state.not_before.max(pace).saturating_sub(now)
-        };
-        let stopped = self.stop.cancelled();
-        if !pause.is_zero() {
-            tokio::select! {
-                () = stopped => return,
-                () = self.clock.sleep(pause) => {}
-            }
-        }
-        {
-            let mut state = self.state();
-            state.skip_those_who_left();
-            if self.stopped.load(Ordering::Acquire) || state.waiting.iter().all(VecDeque::is_empty) {
-                state.connecting = false;
-                return;
-            }
-            state.opens.push_back(self.clock.monotonic());
-        }
-        let opened = tokio::select! {
-            () = self.stop.cancelled() => return,
-            opened = connection::open(&self.spec.address, &self.spec.tls, &*self.clock) => opened,
-        };
-        let mut state = self.state();
-        state.connecting = false;
-        let now = self.clock.monotonic();
-        match opened {
-            Ok(opened) => {
-                state.connect_error = None;
-                self.add(&mut state, opened, now);
-            }
-            Err(error) => {
-                let error = error.chain();
-                state.strike(now);
-                tracing::warn!(
-                    apns.environment = %self.spec.environment,
-                    server.address = %self.spec.address.authority,
-                    retry_in_ms = state.not_before.saturating_sub(now).as_millis(),
-                    error,
-                    "no connection to APNs: {error}"
-                );
-                state.connect_error = Some(error);
-            }
-        }
-        self.settle(&mut state);
-    }
-
-    fn add(self: &Arc<Self>, state: &mut State, opened: Opened, now: Duration) {
-        let id = state.next_id;
-        state.next_id += 1;
-        let connection = Arc::new(Connection::new(id, &opened));
-        let jitter = AGE_JITTER.mul_f64(rand::random_range(0.0..=2.0));
-        state.members.push(Member {
-            connection: Arc::clone(&connection),
-            in_flight: 0,
-            limit: 0,
-            greeted: false,
-            requests: 0,
-            proved: false,
-            raised: false,
-            usable: true,
-            checking: None,
-            judged: false,
-            opened_at: now,
-            active_at: now,
-            answered_at: now,
-            max_age: (MAX_AGE + jitter).saturating_sub(AGE_JITTER),
-        });
-        tracing::info!(
-            apns.environment = %self.spec.environment,
-            server.address = %self.spec.address.authority,
-            connection.id = id,
-            "connection {id} to APNs is open"
-        );
-        self.tracker.spawn(connection::drive(
-            connection,
-            opened,
-            Arc::clone(self),
-            Arc::clone(&self.clock),
-            self.abort.clone(),
-        ));
-    }
-
-    /// What all pushes of a notification share, made once. `None`: cannot be, by the domain's types.
-    fn template(&self, head: &Arc<Head>) -> Option<Arc<Template>> {
-        let mut templates = self.templates.lock().unwrap_or_else(PoisonError::into_inner);
-        // The weak reference keeps the place in memory from being used again, so the same place is the same head.
-        let known = templates.iter().find(|(known, _)| std::ptr::eq(known.as_ptr(), Arc::as_ptr(head)));
-        if let Some((_, template)) = known {
-            return Some(Arc::clone(template));
-        }
-        let template = Arc::new(Template::new(head).ok()?);
-        templates.truncate(TEMPLATES - 1);
-        templates.push_front((Arc::downgrade(head), Arc::clone(&template)));
-        Some(template)
-    }
-
-    fn compare_clocks(&self, headers: &http::HeaderMap, now: Timestamp) {
-        if !headers.contains_key(http::header::DATE) {
-            return;
-        }
-        let passed = self.clock.monotonic();
-        let mut state = self.state();
-        if state.skew_measured_at.is_none_or(|at| passed.saturating_sub(at) >= SKEW_EVERY) {
-            state.skew_measured_at = Some(passed);
-            state.clock_skew_seconds = response::clock_skew_seconds(headers, now);
-        }
     }
 
     pub(super) fn report(&self) -> Report {
@@ -543,7 +530,7 @@ impl Pool {
         Report {
             connections: state.members.len(),
             in_flight: state.members.iter().map(|m| m.in_flight).sum(),
-            waiting: state.waiting.iter().flatten().filter(|w| !w.is_closed()).count(),
+            waiting: state.waiting.iter().flatten().filter(|w| !w.grant.is_closed()).count(),
             connect_error: state.connect_error.clone(),
             provider_token_age: kept.or_else(|| TokenSlot::at(now).age(now)),
             clock_skew_seconds: state.clock_skew_seconds,
@@ -608,32 +595,37 @@ impl State {
         self.members.iter_mut().find(|m| m.connection.id == id)
     }
 
+    fn is_expiring(&self) -> bool {
+        self.members.iter().any(|m| m.usable && m.expiring)
+    }
+
     fn somebody_is_before(&self, lane: Lane) -> bool {
         self.waiting.iter().take(queue_of(lane) + 1).any(|q| !q.is_empty())
     }
 
-    /// Takes a stream of the usable connection that has the fewest requests in flight.
-    fn take_room(&mut self, now: Duration) -> Option<Arc<Connection>> {
+    /// Takes a stream of the usable connection that has the fewest requests in flight, of the one `shunned` only if no
+    /// other has any.
+    fn take_room(&mut self, clock: &dyn Clock, shunned: Option<u64>) -> Option<Arc<Connection>> {
         loop {
-            let member = self.members.iter_mut().filter(|m| m.room() > 0).min_by_key(|m| m.in_flight)?;
-            if member.in_flight == 0 && member.requests > 0 && now.saturating_sub(member.active_at) > REUSE_PING {
-                member.checking = Some(now);
-                member.connection.ping();
-                continue;
-            }
-            if member.requests >= MAX_REQUESTS {
-                let id = member.connection.id;
-                self.retire(id, now, false);
-                continue;
+            let with_room = self.members.iter_mut().filter(|m| m.room() > 0);
+            let member = with_room.min_by_key(|m| (shunned == Some(m.connection.id), m.in_flight))?;
+            // Where something is in flight, the time of the last activity is not asked for.
+            if member.in_flight == 0 {
+                let now = clock.monotonic();
+                if member.requests > 0 && now.saturating_sub(member.active_at) > REUSE_PING {
+                    member.checking = Some(now);
+                    member.connection.ping();
+                    continue;
+                }
+                member.active_at = now;
             }
             member.in_flight += 1;
             member.requests += 1;
-            member.active_at = now;
             return Some(Arc::clone(&member.connection));
         }
     }
 
-    fn enqueue(&mut self, lane: Lane, waiter: oneshot::Sender<Slot>) {
+    fn enqueue(&mut self, lane: Lane, waiter: Waiter) {
         if let Some(queue) = self.waiting.get_mut(queue_of(lane)) {
             queue.push_back(waiter);
         }
@@ -641,7 +633,7 @@ impl State {
         let length: usize = self.waiting.iter().map(VecDeque::len).sum();
         if length > 2 * self.swept + 64 {
             for queue in &mut self.waiting {
-                queue.retain(|w| !w.is_closed());
+                queue.retain(|w| !w.grant.is_closed());
             }
             self.swept = self.waiting.iter().map(VecDeque::len).sum();
         }
@@ -649,7 +641,7 @@ impl State {
 
     fn skip_those_who_left(&mut self) {
         for queue in &mut self.waiting {
-            while queue.front().is_some_and(oneshot::Sender::is_closed) {
+            while queue.front().is_some_and(|waiter| waiter.grant.is_closed()) {
                 queue.pop_front();
             }
         }
@@ -684,7 +676,7 @@ impl State {
     }
 }
 
-impl Owner for Arc<Pool> {
+impl Owner for Pool {
     fn limit_changed(&self, id: u64, streams: usize) {
         let mut state = self.state();
         if let Some(member) = state.member(id) {
@@ -695,8 +687,13 @@ impl Owner for Arc<Pool> {
                 "connection {id} may have {streams} streams"
             );
             member.raised |= member.greeted && streams > member.limit;
-            member.greeted = true;
+            let is_new = !std::mem::replace(&mut member.greeted, true);
             member.limit = streams;
+            if is_new && let Some(old) = state.members.iter().find(|m| m.usable && m.expiring) {
+                let old = old.connection.id;
+                state.retire(old, self.clock.monotonic(), false);
+                state.close_if_done(old);
+            }
         }
         self.settle(&mut state);
     }
@@ -713,6 +710,20 @@ impl Owner for Arc<Pool> {
         state.retire(id, now, true);
         state.close_if_done(id);
         self.settle(&mut state);
+    }
+
+    fn released(&self, id: u64, notes: &[Note]) {
+        let now = self.clock.monotonic();
+        let mut state = self.state();
+        for note in notes {
+            self.note(&mut state, id, *note, now);
+        }
+        state.close_if_done(id);
+        self.settle(&mut state);
+    }
+
+    fn skew_measured(&self, seconds: i64) {
+        self.state().clock_skew_seconds = Some(seconds);
     }
 
     fn pong(&self, id: u64) {
@@ -736,13 +747,25 @@ impl Owner for Arc<Pool> {
         let idle = if member.in_flight == 0 { now.saturating_sub(member.active_at) } else { Duration::ZERO };
         let traffic = now.saturating_sub(member.answered_at);
         let age = now.saturating_sub(member.opened_at);
-        if member.usable && (age >= member.max_age || !member.greeted && age >= GREETING_PATIENCE) {
-            let peer = !member.greeted;
-            state.retire(id, now, peer);
+        let is_used = member.in_flight > 0 || idle < REUSE_PING;
+        if member.usable && !member.greeted && age >= GREETING_PATIENCE {
+            state.retire(id, now, true);
+        } else if member.usable && (age >= member.max_age || member.requests >= self.spec.max_requests) {
+            if !is_used {
+                state.retire(id, now, false);
+            } else if !std::mem::replace(&mut member.expiring, true) {
+                tracing::info!(
+                    apns.environment = %self.spec.environment,
+                    connection.id = id,
+                    requests = member.requests,
+                    "connection {id} is replaced: it has served long enough"
+                );
+            }
         } else if member.usable && member.in_flight == 0 && traffic >= SURPLUS_IDLE && usable > 1 && surplus_pace {
             state.surplus_closed_at = Some(now);
             state.retire(id, now, false);
         }
+        self.replace_if_needed(&mut state);
         self.settle(&mut state);
         match state.member(id) {
             Some(member) if !member.usable && member.in_flight == 0 => Care::Close,
@@ -768,10 +791,16 @@ impl Owner for Arc<Pool> {
                 %error,
                 "connection {id} to APNs is lost: {error}"
             ),
+            End::Broken(error) => tracing::warn!(
+                apns.environment = %self.spec.environment,
+                connection.id = id,
+                %error,
+                "connection {id} to APNs is lost: {error}"
+            ),
             End::Silent => tracing::warn!(
                 apns.environment = %self.spec.environment,
                 connection.id = id,
-                "connection {id} to APNs is given up: it did not acknowledge a PING"
+                "connection {id} to APNs is given up: it did not acknowledge a PING, or took nothing for as long"
             ),
             End::Stuck => tracing::info!(
                 apns.environment = %self.spec.environment,
@@ -782,5 +811,29 @@ impl Owner for Arc<Pool> {
         self.settle(&mut state);
         drop(state);
         self.ended.notify_waiters();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pause_after_a_failure_doubles_to_a_minute_and_is_never_quite_the_same() {
+        let pauses = || -> Vec<Duration> {
+            let mut state = State::default();
+            let now = Duration::from_secs(100);
+            let mut pause = || {
+                state.strike(now);
+                state.not_before.saturating_sub(now)
+            };
+            (0..10).map(|_| pause()).collect()
+        };
+        let [one, two] = [pauses(), pauses()];
+        for (seconds, pause) in [1, 2, 4, 8, 16, 32, 60, 60, 60, 60].into_iter().zip(&one) {
+            let full = Duration::from_secs(seconds);
+            assert!(*pause <= full && *pause >= full.mul_f64(0.75), "{pause:?} of {full:?}");
+        }
+        assert_ne!(one, two, "two processes that fail together do not come back together");
     }
 }

@@ -128,11 +128,16 @@ impl AttemptFence<'_> {
 #[async_trait]
 impl Fence for AttemptFence<'_> {
     fn is_open(&self) -> bool {
-        let fresh = self.owned.as_ref().is_none_or(|owned| {
-            let read_at = Duration::from_millis(owned.read_at.load(Ordering::Acquire));
-            self.guard.clock.monotonic().saturating_sub(read_at) < OWNERSHIP_MAX_AGE
+        self.open_until().is_some()
+    }
+
+    fn open_until(&self) -> Option<Duration> {
+        let now = self.guard.clock.monotonic();
+        let read = self.owned.as_ref().map_or(Duration::MAX, |owned| {
+            Duration::from_millis(owned.read_at.load(Ordering::Acquire)) + OWNERSHIP_MAX_AGE
         });
-        fresh && self.closed_by().is_none()
+        let until = read.min(self.guard.pulse.trusted_until());
+        (now < until && self.closed_by().is_none()).then_some(until)
     }
 
     async fn renew(&self) -> bool {

@@ -43,8 +43,12 @@ pub(super) struct Pulse {
 impl Pulse {
     /// Whether work leased to `replica` may still be acted on at this instant.
     pub(super) fn holds(&self, replica: ReplicaId) -> bool {
-        let beaten_at = Duration::from_millis(self.beaten_at.load(Ordering::Acquire));
-        self.identity.get() == replica && self.clock.monotonic().saturating_sub(beaten_at) < TRUSTED_FOR
+        self.identity.get() == replica && self.clock.monotonic() < self.trusted_until()
+    }
+
+    /// Until when, without another beat.
+    pub(super) fn trusted_until(&self) -> Duration {
+        Duration::from_millis(self.beaten_at.load(Ordering::Acquire)) + TRUSTED_FOR
     }
 
     fn beaten(&self, at: Duration) {

@@ -10,36 +10,55 @@ use std::{
 };
 
 use async_trait::async_trait;
+use bytes::Bytes;
+use futures_util::StreamExt as _;
 use sonnette::{
     apns::{
-        Fence, Gateway, NoFence,
+        Fence, Gateway, NoFence, Push,
         client::{ApnsGateway, App, Endpoint, Settings},
         credential::{self, Credential},
     },
     domain::{
         clock::{Clock, ManualClock},
         notification::Lane,
-        outcome::Outcome,
+        outcome::{Outcome, Reply},
         topic::Environment,
     },
 };
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, task::JoinHandle};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::support::{
     apns_server::{MANY, ONE, Order, Script, Server, issued_at},
-    gateway::{START, client, client_with, count, outcome, outcomes, push, push_until, topic},
+    gateway::{Client, START, client, client_with, count, outcome, outcomes, push, push_until, topic},
     waiting::{until, within},
 };
 
+/// Longer than any of these tests lets pass.
+const LONG: Duration = Duration::from_secs(24 * 3600);
+
+/// A fence that answers for the instant only, or that says until when, on the monotonic clock.
 struct Switch {
     open: AtomicBool,
     asked: AtomicUsize,
+    until: Duration,
 }
 
 impl Switch {
     fn new(open: bool) -> Arc<Self> {
-        Arc::new(Self { open: AtomicBool::new(open), asked: AtomicUsize::new(0) })
+        Self::until(open, Duration::ZERO)
+    }
+
+    fn until(open: bool, until: Duration) -> Arc<Self> {
+        Arc::new(Self { open: AtomicBool::new(open), asked: AtomicUsize::new(0), until })
+    }
+
+    fn asked(&self) -> usize {
+        self.asked.load(Ordering::SeqCst)
+    }
+
+    fn close(&self) {
+        self.open.store(false, Ordering::SeqCst);
     }
 }
 
@@ -48,6 +67,10 @@ impl Fence for Switch {
     fn is_open(&self) -> bool {
         self.asked.fetch_add(1, Ordering::SeqCst);
         self.open.load(Ordering::SeqCst)
+    }
+
+    fn open_until(&self) -> Option<Duration> {
+        self.is_open().then_some(self.until)
     }
 
     async fn renew(&self) -> bool {
@@ -151,7 +174,94 @@ async fn where_streams_are_scarce_more_connections_are_opened_up_to_the_bound() 
 }
 
 #[tokio::test]
-async fn streams_above_the_last_one_of_a_goaway_come_back_unsent_and_go_elsewhere() {
+async fn where_the_limit_has_fallen_more_connections_are_opened_up_to_the_bound() {
+    let mut server = Server::start(ONE).await;
+    let client = client(&server);
+    client.warm_up(&mut server).await;
+    server.allow(1, 1_000).await;
+    let sent = client.send_n(20);
+    let mut held = server.next_many(20).await;
+    server.allow(1, 1).await;
+    let waiting: Vec<_> = (20..60).map(|number| client.send(push(number, Lane::Bulk))).collect();
+    // The first answer proves a connection, the second request on it occupies its only stream.
+    for connection in 2..=4 {
+        let first = server.next().await;
+        assert_eq!(first.connection, connection);
+        first.answer(200, "");
+        held.push(server.next().await);
+    }
+    assert_eq!(server.connections(), 4, "the default");
+    assert_eq!(client.production().waiting, 34);
+    for got in held {
+        got.answer(200, "");
+    }
+    for _ in 0..34 {
+        server.next().await.answer(200, "");
+    }
+    assert_eq!(count(&outcomes(sent).await, &Outcome::Accepted), 20);
+    assert_eq!(count(&outcomes(waiting).await, &Outcome::Accepted), 40);
+    assert_eq!(server.connections(), 4, "and no more");
+}
+
+/// A fence that answers for the instant only, and refuses every twentieth time.
+#[derive(Default)]
+struct Fickle(AtomicUsize);
+
+#[async_trait]
+impl Fence for Fickle {
+    fn is_open(&self) -> bool {
+        self.0.fetch_add(1, Ordering::SeqCst) % 20 != 19
+    }
+
+    async fn renew(&self) -> bool {
+        false
+    }
+}
+
+#[tokio::test]
+async fn no_push_is_lost_among_resets_limits_and_windows_that_never_rest() {
+    const PUSHES: usize = 20_000;
+    let mut server = Server::start(MANY).await;
+    // Its clock stands still: no push is saved by its deadline.
+    let client = client(&server);
+    client.warm_up(&mut server).await;
+    let shared = Arc::clone(&server.shared);
+    let mut answered = 0_u32;
+    server.answer_by(move |got| {
+        answered += 1;
+        match answered % 10 {
+            0..=2 => got.refuse(),
+            3 => got.reset(h2::Reason::INTERNAL_ERROR),
+            _ => got.answer(200, ""),
+        }
+    });
+    let weather = async {
+        for round in 0_u32.. {
+            shared.allow_all(1 + round * 5 % 7);
+            shared.window_all([0, 65_535, 10][round as usize % 3]);
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    let fence: Arc<dyn Fence> = Arc::new(Fickle::default());
+    let all = futures_util::stream::iter(0..PUSHES)
+        .map(|number| outcome(client.send_fenced(push(number, Lane::Bulk), Arc::clone(&fence))))
+        .buffer_unordered(500)
+        .collect::<Vec<_>>();
+    let all = tokio::select! {
+        all = all => all,
+        () = weather => unreachable!("the weather goes on"),
+    };
+    let of = |outcome| count(&all, &outcome);
+    let [accepted, unknown, unsent, fenced] =
+        [Outcome::Accepted, Outcome::Unknown, Outcome::Unsent, Outcome::Fenced].map(of);
+    assert_eq!(accepted + unknown + unsent + fenced, PUSHES);
+    assert!(accepted > PUSHES / 2 && unknown > 0 && unsent > 0 && fenced > 0, "{accepted} {unknown} {unsent} {fenced}");
+    let report = client.production();
+    assert_eq!((report.in_flight, report.waiting, report.connections), (0, 0, 4), "every stream was given back");
+}
+
+#[tokio::test]
+async fn streams_above_the_last_one_of_a_goaway_go_elsewhere_at_once() {
     let mut server = Server::start(MANY).await;
     let client = client(&server);
     client.warm_up(&mut server).await;
@@ -159,20 +269,23 @@ async fn streams_above_the_last_one_of_a_goaway_come_back_unsent_and_go_elsewher
     let in_flight = server.next_many(6).await;
     // Streams 1 (the warm-up), 3, 5, 7, 9, 11, 13: those up to 7 are still answered.
     server.go_away(1, 7);
-    until("three are left", || client.production().in_flight == 3).await;
-    let again = client.send(push(77, Lane::Transactional));
-    let elsewhere = server.next().await;
-    assert_eq!(elsewhere.connection, 2, "nothing new goes where GOAWAY was said");
-    elsewhere.answer(200, "");
-    assert_eq!(outcome(again).await, Outcome::Accepted);
+    let (mut not_processed, mut elsewhere) = (Vec::new(), Vec::new());
+    for got in in_flight.iter().filter(|got| got.stream > 7) {
+        not_processed.push(got.path.clone());
+        let again = server.next().await;
+        assert_eq!(again.connection, 2, "nothing goes where GOAWAY was said");
+        elsewhere.push(again.path.clone());
+        again.answer(200, "");
+    }
+    not_processed.sort();
+    elsewhere.sort();
+    assert_eq!(elsewhere, not_processed);
     for got in in_flight {
         if got.stream <= 7 {
             got.answer(200, "");
         }
     }
-    let all = outcomes(sent).await;
-    assert_eq!(count(&all, &Outcome::Accepted), 3, "{all:?}");
-    assert_eq!(count(&all, &Outcome::Unsent), 3, "{all:?}");
+    assert_eq!(count(&outcomes(sent).await, &Outcome::Accepted), 6);
     until("the old connection is gone", || client.production().connections == 1).await;
 }
 
@@ -184,22 +297,76 @@ async fn what_a_goaway_promised_to_answer_and_did_not_is_unknown() {
     let sent = client.send_n(2);
     let _in_flight = server.next_many(2).await;
     server.go_away(1, 3);
-    until("one is left", || client.production().in_flight == 1).await;
+    server.next().await.answer(200, "");
     server.order(1, Order::Cut);
     let all = outcomes(sent).await;
-    assert_eq!(count(&all, &Outcome::Unsent), 1, "{all:?}");
+    assert_eq!(count(&all, &Outcome::Accepted), 1, "{all:?}");
     assert_eq!(count(&all, &Outcome::Unknown), 1, "{all:?}");
 }
 
 #[tokio::test]
-async fn a_refused_stream_is_unsent() {
+async fn a_push_whose_stream_is_refused_is_sent_three_times_more_each_time_past_its_fence() {
+    let mut server = Server::start(MANY).await;
+    let client = client(&server);
+    client.warm_up(&mut server).await;
+    let fence = Switch::until(true, LONG);
+    let sent = client.send_fenced(push(1, Lane::Transactional), Arc::<Switch>::clone(&fence));
+    for _ in 0..4 {
+        server.next().await.refuse();
+    }
+    assert_eq!(outcome(sent).await, Outcome::Unsent);
+    assert_eq!(fence.asked(), 4);
+    assert_eq!(client.production().connections, 1, "the connection stays");
+
+    let sent = client.send_fenced(push(2, Lane::Transactional), Arc::<Switch>::clone(&fence));
+    let got = server.next().await;
+    fence.close();
+    got.refuse();
+    assert_eq!(outcome(sent).await, Outcome::Fenced, "a fence that has closed meanwhile is heard");
+    assert!(server.has_nothing());
+}
+
+#[tokio::test]
+async fn a_push_whose_stream_is_refused_tries_another_connection() {
+    let mut server = Server::start(ONE).await;
+    let client = client_with(server.port, &server.ca_pem, |s| s.max_connections = 2);
+    client.warm_up(&mut server).await;
+    let both = client.send_n(2);
+    for got in server.next_many(2).await {
+        got.answer(200, "");
+    }
+    assert_eq!((count(&outcomes(both).await, &Outcome::Accepted), server.connections()), (2, 2));
+    let sent = client.send(push(3, Lane::Transactional));
+    let refused = server.next().await;
+    let by = refused.connection;
+    refused.refuse();
+    let again = server.next().await;
+    assert_ne!(again.connection, by);
+    again.answer(200, "");
+    assert_eq!(outcome(sent).await, Outcome::Accepted);
+}
+
+#[tokio::test]
+async fn what_is_sent_again_is_waited_for_no_longer_than_the_first_try() {
     let mut server = Server::start(MANY).await;
     let client = client(&server);
     client.warm_up(&mut server).await;
     let sent = client.send(push(1, Lane::Transactional));
-    server.next().await.refuse();
-    assert_eq!(outcome(sent).await, Outcome::Unsent);
-    assert_eq!(client.production().connections, 1, "the connection stays");
+    let got = server.next().await;
+    client.clock.advance(Duration::from_secs(15));
+    server.go_away(1, got.stream - 2);
+    let again = server.next().await;
+    assert_eq!(again.connection, 2);
+    client.clock.advance(Duration::from_secs(4));
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    assert!(!sent.is_finished(), "19 seconds are not 20");
+    client.clock.advance(Duration::from_secs(1));
+    assert_eq!(outcome(sent).await, Outcome::Unknown);
+    let next = client.send(push(2, Lane::Transactional));
+    let got = server.next().await;
+    assert_eq!(got.connection, 2, "five seconds of silence are nothing");
+    got.answer(200, "");
+    assert_eq!(outcome(next).await, Outcome::Accepted);
 }
 
 #[tokio::test]
@@ -378,7 +545,7 @@ async fn a_body_that_fits_only_in_pieces_arrives_whole() {
 }
 
 #[tokio::test]
-async fn a_connection_lost_before_the_body_left_gives_the_push_back_unsent() {
+async fn a_connection_lost_before_the_body_left_sends_the_push_elsewhere() {
     let mut server = Server::start(ONE).await;
     let client = client(&server);
     client.warm_up(&mut server).await;
@@ -386,7 +553,10 @@ async fn a_connection_lost_before_the_body_left_gives_the_push_back_unsent() {
     let sent = client.send(push(1, Lane::Transactional));
     until("the head came", || server.load.heads.load(Ordering::SeqCst) == 2).await;
     server.order(1, Order::Cut);
-    assert_eq!(outcome(sent).await, Outcome::Unsent);
+    let got = server.next().await;
+    assert_eq!(got.connection, 2);
+    got.answer(200, "");
+    assert_eq!(outcome(sent).await, Outcome::Accepted);
 }
 
 #[tokio::test]
@@ -593,4 +763,294 @@ async fn a_dead_connection_holds_up_an_urgent_push_for_two_seconds_and_not_for_t
     assert_eq!(got.connection, 2);
     got.answer(200, "");
     assert_eq!(outcome(sent).await, Outcome::Accepted);
+}
+
+#[tokio::test]
+async fn a_fence_that_holds_is_asked_once_and_the_push_leaves_whole() {
+    let mut server = Server::start(ONE).await;
+    let client = client(&server);
+    client.warm_up(&mut server).await;
+    let fence = Switch::until(true, LONG);
+    let sent = client.send_fenced(push(1, Lane::Transactional), Arc::<Switch>::clone(&fence));
+    server.next().await.answer(200, "");
+    assert_eq!(outcome(sent).await, Outcome::Accepted);
+    assert_eq!(fence.asked(), 1);
+}
+
+#[tokio::test]
+async fn a_body_that_has_waited_too_long_for_room_asks_the_fence_again_and_is_taken_back() {
+    let mut server = Server::start(ONE).await;
+    let client = client(&server);
+    client.warm_up(&mut server).await;
+    server.window(1, 0).await;
+    let fence = Switch::until(true, LONG);
+    let sent = client.send_fenced(push(1, Lane::Transactional), Arc::<Switch>::clone(&fence));
+    until("the head came", || server.load.heads.load(Ordering::SeqCst) == 2).await;
+    fence.close();
+    // Nobody sees it close who was told that it holds; but that is believed for a tenth of a second only.
+    client.clock.advance(Duration::from_millis(100));
+    server.window(1, 65_535).await;
+    assert_eq!(outcome(sent).await, Outcome::Fenced);
+    assert_eq!(fence.asked(), 2);
+    until("it is taken back", || server.load.taken_back.load(Ordering::SeqCst) == 1).await;
+    assert!(server.has_nothing(), "no request came to its end");
+    let next = client.send(push(2, Lane::Transactional));
+    server.next().await.answer(200, "");
+    assert_eq!(outcome(next).await, Outcome::Accepted, "its stream was given back");
+}
+
+#[tokio::test]
+async fn what_a_fence_said_is_not_acted_on_past_the_moment_that_it_named() {
+    let mut server = Server::start(ONE).await;
+    let client = client(&server);
+    client.warm_up(&mut server).await;
+    server.window(1, 0).await;
+    let fence = Switch::until(true, Duration::from_millis(50));
+    let sent = client.send_fenced(push(1, Lane::Transactional), Arc::<Switch>::clone(&fence));
+    until("the head came", || server.load.heads.load(Ordering::SeqCst) == 2).await;
+    fence.close();
+    client.clock.advance(Duration::from_millis(50));
+    server.window(1, 65_535).await;
+    assert_eq!(outcome(sent).await, Outcome::Fenced);
+    assert!(server.has_nothing());
+}
+
+/// So many bytes that two hundred of them fill every buffer between client and server.
+fn large(number: usize) -> Push {
+    let mut large = push(number, Lane::Transactional);
+    let payload = format!("{{\"aps\":{{\"alert\":\"{}\"}}}}", "a".repeat(4_000));
+    Arc::make_mut(&mut large.head).payload = Bytes::from(payload);
+    large
+}
+
+/// A connection whose peer has stopped reading, with pushes that it has taken and pushes that it has not.
+async fn clogged(server: &mut Server, client: &Client, fence: &Arc<Switch>) -> Vec<JoinHandle<Reply>> {
+    client.warm_up(server).await;
+    server.shared.deaf.store(true, Ordering::SeqCst);
+    let sent: Vec<_> = (0..200).map(|n| client.send_fenced(large(n), Arc::<Switch>::clone(fence))).collect();
+    until("all have asked their fence", || fence.asked() == 200).await;
+    // What can leave has had the time to.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    sent
+}
+
+#[tokio::test]
+#[cfg_attr(not(target_os = "linux"), ignore = "the kernel takes whatever comes")]
+async fn what_waits_for_a_socket_that_takes_nothing_asks_its_fence_again_before_it_leaves() {
+    let mut server = Server::start(MANY).await;
+    let client = client_with(server.port, &server.ca_pem, |s| s.max_connections = 1);
+    let fence = Switch::until(true, LONG);
+    let sent = clogged(&mut server, &client, &fence).await;
+    fence.close();
+    client.clock.advance(Duration::from_secs(1));
+    server.shared.deaf.store(false, Ordering::SeqCst);
+    let seen = server.answer_all(200, "");
+    let all = outcomes(sent).await;
+    let (accepted, fenced) = (count(&all, &Outcome::Accepted), count(&all, &Outcome::Fenced));
+    assert_eq!(accepted + fenced, 200, "{all:?}");
+    assert!(fenced >= 100, "{fenced} were fenced: most were not yet out of our hands");
+    assert_eq!(seen.lock().unwrap().len(), accepted, "nothing that was fenced has left");
+}
+
+#[tokio::test]
+#[cfg_attr(not(target_os = "linux"), ignore = "the kernel takes whatever comes")]
+async fn a_socket_that_takes_nothing_for_ten_seconds_is_given_up_and_what_it_had_not_taken_goes_elsewhere() {
+    let mut server = Server::start(MANY).await;
+    let client = client_with(server.port, &server.ca_pem, |s| s.max_connections = 1);
+    let fence = Switch::until(true, LONG);
+    let sent = clogged(&mut server, &client, &fence).await;
+    client.clock.advance(Duration::from_secs(5));
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    assert_eq!(server.connections(), 1, "not sooner");
+    client.clock.advance(Duration::from_secs(5));
+    until("another connection", || server.connections() == 2).await;
+    server.shared.deaf.store(false, Ordering::SeqCst);
+    let seen = server.answer_all(200, "");
+    let all = outcomes(sent).await;
+    let (accepted, unknown) = (count(&all, &Outcome::Accepted), count(&all, &Outcome::Unknown));
+    assert_eq!(accepted + unknown, 200, "{all:?}");
+    assert!(accepted >= 100, "{accepted} went elsewhere");
+    let elsewhere = seen.lock().unwrap().iter().filter(|(connection, _)| *connection == 2).count();
+    assert_eq!(elsewhere, accepted);
+}
+
+#[tokio::test]
+async fn whoever_waits_for_a_stream_goes_elsewhere_as_soon_as_goaway_is_said() {
+    let mut server = Server::start(ONE).await;
+    let client = client_with(server.port, &server.ca_pem, |s| s.max_connections = 1);
+    client.warm_up(&mut server).await;
+    let first = client.send(push(1, Lane::Transactional));
+    let in_flight = server.next().await;
+    let waiting = client.send(push(2, Lane::Transactional));
+    until("it waits", || client.production().waiting == 1).await;
+    // Everything on the connection will still be answered, so no stream's failure tells of it.
+    server.go_away(1, in_flight.stream);
+    let elsewhere = server.next().await;
+    assert_eq!((elsewhere.connection, elsewhere.path.as_str()), (2, "/3/device/00000002"));
+    elsewhere.answer(200, "");
+    assert_eq!(outcome(waiting).await, Outcome::Accepted);
+    in_flight.answer(200, "");
+    assert_eq!(outcome(first).await, Outcome::Accepted);
+    until("the old connection is gone", || client.production().connections == 1).await;
+}
+
+#[tokio::test]
+async fn a_connection_at_its_age_serves_until_its_successor_does() {
+    let mut server = Server::start(MANY).await;
+    // A push that is under way all the time.
+    let client = client_with(server.port, &server.ca_pem, |s| s.request_deadline = Duration::from_secs(20 * 3600));
+    client.warm_up(&mut server).await;
+    let long = client.send(push(1, Lane::Transactional));
+    let in_flight = server.next().await;
+    client.clock.advance(Duration::from_secs(10 * 3600 - 60));
+    let early = client.send(push(2, Lane::Transactional));
+    let got = server.next().await;
+    assert_eq!((got.connection, server.connections()), (1, 1), "ten hours are no age");
+    got.answer(200, "");
+    assert_eq!(outcome(early).await, Outcome::Accepted);
+    client.clock.advance(Duration::from_secs(4 * 3600 + 60));
+    server.greeted(2, "a successor, though nobody waits for it").await;
+    assert_eq!(client.production().connections, 2);
+    let next = client.send(push(3, Lane::Transactional));
+    let got = server.next().await;
+    assert_eq!(got.connection, 2, "nothing new goes where it is to be closed");
+    got.answer(200, "");
+    assert_eq!(outcome(next).await, Outcome::Accepted);
+    in_flight.answer(200, "");
+    assert_eq!(outcome(long).await, Outcome::Accepted, "what was under way is answered");
+    until("the old one is closed", || client.production().connections == 1).await;
+    assert_eq!(server.connections(), 2);
+}
+
+#[tokio::test]
+async fn an_idle_connection_at_its_age_is_closed_and_not_replaced() {
+    let mut server = Server::start(MANY).await;
+    let client = client(&server);
+    client.warm_up(&mut server).await;
+    client.clock.advance(Duration::from_secs(14 * 3600));
+    until("it is closed", || client.production().connections == 0).await;
+    assert_eq!(server.connections(), 1);
+    let next = client.send(push(1, Lane::Transactional));
+    let got = server.next().await;
+    assert_eq!(got.connection, 2);
+    got.answer(200, "");
+    assert_eq!(outcome(next).await, Outcome::Accepted);
+}
+
+#[tokio::test]
+async fn a_connection_is_replaced_before_its_stream_ids_run_out() {
+    let mut server = Server::start(MANY).await;
+    let client = client_with(server.port, &server.ca_pem, |s| s.max_requests_per_connection = 5);
+    client.warm_up(&mut server).await;
+    let sent = client.send_n(3);
+    for got in server.next_many(3).await {
+        got.answer(200, "");
+    }
+    assert_eq!(count(&outcomes(sent).await, &Outcome::Accepted), 3);
+    client.clock.advance(Duration::from_secs(1));
+    let fifth = client.send(push(5, Lane::Transactional));
+    let in_flight = server.next().await;
+    assert_eq!((in_flight.connection, server.connections()), (1, 1), "four are not five");
+    client.clock.advance(Duration::from_secs(1));
+    server.greeted(2, "a successor").await;
+    let next = client.send(push(6, Lane::Transactional));
+    let got = server.next().await;
+    assert_eq!(got.connection, 2);
+    got.answer(200, "");
+    assert_eq!(outcome(next).await, Outcome::Accepted);
+    in_flight.answer(200, "");
+    assert_eq!(outcome(fifth).await, Outcome::Accepted);
+    until("the old one is closed", || client.production().connections == 1).await;
+}
+
+#[tokio::test]
+async fn streams_are_spread_over_connections_and_spare_ones_are_closed_one_a_minute() {
+    let mut server = Server::start(Script { streams: 10, ..ONE }).await;
+    let client = client_with(server.port, &server.ca_pem, |s| s.max_connections = 3);
+    let sent = client.send_n(30);
+    // A connection carries one until it has proved itself.
+    let mut held = Vec::new();
+    let mut proved = std::collections::HashSet::new();
+    while held.len() < 27 {
+        let got = server.next().await;
+        if proved.insert(got.connection) {
+            got.answer(200, "");
+        } else {
+            held.push(got);
+        }
+    }
+    assert_eq!(server.connections(), 3);
+    for got in held {
+        got.answer(200, "");
+    }
+    assert_eq!(count(&outcomes(sent).await, &Outcome::Accepted), 30);
+
+    let sent = client.send_n(9);
+    let mut share = HashMap::new();
+    for got in server.next_many(9).await {
+        *share.entry(got.connection).or_insert(0) += 1;
+        got.answer(200, "");
+    }
+    assert_eq!(share, HashMap::from([(1, 3), (2, 3), (3, 3)]));
+    assert_eq!(count(&outcomes(sent).await, &Outcome::Accepted), 9);
+
+    let left = || client.production().connections;
+    client.clock.advance(Duration::from_secs(9 * 60));
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert_eq!(left(), 3, "nine minutes are not idle");
+    client.clock.advance(Duration::from_secs(61));
+    until("one is closed", || left() == 2).await;
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert_eq!(left(), 2, "one a minute");
+    client.clock.advance(Duration::from_secs(60));
+    until("another is closed", || left() == 1).await;
+    client.clock.advance(Duration::from_secs(3600));
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert_eq!(left(), 1, "one stays");
+}
+
+#[tokio::test]
+async fn a_server_that_never_sends_settings_is_given_up_and_another_is_tried() {
+    let mut server = Server::start(ONE).await;
+    server.shared.withhold_greeting.store(true, Ordering::SeqCst);
+    let client = client_with(server.port, &server.ca_pem, |s| s.max_connections = 1);
+    let sent = client.send(push(1, Lane::Transactional));
+    until("the first connection", || client.production().connections == 1).await;
+    client.clock.advance(Duration::from_secs(9));
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    assert_eq!(server.connections(), 1, "nine seconds of patience and more");
+    client.clock.advance(Duration::from_secs(1));
+    until("it is closed", || client.production().connections == 0).await;
+    server.shared.withhold_greeting.store(false, Ordering::SeqCst);
+    // It counts as a failure: the next attempt comes after a pause.
+    client.clock.advance(Duration::from_secs(1));
+    let got = server.next().await;
+    assert_eq!(got.connection, 2);
+    got.answer(200, "");
+    assert_eq!(outcome(sent).await, Outcome::Accepted);
+}
+
+#[tokio::test]
+async fn a_server_that_hangs_up_at_once_is_not_hammered() {
+    let server = Server::start(ONE).await;
+    let client = client(&server);
+    let (shared, clock) = (Arc::clone(&server.shared), Arc::clone(&client.clock));
+    // Whoever connects is cut off, for two minutes in which somebody always waits.
+    let mut cut = 0;
+    for _ in 0..480 {
+        if client.production().waiting == 0 {
+            drop(client.send(push(1, Lane::Transactional)));
+        }
+        {
+            let orders = shared.orders.lock().unwrap();
+            for connection in orders.iter().skip(cut) {
+                _ = connection.send(Order::Cut);
+            }
+            cut = orders.len();
+        }
+        tokio::time::sleep(Duration::from_millis(4)).await;
+        clock.advance(Duration::from_millis(250));
+    }
+    // 1 + 2 + 4 + 8 + 16 + 32 s and a minute, a quarter less at most.
+    assert!((4..=9).contains(&server.connections()), "{} connections in two minutes", server.connections());
 }

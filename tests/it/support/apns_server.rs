@@ -1,12 +1,15 @@
 //! An APNs that a test scripts frame by frame, over real TLS.
 //!
 //! The server is `h2` behind a proxy that sees every frame: the test can raise and lower the stream limit, say GOAWAY
-//! with any last-stream-id, swallow PINGs, and cut the connection, none of which `h2`'s server offers. It shares no code
-//! with the client, and answers what the test says, request by request.
+//! with any last-stream-id, swallow PINGs, withhold its SETTINGS, stop reading, and cut the connection, none of which
+//! `h2`'s server offers. It shares no code with the client, and answers what the test says, request by request.
 
-use std::sync::{
-    Arc, Mutex,
-    atomic::{AtomicBool, AtomicUsize, Ordering},
+use std::{
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -50,9 +53,13 @@ impl Got {
         }
     }
 
-    pub(crate) fn refuse(mut self) {
+    pub(crate) fn refuse(self) {
+        self.reset(h2::Reason::REFUSED_STREAM);
+    }
+
+    pub(crate) fn reset(mut self, reason: h2::Reason) {
         self.open.now.fetch_sub(1, Ordering::SeqCst);
-        self.respond.send_reset(h2::Reason::REFUSED_STREAM);
+        self.respond.send_reset(reason);
     }
 
     pub(crate) fn token(&self) -> &str {
@@ -97,6 +104,26 @@ pub(crate) struct Shared {
     pub(crate) swallow_pings: AtomicBool,
     /// The first SETTINGS wait for [`Server::greet`].
     pub(crate) withhold_greeting: AtomicBool,
+    /// Nothing is read of what clients send, so that their sockets fill up.
+    pub(crate) deaf: AtomicBool,
+}
+
+impl Shared {
+    /// As [`Server::allow`], on all connections, without waiting.
+    pub(crate) fn allow_all(&self, streams: u32) {
+        self.tell_all(3, streams);
+    }
+
+    /// As [`Server::window`], on all connections, without waiting.
+    pub(crate) fn window_all(&self, bytes: u32) {
+        self.tell_all(4, bytes);
+    }
+
+    fn tell_all(&self, id: u16, value: u32) {
+        for connection in self.orders.lock().unwrap().iter() {
+            let _ = connection.send(Order::Frame(settings(id, value)));
+        }
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -125,6 +152,8 @@ impl Server {
         }
         let tls = tokio_rustls::TlsAcceptor::from(Arc::new(config));
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        // Little room in the kernel: a client notices soon that nobody reads.
+        socket2::SockRef::from(&listener).set_recv_buffer_size(16 * 1024).unwrap();
         let port = listener.local_addr().unwrap().port();
         let (sender, got) = mpsc::unbounded_channel();
         let load = Arc::new(Load::default());
@@ -178,10 +207,13 @@ impl Server {
     /// Returns once the client has acknowledged it.
     async fn settings(&self, connection: usize, id: u16, value: u32) {
         let before = self.shared.acknowledged.load(Ordering::SeqCst);
-        let mut payload = id.to_be_bytes().to_vec();
-        payload.extend(value.to_be_bytes());
-        self.order(connection, Order::Frame(frame(4, 0, 0, &payload)));
+        self.order(connection, Order::Frame(settings(id, value)));
         until("the SETTINGS are acknowledged", || self.shared.acknowledged.load(Ordering::SeqCst) > before).await;
+    }
+
+    /// Waits until so many connections have acknowledged their first SETTINGS, where there are no others.
+    pub(crate) async fn greeted(&self, connections: usize, what: &str) {
+        until(what, || self.shared.acknowledged.load(Ordering::SeqCst) == connections).await;
     }
 
     pub(crate) fn go_away(&self, connection: usize, last_stream: u32) {
@@ -238,6 +270,12 @@ impl Server {
     }
 }
 
+fn settings(id: u16, value: u32) -> Vec<u8> {
+    let mut payload = id.to_be_bytes().to_vec();
+    payload.extend(value.to_be_bytes());
+    frame(4, 0, 0, &payload)
+}
+
 fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     let mut bytes = u32::try_from(payload.len()).unwrap().to_be_bytes()[1..].to_vec();
     bytes.extend([kind, flags]);
@@ -255,6 +293,37 @@ async fn read_frame(from: &mut (impl AsyncReadExt + Unpin)) -> Option<Vec<u8>> {
     Some(bytes)
 }
 
+/// What the client says, but for what the script keeps back.
+async fn pass_on(
+    mut from_client: impl AsyncReadExt + Unpin,
+    mut to_server: impl AsyncWriteExt + Unpin,
+    shared: Arc<Shared>,
+) {
+    let mut acknowledgements = 0;
+    loop {
+        while shared.deaf.load(Ordering::SeqCst) {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        let Some(bytes) = read_frame(&mut from_client).await else { break };
+        match (bytes[3], bytes[4]) {
+            (4, 1) => {
+                // `h2` expects one acknowledgement, for its own SETTINGS.
+                acknowledgements += 1;
+                shared.acknowledged.fetch_add(1, Ordering::SeqCst);
+                if acknowledgements > 1 {
+                    continue;
+                }
+            }
+            (6, 0) if shared.swallow_pings.load(Ordering::SeqCst) => continue,
+            _ => {}
+        }
+        if to_server.write_all(&bytes).await.is_err() {
+            return;
+        }
+    }
+    let _ = to_server.shutdown().await;
+}
+
 /// Between the client and `h2`: sees every frame, and adds, changes and withholds some.
 async fn relay_frames(
     tls: tokio_rustls::server::TlsStream<tokio::net::TcpStream>,
@@ -270,32 +339,18 @@ async fn relay_frames(
         return;
     }
     to_server.write_all(&preface).await.unwrap();
-    let pings = Arc::clone(&shared);
-    let upstream = tokio::spawn(async move {
-        let mut acknowledgements = 0;
-        while let Some(bytes) = read_frame(&mut from_client).await {
-            match (bytes[3], bytes[4]) {
-                (4, 1) => {
-                    // `h2` expects one acknowledgement, for its own SETTINGS.
-                    acknowledgements += 1;
-                    pings.acknowledged.fetch_add(1, Ordering::SeqCst);
-                    if acknowledgements > 1 {
-                        continue;
-                    }
-                }
-                (6, 0) if pings.swallow_pings.load(Ordering::SeqCst) => continue,
-                _ => {}
-            }
-            if to_server.write_all(&bytes).await.is_err() {
-                return;
-            }
-        }
-        let _ = to_server.shutdown().await;
+    let upstream = tokio::spawn(pass_on(from_client, to_server, Arc::clone(&shared)));
+    // A task of its own: half a frame is not to be lost when an order comes.
+    let (sender, mut frames) = mpsc::channel(16);
+    let downstream = tokio::spawn(async move {
+        while let Some(bytes) = read_frame(&mut from_server).await
+            && sender.send(bytes).await.is_ok()
+        {}
     });
     let mut withheld = Vec::new();
     loop {
         tokio::select! {
-            bytes = read_frame(&mut from_server) => {
+            bytes = frames.recv() => {
                 let Some(mut bytes) = bytes else { break };
                 if bytes[3] == 4 && bytes[4] == 0 {
                     for setting in bytes[9..].chunks_exact_mut(6) {
@@ -325,6 +380,7 @@ async fn relay_frames(
         }
     }
     upstream.abort();
+    downstream.abort();
 }
 
 async fn serve(
