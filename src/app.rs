@@ -4,7 +4,7 @@
 //! nothing is lost: readiness off, nothing new accepted, nothing new claimed or written, what is in flight answered and
 //! settled, the rest given back, connections closed.
 
-use std::{io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use tokio_util::task::TaskTracker;
 
@@ -165,7 +165,7 @@ impl App {
             Arc::clone(&clock),
             identity.clone(),
             handover,
-            dispatch::Settings { name: replica_name(), ..dispatch::Settings::default() },
+            dispatch_settings(config),
             &tasks,
         )
         .await?;
@@ -277,6 +277,16 @@ impl App {
         self.store.close().await;
         drained && left && !self.tasks.failed()
     }
+}
+
+fn dispatch_settings(config: &Config) -> dispatch::Settings {
+    let mut max_pushes_per_second = BTreeMap::new();
+    for app in &config.apps {
+        if let Some(max) = app.max_pushes_per_second {
+            max_pushes_per_second.entry(app.topic.clone()).and_modify(|lower| *lower = max.min(*lower)).or_insert(max);
+        }
+    }
+    dispatch::Settings { name: replica_name(), max_pushes_per_second, ..dispatch::Settings::default() }
 }
 
 fn retention(config: &Config) -> keeper::Settings {

@@ -6,6 +6,7 @@
 
 use std::{
     collections::BTreeMap,
+    num::NonZeroU32,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -271,6 +272,9 @@ pub struct App {
     /// Which environments the key serves.
     #[serde(default = "both_environments")]
     pub environments: Vec<Environment>,
+    /// The most pushes a second, from all replicas together; of two entries for a topic the lower counts.
+    #[serde(default)]
+    pub max_pushes_per_second: Option<NonZeroU32>,
     /// Whether binding a user needs an identity token.
     #[serde(default)]
     pub identity: Identity,

@@ -18,6 +18,7 @@
 mod backoff;
 pub mod breakers;
 mod fence;
+mod pace;
 mod pulse;
 mod send;
 mod settle;
@@ -25,6 +26,8 @@ mod slots;
 mod wave;
 
 use std::{
+    collections::BTreeMap,
+    num::NonZeroU32,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -38,6 +41,7 @@ use self::{
     backoff::BusyDevices,
     breakers::Board,
     fence::{Guard, Reader},
+    pace::Pace,
     pulse::Pulse,
     send::{Probe, Sender, Work},
     settle::Settler,
@@ -45,7 +49,7 @@ use self::{
 };
 use crate::{
     apns::Gateway,
-    domain::{clock::Clock, delivery::CHUNK_TARGETS, notification::Lane},
+    domain::{clock::Clock, delivery::CHUNK_TARGETS, notification::Lane, topic::Topic},
     lifecycle::Tasks,
     store::{
         Claimed, Lease, ReplicaId, Store, StoreError,
@@ -64,11 +68,19 @@ pub struct Settings {
     pub poll_every: Duration,
     /// This process among others: host and process number.
     pub name: String,
+    /// Of the apps that have such a limit.
+    pub max_pushes_per_second: BTreeMap<Topic, NonZeroU32>,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { targets: 20_000, claim: 200, poll_every: Duration::from_millis(500), name: "sonnette".into() }
+        Self {
+            targets: 20_000,
+            claim: 200,
+            poll_every: Duration::from_millis(500),
+            name: "sonnette".into(),
+            max_pushes_per_second: BTreeMap::new(),
+        }
     }
 }
 
@@ -120,6 +132,7 @@ impl Dispatcher {
         });
         let board = Arc::new(Board::new(Arc::clone(&store), Arc::clone(&clock), Arc::clone(&gateway)));
         board.refresh().await?;
+        let pace = Pace::start(&settings.max_pushes_per_second, &clock, &pulse, tasks);
         let sender = Arc::new(Sender {
             store: Arc::clone(&store),
             gateway,
@@ -133,6 +146,7 @@ impl Dispatcher {
             settler: Settler::start(Arc::clone(&store), Arc::clone(&clock), identity.clone(), tasks),
             busy: BusyDevices::new(Arc::clone(&clock)),
             slots: Slots::default(),
+            pace,
             stopping: tasks.stopping().clone(),
         });
         let (unspent, again) = mpsc::channel(UNSPENT);

@@ -10,7 +10,7 @@ use std::{
     collections::HashMap,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -38,9 +38,16 @@ pub(super) struct Pulse {
     identity: Identity,
     /// Start of the last successful beat, in ms of the monotonic clock.
     beaten_at: Arc<AtomicU64>,
+    /// The replicas there are, this one among them.
+    living: Arc<AtomicU32>,
 }
 
 impl Pulse {
+    /// How many replicas share the work, at least one.
+    pub(super) fn living(&self) -> f64 {
+        f64::from(self.living.load(Ordering::Relaxed).max(1))
+    }
+
     /// Whether work leased to `replica` may still be acted on at this instant.
     pub(super) fn holds(&self, replica: ReplicaId) -> bool {
         self.identity.get() == replica && self.clock.monotonic() < self.trusted_until()
@@ -64,7 +71,7 @@ impl Pulse {
         name: String,
         tasks: &Tasks,
     ) -> Result<Self, StoreError> {
-        let pulse = Self { clock: Arc::clone(&clock), identity, beaten_at: Arc::default() };
+        let pulse = Self { clock: Arc::clone(&clock), identity, beaten_at: Arc::default(), living: Arc::default() };
         let at = clock.monotonic();
         pulse.identity.set(store.join(&name, env!("CARGO_PKG_VERSION"), clock.now()).await?);
         pulse.beaten(at);
@@ -135,6 +142,7 @@ impl Heart {
     async fn observe(&mut self) -> Result<(), StoreError> {
         let me = self.pulse.identity.get();
         let replicas = self.store.replicas().await?;
+        self.pulse.living.store(u32::try_from(replicas.len()).unwrap_or(u32::MAX), Ordering::Relaxed);
         let now = self.pulse.clock.monotonic();
         if now.saturating_sub(self.observed_at) > 3 * EVERY {
             self.others.clear();

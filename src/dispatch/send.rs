@@ -20,6 +20,7 @@ use super::{
     Weight,
     backoff::BusyDevices,
     fence::{AttemptFence, Guard, OWNERSHIP_MAX_AGE, Owned, Verdict, judge, millis},
+    pace::Pace,
     settle::{Progress, Settlement, Settler},
     slots::{self, Slot, Slots},
     wave::{Opinion, Refused},
@@ -50,6 +51,7 @@ pub(super) struct Sender {
     pub(super) settler: Settler,
     pub(super) busy: BusyDevices,
     pub(super) slots: Slots,
+    pub(super) pace: Pace,
     pub(super) stopping: CancellationToken,
 }
 
@@ -227,13 +229,16 @@ impl Sender {
             if self.guard.cancelled.holds(work.lease.key.notification) {
                 work.lease.chunk.end_open(DeliveryStatus::Cancelled, &own::CANCELLED, now);
             }
-            let due = due(&work.lease.chunk, now);
+            let mut due = due(&work.lease.chunk, now);
             let mut left = Left::Open;
             let mut blocked = HashSet::new();
             let mut slot = None;
             if !due.is_empty() {
                 tokio::select! {
-                    entered = self.slots.enter(&work.lease.notification, due.len()) => slot = Some(entered),
+                    (entered, may_leave) = self.admit(&work.lease.notification, due.len()) => {
+                        slot = Some(entered);
+                        due.truncate(may_leave);
+                    }
                     () = self.guard.cancelled.reached(work.lease.key.notification) => continue,
                     () = self.stopping.cancelled() => {}
                 }
@@ -303,6 +308,12 @@ impl Sender {
                 () = self.stopping.cancelled() => {}
             }
         }
+    }
+
+    /// Waits until some of so many due targets may be sent, and says how many.
+    async fn admit(&self, notification: &Notification, due: usize) -> (Slot, usize) {
+        let slot = self.slots.enter(notification, due).await;
+        (slot, self.pace.leave(notification, due).await)
     }
 
     /// With `on_unknown: stop`, what was written, or may have been, before somebody died is never written again.

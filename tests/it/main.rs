@@ -27,6 +27,7 @@ mod lost;
 mod million;
 mod mistakes;
 mod ownership;
+mod pace;
 mod process;
 mod provider_token;
 mod retention;
