@@ -189,6 +189,13 @@ impl App {
             "ops.clock",
             ops::clock::watch(Arc::clone(&gateway) as Arc<dyn Gateway>, Arc::clone(&clock), tasks.stopping().clone()),
         );
+        let (stopping, summing) = (tasks.stopping().clone(), Arc::clone(&clock));
+        tasks.spawn("telemetry", async move {
+            tokio::select! {
+                () = telemetry::sum_up(summing) => {}
+                () = stopping.cancelled() => {}
+            }
+        });
         let services = http::Services {
             store: Arc::clone(&store),
             intake: Arc::new(intake),

@@ -3,10 +3,16 @@
 //! Promises: metric names live here and nowhere else; labels are bounded (a topic, a reason, a room), never a device, a
 //! user or a token. Logs go to standard error, one line an event.
 
-use std::{io::IsTerminal, sync::OnceLock};
+use std::{
+    io::IsTerminal,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tracing_subscriber::EnvFilter;
+
+use crate::domain::clock::Clock;
 
 /// What is logged, and how.
 #[derive(Debug, Clone)]
@@ -58,6 +64,18 @@ pub fn prometheus() -> PrometheusHandle {
             handle
         })
         .clone()
+}
+
+/// How often what was observed is summed up.
+const SUM_UP_EVERY: Duration = Duration::from_secs(5);
+
+/// Sums up what histograms observed, again and again: until then each observation is kept, also where nobody asks for
+/// `/metrics`. Cancelled by dropping; loses nothing.
+pub async fn sum_up(clock: Arc<dyn Clock>) {
+    loop {
+        clock.sleep(SUM_UP_EVERY).await;
+        prometheus().run_upkeep();
+    }
 }
 
 /// Metric names, and the few calls that need their labels right.

@@ -266,7 +266,10 @@ impl<'de> Deserialize<'de> for Node {
 
 /// A JSON pointer to a member.
 fn member(of: &str, key: &str) -> String {
-    format!("{of}/{}", key.replace('~', "~0").replace('/', "~1"))
+    if key.contains(['~', '/']) {
+        return format!("{of}/{}", key.replace('~', "~0").replace('/', "~1"));
+    }
+    [of, "/", key].concat()
 }
 
 /// A name as it may be repeated in a message.
@@ -346,7 +349,7 @@ impl Lint {
             self.keys_of_aps(aps, push_type);
         }
         for (key, _) in entries {
-            let belongs = MISPLACED.iter().find(|(name, _)| fold(name) == fold(key)).map(|(_, place)| *place);
+            let belongs = MISPLACED.iter().find(|(name, _)| folded(name).eq(folded(key))).map(|(_, place)| *place);
             if let Some(place) = belongs.filter(|_| matches!(push_type, PushType::Alert | PushType::LiveActivity)) {
                 self.warning(
                     &member(ROOT, key),
@@ -840,8 +843,9 @@ fn described(node: &Node) -> String {
     }
 }
 
-fn fold(key: &str) -> String {
-    key.to_ascii_lowercase().replace(['_', '-'], "")
+/// A key as it is compared where case, underscores and hyphens do not matter.
+fn folded(key: &str) -> impl Iterator<Item = u8> {
+    key.bytes().filter(|byte| !matches!(byte, b'_' | b'-')).map(|byte| byte.to_ascii_lowercase())
 }
 
 #[cfg(test)]

@@ -293,10 +293,10 @@ impl<'a> Object<'a> {
             value.fault(faults, "too_many", format!("This object has {} fields.", entries.count));
             return None;
         }
-        let mut seen = HashSet::new();
-        let mut left = Vec::with_capacity(entries.kept.len());
+        let mut left: Vec<(String, &str)> = Vec::with_capacity(entries.kept.len());
         for (name, raw) in entries.kept {
-            if seen.insert(name.clone()) {
+            // Few enough to be looked through.
+            if left.iter().all(|(other, _)| *other != name) {
                 left.push((name, raw.get()));
             } else {
                 faults.add(
@@ -372,7 +372,10 @@ impl<'a> Object<'a> {
 
 /// A JSON pointer to a member.
 fn member(of: &str, name: &str) -> String {
-    format!("{of}/{}", name.replace('~', "~0").replace('/', "~1"))
+    if name.contains(['~', '/']) {
+        return format!("{of}/{}", name.replace('~', "~0").replace('/', "~1"));
+    }
+    [of, "/", name].concat()
 }
 
 /// The parameters of a query, taken one by one as the fields of an [`Object`] are.

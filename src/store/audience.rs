@@ -187,13 +187,17 @@ async fn find_by_user(
         statement.push(COLUMNS).push(", topic, push_type FROM devices WHERE user_id IN ");
         statement.list(piece.iter().map(|user| user.as_str().as_bytes()));
         statement.push(" AND topic IN ").list(topics.iter().map(|topic| topic.as_str()));
-        statement.push(" AND status = 'active' ORDER BY seq");
+        statement.push(" AND status = 'active'");
         for row in &conn.fetch(statement).await? {
             let one = found_from(row)?;
             if let Some(user) = &one.address.user_id {
                 found.entry(user.clone()).or_default().push(one);
             }
         }
+    }
+    // In the order in which chunks hold them; the database would sort all of them at once.
+    for devices in found.values_mut() {
+        devices.sort_unstable_by_key(|one| one.address.seq);
     }
     Ok(found)
 }

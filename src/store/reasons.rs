@@ -81,7 +81,7 @@ pub(super) async fn intern(conn: &mut Conn<'_>, causes: &[Cause]) -> Result<Vec<
         super::Kind::Sqlite => " ON CONFLICT DO NOTHING",
         super::Kind::Mysql => " ON DUPLICATE KEY UPDATE code = code",
     };
-    conn.insert("-- reasons.intern\nINSERT INTO reasons (apns_status, reason)", &missing, tail).await?;
+    conn.insert("-- reasons.intern\nINSERT INTO reasons (apns_status, reason)", missing, tail).await?;
     matching(conn, causes).await
 }
 

@@ -550,15 +550,14 @@ async fn carry_out(conn: &mut Conn<'_>, doomed: &Doomed, now: Timestamp) -> Resu
             Ok(deleted)
         }
         Doomed::Large(id) => {
-            let row = [vec![id.clone()]];
+            let row = vec![vec![id.clone()]];
             // Already there only if another replica has been as far.
             let tail = by_index(
                 conn.kind(),
                 " ON CONFLICT DO NOTHING",
                 " ON DUPLICATE KEY UPDATE notification_id = notification_id",
             );
-            conn.insert("-- retention.remember\nINSERT INTO notification_remains (notification_id)", &row, tail)
-                .await?;
+            conn.insert("-- retention.remember\nINSERT INTO notification_remains (notification_id)", row, tail).await?;
             let ids = std::slice::from_ref(id);
             Ok(vec![("notifications", delete(conn, "notifications", " WHERE id IN ", ids).await?)])
         }
@@ -580,7 +579,7 @@ async fn carry_out(conn: &mut Conn<'_>, doomed: &Doomed, now: Timestamp) -> Resu
                 " ON CONFLICT (device_seq) DO UPDATE SET since = excluded.since",
                 " ON DUPLICATE KEY UPDATE since = VALUES(since)",
             );
-            conn.insert("-- retention.note\nINSERT INTO inactive_devices (device_seq, since)", &rows, tail).await?;
+            conn.insert("-- retention.note\nINSERT INTO inactive_devices (device_seq, since)", rows, tail).await?;
             Ok(Vec::new())
         }
         Doomed::InactiveDevices(seqs) => forget(conn, seqs, now).await,
@@ -635,7 +634,7 @@ async fn forget(conn: &mut Conn<'_>, seqs: &[i64], now: Timestamp) -> Result<Vec
     let mut deleted = Vec::new();
     if !gone.is_empty() {
         let head = "-- retention.tombstone\nINSERT INTO device_tombstones (seq, id, token_hint, forgotten_at)";
-        conn.insert(head, &tombstones, "").await?;
+        conn.insert(head, tombstones, "").await?;
         deleted.push(("device_tags", delete(conn, "device_tags", " WHERE device_seq IN ", &gone).await?));
         deleted.push(("devices", delete(conn, "devices", " WHERE seq IN ", &gone).await?));
     }

@@ -108,6 +108,10 @@ impl<T: Into<Self>> From<Option<T>> for Value {
     }
 }
 
+/// A column that hardly any row has another value for: its number, the value, and the same as text. Rows that have all of
+/// them do not bind them: on a server each `?` costs about as much as a small column.
+pub(super) type Usual = (usize, Value, &'static str);
+
 /// A statement in the making.
 #[derive(Debug, Clone)]
 pub(super) struct Statement {
@@ -141,13 +145,13 @@ impl Statement {
         match values.last().cloned() {
             Some(last) => {
                 values.resize(values.len().next_power_of_two(), last);
-                self.row(values)
+                self.row(values, "")
             }
             None => self.push("(NULL)"),
         }
     }
 
-    fn row(&mut self, values: Vec<Value>) -> &mut Self {
+    fn row(&mut self, values: impl IntoIterator<Item = Value>, tail: &'static str) -> &mut Self {
         self.text.push('(');
         for (at, value) in values.into_iter().enumerate() {
             if at > 0 {
@@ -155,16 +159,21 @@ impl Statement {
             }
             self.bind(value);
         }
+        self.text.push_str(tail);
         self.text.push(')');
         self
     }
 
-    fn rows(&mut self, rows: impl IntoIterator<Item = Vec<Value>>) -> &mut Self {
+    /// `(?,?,…),(?,?,…),…` with these values; `tail` stands behind the last value of each row.
+    pub(super) fn rows<R>(&mut self, rows: impl IntoIterator<Item = R>, tail: &'static str) -> &mut Self
+    where
+        R: IntoIterator<Item = Value>,
+    {
         for (at, row) in rows.into_iter().enumerate() {
             if at > 0 {
                 self.text.push(',');
             }
-            self.row(row);
+            self.row(row, tail);
         }
         self
     }
@@ -188,7 +197,7 @@ impl Statement {
         if kind == Kind::Sqlite {
             self.push("VALUES ");
         }
-        self.rows(rows).push(")")
+        self.rows(rows, "").push(")")
     }
 }
 
@@ -303,13 +312,38 @@ impl Conn<'_> {
     pub(super) async fn insert(
         &mut self,
         head: &'static str,
-        rows: &[Vec<Value>],
+        rows: Vec<Vec<Value>>,
         tail: &'static str,
     ) -> Result<(), sqlx::Error> {
-        let mut rest = rows;
-        while !rest.is_empty() {
+        self.insert_as(head, &[], rows, tail).await
+    }
+
+    /// As [`Self::insert`], for rows most of which have the usual values in some columns.
+    pub(super) async fn insert_mostly(
+        &mut self,
+        head: &'static str,
+        usual: &[Usual],
+        rows: Vec<Vec<Value>>,
+        tail: &'static str,
+    ) -> Result<(), sqlx::Error> {
+        let is_usual = |row: &Vec<Value>| usual.iter().all(|(column, value, _)| row.get(*column) == Some(value));
+        let (most, others) = rows.into_iter().partition(is_usual);
+        self.insert_as(head, usual, most, tail).await?;
+        self.insert_as(head, &[], others, tail).await
+    }
+
+    async fn insert_as(
+        &mut self,
+        head: &'static str,
+        usual: &[Usual],
+        rows: Vec<Vec<Value>>,
+        tail: &'static str,
+    ) -> Result<(), sqlx::Error> {
+        let mut rest = rows.into_iter();
+        while !rest.as_slice().is_empty() {
             let mut bytes = 0;
             let fits = rest
+                .as_slice()
                 .iter()
                 .take(ROWS_A_STATEMENT)
                 .take_while(|row| {
@@ -318,15 +352,36 @@ impl Conn<'_> {
                 })
                 .count()
                 .max(1);
-            // The greatest power of two that fits.
-            let (these, others) = rest.split_at(1 << fits.ilog2());
-            rest = others;
             let mut statement = Statement::new(head);
-            statement.push(" VALUES ").rows(these.iter().cloned()).push(tail);
+            // The greatest power of two that fits.
+            statement.push(" VALUES ");
+            for (at, row) in rest.by_ref().take(1 << fits.ilog2()).enumerate() {
+                statement.push(if at > 0 { ",(" } else { "(" });
+                for (column, value) in row.into_iter().enumerate() {
+                    statement.push(if column > 0 { "," } else { "" });
+                    match usual.iter().find(|(number, ..)| *number == column) {
+                        Some((_, _, text)) => statement.push(text),
+                        None => statement.bind(value),
+                    };
+                }
+                statement.push(")");
+            }
+            statement.push(tail);
             self.execute(statement).await?;
         }
         Ok(())
     }
+}
+
+/// Cuts a list into pieces of at most `most`, each a power of two long.
+pub(super) fn powers_of_two<T>(list: &[T], most: usize) -> impl Iterator<Item = &[T]> {
+    let mut rest = list;
+    std::iter::from_fn(move || {
+        let length = rest.len().min(most).checked_ilog2().map(|log| 1 << log)?;
+        let (piece, others) = rest.split_at(length);
+        rest = others;
+        Some(piece)
+    })
 }
 
 /// A row that this version would never write.

@@ -18,7 +18,7 @@ use crate::store::{
     Accepted, Idempotency, Kind, Lease, ReplicaId, StoreError, Submission,
     audience::{self, LIST, Wanted},
     sql::Failure,
-    statement::{Conn, Statement, Value, corrupt, id_value},
+    statement::{Conn, Statement, Usual, Value, corrupt, id_value},
 };
 
 /// One submission on its way.
@@ -150,8 +150,8 @@ async fn known(
     };
     let head = "-- queue.insert_idempotency_keys\n\
                 INSERT INTO idempotency_keys (request_key, body_hash, notification_id, answer, created_at)";
-    conn.insert(head, &rows, tail).await?;
     let keys: Vec<Value> = rows.iter().filter_map(|row| row.first().cloned()).collect();
+    conn.insert(head, rows, tail).await?;
     let there = requests(conn, &keys).await?;
     let mut answers = BTreeMap::new();
     for (key, at) in claims {
@@ -215,6 +215,16 @@ const INSERT: &str = "-- queue.insert_notifications\nINSERT INTO notifications (
     push_type, priority, expires_at, collapse_id, derives_collapse_id, on_unknown, environment, payload, audience, \
     audience_complete, unmatched, due_at, created_at, warnings)";
 
+/// What a notification for a few has: no collapse id, no environment, nothing left to resolve, nothing suspicious.
+const PLAIN: [Usual; 6] = [
+    (8, Value::Null, "NULL"),
+    (11, Value::Null, "NULL"),
+    (13, Value::Null, "NULL"),
+    (14, Value::Int(1), "1"),
+    (15, Value::Int(0), "0"),
+    (18, Value::Null, "NULL"),
+];
+
 async fn insert(
     conn: &mut Conn<'_>,
     context: &Context,
@@ -249,7 +259,7 @@ async fn insert(
             }
         }
     }
-    conn.insert(INSERT, &notifications, "").await?;
+    conn.insert_mostly(INSERT, &PLAIN, notifications, "").await?;
     chunk::insert(conn, &context.reasons, &chunks, now).await?;
     link(conn, links).await?;
     chunk::note(conn, context, &notes).await
@@ -264,7 +274,7 @@ pub(super) async fn link(conn: &mut Conn<'_>, mut links: Vec<Vec<Value>>) -> Res
         Kind::Sqlite => " ON CONFLICT DO NOTHING",
         Kind::Mysql => " ON DUPLICATE KEY UPDATE notification_id = notification_id",
     };
-    Ok(conn.insert(head, &links, tail).await?)
+    Ok(conn.insert(head, links, tail).await?)
 }
 
 fn key_of(row: &[Value]) -> Option<&[u8]> {

@@ -48,7 +48,7 @@ pub(in crate::store) async fn cancel(
         Kind::Mysql => " ON DUPLICATE KEY UPDATE notification_id = notification_id",
     };
     let head = "-- queue.cancellation\nINSERT INTO cancellations (notification_id)";
-    conn.insert(head, &[vec![bytes.clone()]], tail).await?;
+    conn.insert(head, vec![vec![bytes.clone()]], tail).await?;
 
     let mut statement = Statement::new(
         "-- queue.cancel_some\nSELECT notification_id, number, epoch, targets, states FROM chunks \

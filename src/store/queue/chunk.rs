@@ -18,7 +18,7 @@ use crate::store::{
     Kind, ReplicaId, StoreError,
     reasons::{self, Reasons},
     sql::Failure,
-    statement::{Conn, Row, Statement, Value, corrupt, id_value},
+    statement::{Conn, Row, Statement, Usual, Value, corrupt, id_value},
 };
 
 /// The key of a chunk, from two columns.
@@ -165,8 +165,22 @@ pub(super) async fn insert(
         row.extend([Value::Null, ended.then_some(now).into()]);
         rows.push(row);
     }
-    Ok(conn.insert(INSERT, &rows, "").await?)
+    Ok(conn.insert_mostly(INSERT, &UNTRIED, rows, "").await?)
 }
+
+/// The columns of a chunk of which nothing has been tried yet, from `states` on but for `targeted`.
+const UNTRIED: [Usual; 10] = [
+    (7, Value::Null, "NULL"),
+    (9, Value::Int(0), "0"),
+    (10, Value::Int(0), "0"),
+    (11, Value::Int(0), "0"),
+    (12, Value::Int(0), "0"),
+    (13, Value::Int(0), "0"),
+    (14, Value::Int(0), "0"),
+    (15, Value::Int(0), "0"),
+    (16, Value::Null, "NULL"),
+    (17, Value::Null, "NULL"),
+];
 
 /// The most rows of outcomes other than accepted that a notification gets. Its first chunk has a share of its own.
 const MAX_NOTES: usize = 10_000;
@@ -241,7 +255,7 @@ pub(super) async fn note(conn: &mut Conn<'_>, context: &Context, notes: &[Notes<
     };
     let head = "-- queue.note\nINSERT INTO delivery_notes (notification_id, number, position, device_seq, status, \
                 apns_status, reason, apns_unique_id, attempts, at)";
-    Ok(conn.insert(head, &rows, tail).await?)
+    Ok(conn.insert(head, rows, tail).await?)
 }
 
 fn note_row(

@@ -277,7 +277,7 @@ async fn reach(
         (None, Some(Place { reached, up_to })) => {
             let row = vec![bytes.clone(), reached.into(), up_to.into()];
             let head = "-- queue.reached\nINSERT INTO audiences (notification_id, reached, up_to)";
-            conn.insert(head, &[row], "").await?;
+            conn.insert(head, vec![row], "").await?;
         }
         (Some(_), Some(Place { reached, .. })) => {
             let mut statement = Statement::new("-- queue.reached\nUPDATE audiences SET reached = ");

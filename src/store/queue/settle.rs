@@ -11,18 +11,18 @@ use super::{
 };
 use crate::domain::{
     clock::Timestamp,
-    delivery::{ChunkKey, DeliveryStatus, DeviceEffect},
+    delivery::{Chunk, ChunkKey, DeliveryStatus, DeviceEffect},
     device::{DeviceSeq, DeviceToken},
     outcome::Cause,
     topic::Environment,
 };
 use crate::store::{
-    Disposition, ReplicaId, Settled, StoreError,
+    Disposition, Kind, ReplicaId, Settled, StoreError,
     audience::LIST,
     breakers::parked_holder,
     reasons,
     sql::Failure,
-    statement::{Conn, Statement, Value},
+    statement::{Conn, ROWS_A_STATEMENT, Statement, Value, id_value, powers_of_two},
 };
 
 /// By how much APNs' clock and ours may differ: a token that registered within this time before APNs saw it leave has
@@ -49,18 +49,128 @@ struct Content {
     counted: [Value; 7],
 }
 
-/// Records progress; those whose lease was lost come back.
+/// Whether chunks that were accepted as a whole are looked at before they are ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::store) enum Look {
+    /// Only the rows that were met are counted.
+    Behind,
+    /// Every chunk is read and locked first: it is known which leases were lost.
+    Before,
+}
+
+/// Records progress; those whose lease was lost come back. With [`Look::Behind`] `None` if there are any: then nothing
+/// of it may be committed, and the group is to be settled again with [`Look::Before`].
 pub(in crate::store) async fn settle(
     conn: &mut Conn<'_>,
     context: &Context,
     done: &[Settled<'_>],
     replica: ReplicaId,
     now: Timestamp,
+    look: Look,
+) -> Result<Option<Vec<ChunkKey>>, Failure> {
+    let (plain, others): (Vec<&Settled<'_>>, Vec<&Settled<'_>>) =
+        done.iter().partition(|settled| look == Look::Behind && is_plain(settled));
+    if !end(conn, context, &plain, replica, now).await? {
+        return Ok(None);
+    }
+    let lost = record(conn, context, &others, replica, now).await?;
+    let settled: Vec<&Settled<'_>> =
+        done.iter().filter(|settled| lost.is_empty() || !lost.contains(&settled.key)).collect();
+    effects(conn, &settled, now).await?;
+    Ok(Some(lost))
+}
+
+/// Whether all of it was accepted, and there is nothing to note: what hardly any chunk is not.
+fn is_plain(settled: &Settled<'_>) -> bool {
+    let Chunk { targets, states } = settled.chunk;
+    let accepted = states.iter().all(|state| state.status == DeliveryStatus::Accepted && state.cause.is_none());
+    accepted && targets.len() == states.len() && settled.unique_ids.is_empty()
+}
+
+/// Ends chunks that were accepted as a whole, each with states of its own, without looking at them first. False if not
+/// all of them were this replica's in their epoch: then the transaction is to be rolled back.
+async fn end(
+    conn: &mut Conn<'_>,
+    context: &Context,
+    plain: &[&Settled<'_>],
+    replica: ReplicaId,
+    now: Timestamp,
+) -> Result<bool, Failure> {
+    let mut plain = plain.to_vec();
+    plain.sort_unstable_by_key(|settled| settled.key);
+    for piece in powers_of_two(&plain, ROWS_A_STATEMENT) {
+        let mut rows = Vec::with_capacity(piece.len());
+        for settled in piece {
+            rows.push([
+                id_value(settled.key.notification.as_uuid()),
+                settled.key.number.into(),
+                settled.epoch.into(),
+                chunk::states(settled.chunk, &context.reasons)?.into(),
+                settled.chunk.counts().accepted.into(),
+            ]);
+        }
+        // Differs: how rows are changed, each in a way of its own. A row that a power of MySQL's would insert, because
+        // there is none to change, is one too few, too.
+        let mut statement;
+        let met_by_each;
+        match conn.kind() {
+            Kind::Sqlite => {
+                met_by_each = 1;
+                statement = Statement::new("-- queue.end\nUPDATE chunks SET ended_at = ");
+                statement.bind(now).push(
+                    ", states = ended.column4, accepted = ended.column5, waiting_since = NULL, holder = NULL \
+                     FROM (VALUES ",
+                );
+                statement.rows(rows, "").push(
+                    ") AS ended WHERE notification_id = ended.column1 AND number = ended.column2 \
+                     AND epoch = ended.column3",
+                );
+                statement.push(BY_KEY_HOLDER).bind(replica.0);
+            }
+            Kind::Mysql => {
+                met_by_each = 2;
+                statement = Statement::new(
+                    "-- queue.end\nINSERT INTO chunks (notification_id, number, epoch, states, accepted, lane, due_at, \
+                     targeted, failed, unregistered, expired, cancelled, suppressed, unanswered, ended_at) VALUES ",
+                );
+                statement.rows(rows, ",0,0,0,0,0,0,0,0,0,0").push(" ON DUPLICATE KEY UPDATE states = IF(holder = ");
+                statement
+                    .bind(replica.0)
+                    .push(" AND epoch = VALUES(epoch), VALUES(states), states), accepted = IF(holder = ");
+                statement
+                    .bind(replica.0)
+                    .push(" AND epoch = VALUES(epoch), VALUES(accepted), accepted), waiting_since = IF(holder = ");
+                statement
+                    .bind(replica.0)
+                    .push(" AND epoch = VALUES(epoch), NULL, waiting_since), ended_at = IF(holder = ");
+                statement.bind(replica.0).push(" AND epoch = VALUES(epoch), ").bind(now).push(", ended_at), ");
+                // Last: what stands before it asks who holds the chunk.
+                statement.push("holder = IF(holder = ").bind(replica.0);
+                statement.push(" AND epoch = VALUES(epoch), NULL, holder)");
+            }
+        }
+        if conn.execute(statement).await? != met_by_each * piece.len() as u64 {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Records progress of chunks that are looked at first; the keys of those whose lease was lost.
+async fn record(
+    conn: &mut Conn<'_>,
+    context: &Context,
+    done: &[&Settled<'_>],
+    replica: ReplicaId,
+    now: Timestamp,
 ) -> Result<Vec<ChunkKey>, Failure> {
+    if done.is_empty() {
+        return Ok(Vec::new());
+    }
     let before = lock(conn, done, replica).await?;
     let mut lost = Vec::new();
     let mut held = Vec::with_capacity(done.len());
-    for settled in done {
+    for settled in done.iter().copied() {
         match before.get(&settled.key) {
             Some(before) if before.epoch == settled.epoch => held.push((settled, before)),
             _ => lost.push(settled.key),
@@ -69,8 +179,6 @@ pub(in crate::store) async fn settle(
     let open = open_breakers(conn, &held).await?;
     write(conn, context, &held, &open, replica, now).await?;
     notes(conn, context, &held).await?;
-    let settled: Vec<&Settled<'_>> = held.iter().map(|(settled, _)| *settled).collect();
-    effects(conn, &settled, now).await?;
     Ok(lost)
 }
 
@@ -103,7 +211,7 @@ struct Before {
 /// Locks the chunks that this replica still holds.
 async fn lock(
     conn: &mut Conn<'_>,
-    done: &[Settled<'_>],
+    done: &[&Settled<'_>],
     replica: ReplicaId,
 ) -> Result<HashMap<ChunkKey, Before>, Failure> {
     let mut keys: Vec<ChunkKey> = done.iter().map(|settled| settled.key).collect();
@@ -116,7 +224,7 @@ async fn lock(
         );
         statement.keys(conn.kind(), piece).push(BY_KEY_HOLDER).bind(replica.0);
         // Differs: SQLite's one writer has locked everything already.
-        if conn.kind() == crate::store::Kind::Mysql {
+        if conn.kind() == Kind::Mysql {
             statement.push(" FOR UPDATE");
         }
         for row in &conn.fetch(statement).await? {

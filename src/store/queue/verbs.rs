@@ -4,7 +4,10 @@ use std::{collections::BTreeSet, sync::Arc};
 
 use async_trait::async_trait;
 
-use super::{Context, accept, cancel, claim, settle};
+use super::{
+    Context, accept, cancel, claim,
+    settle::{self, Look},
+};
 use crate::domain::{
     clock::Timestamp,
     delivery::ChunkKey,
@@ -142,9 +145,15 @@ on_both! {
             self.intern(settle::causes(done)).await?;
             let context = self.context();
             committed(Repeat::Deadlocks, || async {
-                let mut tx = self.begin().await?;
-                let lost = settle::settle(&mut Conn::from(&mut *tx), &context, done, replica, now).await?;
-                Ok((tx, lost))
+                for look in [Look::Behind, Look::Before] {
+                    let mut tx = self.begin().await?;
+                    let conn = &mut Conn::from(&mut *tx);
+                    if let Some(lost) = settle::settle(conn, &context, done, replica, now, look).await? {
+                        return Ok((tx, lost));
+                    }
+                    tx.rollback().await?;
+                }
+                Err(StoreError::Statement("a settle that looked first did not know what was lost".into()).into())
             })
             .await
         }

@@ -465,6 +465,53 @@ on_both_stores! {
         assert_eq!(world.number("SELECT COUNT(*) FROM devices WHERE environment = 'production'").await, 20);
     }
 
+    async fn of_many_that_were_accepted_only_those_are_ended_whose_lease_still_holds(database) {
+        let world = World::on(database).await;
+        let mut names = Vec::new();
+        let mut phones = Vec::new();
+        for n in 0..7 {
+            names.push(format!("user-{n}"));
+            phones.push(world.phone(&format!("72{n:02x}"), Some(&names[n])).await);
+        }
+        let group: Vec<_> = names.iter().map(|name| world.submission(users(&[name]))).collect();
+        let leases: Vec<_> = world.store.accept(&group, world.replica, NOW).await.unwrap().into_iter()
+            .map(|answer| new(answer).1.remove(0)).collect();
+        let id = |n: usize| leases[n].key.notification;
+        // One was taken over, one has been deleted.
+        world.store.disown(&[leases[1].key], world.replica).await.unwrap();
+        assert_eq!(world.store.claim(&Lane::ALL, 9, &[], &[], world.replica, NOW).await.unwrap().leases.len(), 1);
+        world.run(&format!("DELETE FROM chunks WHERE notification_id = X'{}'", id(4).as_uuid().simple())).await;
+
+        let at = |n: usize| NOW.plus(Duration::from_millis(n as u64));
+        let chunks: Vec<_> = leases.iter().enumerate().map(|(n, lease)| {
+            let mut chunk = lease.chunk.clone();
+            chunk.states[0] = ended(DeliveryStatus::Accepted, None, at(n));
+            chunk
+        }).collect();
+        let effects: Vec<_> = leases.iter().map(|lease| {
+            let address = &lease.addresses[0];
+            [(address.seq, address.token.clone(), DeviceEffect::Accepted(Environment::Sandbox))]
+        }).collect();
+        let done: Vec<_> = leases.iter().zip(&chunks).zip(&effects).map(|((lease, chunk), effects)| Settled {
+            key: lease.key, epoch: lease.epoch, chunk, disposition: Disposition::Keep, effects, unique_ids: &[] }).collect();
+        let mut lost = world.store.settle(&done, world.replica, NOW).await.unwrap();
+        lost.sort_unstable();
+        let mut expected = vec![leases[1].key, leases[4].key];
+        expected.sort_unstable();
+        assert_eq!(lost, expected);
+        for n in [0, 2, 3, 5, 6] {
+            let read = world.view(id(n)).await;
+            assert_eq!((read.status, read.counts.accepted), (NotificationStatus::Done, 1));
+            assert_eq!(world.deliveries(id(n)).await[0].state.at, Some(at(n)), "each with its own time");
+            assert_eq!(world.device(&phones[n], "environment").await.as_deref(), Some("sandbox"));
+        }
+        assert_eq!(world.view(id(1)).await.counts.pending, 1, "whoever has it now ends it");
+        assert_eq!(world.device(&phones[1], "environment").await, None, "nor was anything learned");
+        assert_eq!(world.number("SELECT COUNT(*) FROM chunks").await, 6, "what is gone stays gone");
+        let again = world.store.settle(&done[..1], world.replica, NOW).await.unwrap();
+        assert_eq!(again, [leases[0].key], "what has ended has no lease");
+    }
+
     async fn a_parked_chunk_waits_for_its_breaker_and_says_so(database) {
         let world = World::on(database).await;
         world.phone("75", Some("u")).await;
