@@ -124,6 +124,9 @@ const ACCEPTED_WITHIN: Duration = Duration::from_secs(24 * 3600);
 /// How often a push that the connection gave back is tried again at once.
 const UNSENT_RETRIES: u32 = 3;
 
+/// The most room that a chunk takes of which only stragglers are under way: others go on meanwhile.
+const STRAGGLING_WEIGHT: usize = 250;
+
 /// The least room that a chunk takes: of one that only waits for a judgement, the outcomes are still in memory.
 const LEAST_WEIGHT: usize = 100;
 
@@ -407,6 +410,9 @@ impl Sender {
             let more = rest.len() > 0 && unsettled > 0 && room > 0 && !self.stopping.is_cancelled();
             if rest.len() == 0 && running.len() <= slots::STRAGGLERS {
                 drop(slot.take());
+                if let Some(weight) = &mut work.weight {
+                    weight.shrink(STRAGGLING_WEIGHT);
+                }
             }
             let next = match ended.pop_front().or_else(|| running.next().now_or_never().flatten()) {
                 Some(attempted) => Some(attempted),
