@@ -63,6 +63,10 @@ const AGE_JITTER: Duration = Duration::from_secs(2 * 3600);
 /// How often a push that APNs did nothing with is sent again at once.
 const RESENDS: usize = 3;
 
+/// A connection that was well is kept through fewer such answers in a row, if it was well within this time.
+const ILL_AFTER: u32 = 3;
+const WELL_FOR: Duration = Duration::from_secs(10);
+
 /// While a fresh or long idle connection finds out whether it works, nobody opens another, for so long.
 const UNSURE: Duration = Duration::from_secs(2);
 
@@ -174,6 +178,10 @@ struct Member {
     /// When a request was last begun or answered, or a PING acknowledged.
     active_at: Duration,
     answered_at: Duration,
+    /// When an answer last showed that it is well.
+    well_at: Option<Duration>,
+    /// Answers since then that only an ill connection gives.
+    ill: u32,
     max_age: Duration,
 }
 
@@ -454,6 +462,8 @@ impl Pool {
             opened_at: now,
             active_at: now,
             answered_at: now,
+            well_at: None,
+            ill: 0,
             max_age: (MAX_AGE + jitter).saturating_sub(AGE_JITTER),
         });
         tracing::info!(
@@ -498,7 +508,16 @@ impl Pool {
                         state.retire(id, now, true);
                     }
                     Verdict::RetireIfOld if !fresh => state.retire(id, now, false),
+                    Verdict::RetireIfIll => {
+                        member.ill += 1;
+                        let well = member.well_at.is_some_and(|at| now.saturating_sub(at) < WELL_FOR);
+                        if !well || member.ill >= ILL_AFTER {
+                            state.retire(id, now, true);
+                        }
+                    }
                     Verdict::Keep | Verdict::RetireIfOld => {
+                        member.ill = 0;
+                        member.well_at = Some(now);
                         if !member.proved {
                             member.proved = true;
                             member.judged = true;

@@ -31,6 +31,9 @@ pub enum Verdict {
     /// Retire it unless it is fresh: a live connection does not learn of a bundle id, a capability or a transfer that
     /// came after it was opened (§2.1), and would go on saying no.
     RetireIfOld,
+    /// Retire it if it says nothing else: a stale connection answers so, and one with an expired token (§6), but so does a
+    /// live one now and then.
+    RetireIfIll,
 }
 
 /// Reads an answer. `body` is at most [`MAX_BODY_BYTES`] of what came.
@@ -85,10 +88,11 @@ fn outcome(
 pub fn verdict(answer: &Answer) -> Verdict {
     match (answer.status, answer.reason.as_ref()) {
         (400, Some(Reason::IdleTimeout))
-        | (401 | 403 | 407 | 421 | 500, _)
+        | (401 | 403 | 407 | 421, _)
         | (429, Some(Reason::TooManyProviderTokenUpdates))
         | (503, Some(Reason::Shutdown)) => Verdict::Retire,
         (400, Some(Reason::TopicDisallowed)) => Verdict::RetireIfOld,
+        (500, _) => Verdict::RetireIfIll,
         (200 | 400..=599, _) => Verdict::Keep,
         _ => Verdict::Retire,
     }
@@ -173,7 +177,7 @@ mod tests {
     #[test]
     fn every_row_of_apples_table_means_what_the_sheet_says() {
         use Outcome::{BadToken, Rejected, WrongTopic};
-        use Verdict::{Keep, Retire, RetireIfOld};
+        use Verdict::{Keep, Retire, RetireIfIll, RetireIfOld};
         let rows = [
             (400, "BadCollapseId", Rejected, Keep),
             (400, "BadDeviceToken", BadToken, Keep),
@@ -205,7 +209,7 @@ mod tests {
             (413, "PayloadTooLarge", Rejected, Keep),
             (429, "TooManyProviderTokenUpdates", SERVER, Retire),
             (429, "TooManyRequests", DEVICE, Keep),
-            (500, "InternalServerError", SERVER, Retire),
+            (500, "InternalServerError", SERVER, RetireIfIll),
             (503, "ServiceUnavailable", SERVER, Keep),
             (503, "Shutdown", ELSEWHERE, Retire),
         ];

@@ -235,6 +235,30 @@ async fn m05_a_connection_that_answers_as_to_an_expired_token_is_replaced() {
 }
 
 #[tokio::test]
+async fn m05_an_internal_error_now_and_then_costs_no_connection_and_one_after_a_silence_does() {
+    let mut server = Server::start(MANY).await;
+    let client = client(&server);
+    client.warm_up(&mut server).await;
+    for status in [500, 500, 200, 500, 500, 200, 500] {
+        let sent = client.send(push(1, Lane::Transactional));
+        let got = server.next().await;
+        assert_eq!(got.connection, 1);
+        got.answer(status, "");
+        assert_eq!(outcome(sent).await == Outcome::Accepted, status == 200);
+        client.clock.advance(Duration::from_secs(1));
+    }
+    client.clock.advance(Duration::from_secs(10));
+    let sent = client.send(push(2, Lane::Transactional));
+    server.next().await.answer(500, "");
+    assert_ne!(outcome(sent).await, Outcome::Accepted);
+    let sent = client.send(push(3, Lane::Transactional));
+    let got = server.next().await;
+    assert_eq!(got.connection, 2, "it may be stale");
+    got.answer(200, "");
+    assert_eq!(outcome(sent).await, Outcome::Accepted);
+}
+
+#[tokio::test]
 async fn m16_how_far_apns_clock_is_from_ours_is_seen_in_its_answers() {
     let mut server = Server::start(ONE).await;
     let client = client(&server);
