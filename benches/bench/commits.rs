@@ -14,7 +14,7 @@ use crate::service::Database;
 const ROW: usize = 300;
 
 /// Connections of the larger of the two.
-const MANY: usize = 32;
+pub(crate) const MANY: usize = 32;
 
 /// A table and how to reach it.
 pub(crate) enum Commits {
@@ -26,11 +26,7 @@ impl Commits {
     pub(crate) async fn new(database: &Database, folder: &Path) -> Self {
         if database.is_sqlite() {
             // A file of its own beside the other: one writer each, the same disk.
-            let options = SqliteConnectOptions::new()
-                .filename(folder.join("commits.db"))
-                .create_if_missing(true)
-                .journal_mode(SqliteJournalMode::Wal)
-                .synchronous(SqliteSynchronous::Full);
+            let options = durable_sqlite(&folder.join("commits.db")).create_if_missing(true);
             let mut connection = options.connect().await.expect("SQLite");
             sqlx::raw_sql("CREATE TABLE yardstick (id INTEGER PRIMARY KEY, body BLOB NOT NULL)")
                 .execute(&mut connection)
@@ -81,8 +77,13 @@ impl Commits {
     }
 }
 
+/// A file each of whose commits is flushed.
+pub(crate) fn durable_sqlite(file: &Path) -> SqliteConnectOptions {
+    SqliteConnectOptions::new().filename(file).journal_mode(SqliteJournalMode::Wal).synchronous(SqliteSynchronous::Full)
+}
+
 /// Not all on the thread that waits for them.
-async fn on_any_thread(work: impl Future<Output = ()> + Send + 'static) {
+pub(crate) async fn on_any_thread(work: impl Future<Output = ()> + Send + 'static) {
     let mut tasks = tokio::task::JoinSet::new();
     tasks.spawn(work);
     tasks.join_all().await;

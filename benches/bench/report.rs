@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::json;
 
-use crate::{service::Database, settings::Settings};
+use crate::{load::Batch, registrations, service::Database, settings::Settings};
 
 /// The names of the clients.
 pub(crate) const H2_1: &str = "h2 loop, 1 connection";
@@ -14,6 +14,9 @@ pub(crate) const BROADCAST: &str = "engine, broadcast";
 pub(crate) const SINGLES: &str = "engine, singles";
 pub(crate) const FAR_1: &str = "engine, 50 ms away, 1 connection";
 pub(crate) const FAR_4: &str = "engine, 50 ms away, 4 connections";
+
+/// Of Sonnette, if more devices than that are measured.
+pub(crate) const SMALL_PEAK: &str = "broadcast to 100,000 devices: serve: peak memory MiB";
 
 /// What was measured, round by round.
 #[derive(Default)]
@@ -38,6 +41,16 @@ impl Rounds {
     pub(crate) fn problem(&mut self, what: String) {
         eprintln!("  PROBLEM: {what}");
         self.problems.push(what);
+    }
+
+    /// What was measured of Sonnette on a database.
+    pub(crate) fn take(&mut self, database: &Database, batch: Batch) {
+        for (name, value) in batch.figures {
+            self.note(&format!("sonnette, {database}: {name}"), value);
+        }
+        for problem in batch.problems {
+            self.problem(format!("{database}: {problem}"));
+        }
     }
 
     fn keep(&mut self, name: &str, value: f64) {
@@ -78,7 +91,32 @@ impl Rounds {
             ] {
                 self.ratio(&format!("{database}: {name}"), above, below);
             }
+            for (name, above, below) in registrations::ratios(database) {
+                self.ratio(&format!("{database}: {name}"), &above, &below);
+            }
+            self.compare_broadcasts(database);
         }
+    }
+
+    fn compare_broadcasts(&mut self, database: &Database) {
+        for which in ["first", "second"] {
+            let broadcast = format!("sonnette, {database}: {which} broadcast");
+            for yardstick in [BROADCAST, H2_1, H2_4] {
+                let name = format!("{database}: {which} broadcast ÷ {yardstick}");
+                let per_second = format!("{yardstick}: pushes/s");
+                self.ratio(&format!("{name}: pushes/s"), &format!("{broadcast}: devices/s"), &per_second);
+                let (below, above) =
+                    (format!("{broadcast}: serve: CPU µs/device"), format!("{yardstick}: CPU µs/push"));
+                self.ratio(&format!("{name}: pushes per CPU second"), &above, &below);
+            }
+            let peak = format!("{broadcast}: serve: peak memory MiB");
+            let small = format!("sonnette, {database}: {SMALL_PEAK}");
+            self.ratio(&format!("{database}: {which} broadcast ÷ broadcast to 100,000 devices: memory"), &peak, &small);
+        }
+        let singles =
+            |when| format!("sonnette, {database}: 100 single notifications/s {when}: POST to arrival, p99 ms");
+        let name = format!("{database}: single notifications during a broadcast ÷ alone: p99");
+        self.ratio(&name, &singles("during a broadcast"), &singles("alone"));
     }
 
     fn ratio(&mut self, name: &str, above: &str, below: &str) {
