@@ -2,7 +2,8 @@
 //!
 //! Each run has a fresh database with fresh devices. In one process of `serve`, after a warm-up with single
 //! notifications: a broadcast to devices that have never accepted anything, a second one to the same, single
-//! notifications alone, and single notifications while a third broadcast runs (and more, until enough were posted).
+//! notifications alone at two rates, and single notifications while a third broadcast runs (and more, until enough were
+//! posted).
 
 use std::{
     cell::Cell,
@@ -21,17 +22,18 @@ use crate::{
     settings::Settings,
 };
 
-/// Devices of a broadcast that [`peak`] compares a larger one with.
+/// Devices of the broadcasts whose [`peaks`] are compared a larger one with.
 pub(crate) const SMALL: usize = 100_000;
 
 /// Devices written by one statement.
 const ROWS: usize = 1_000;
 
-/// Between two single notifications: 100 a second.
-const EVERY: Duration = Duration::from_millis(10);
+/// Single notifications a second: alone and beside a broadcast, and more of them alone.
+const RATE: usize = 100;
+const LARGER_RATE: usize = 500;
 
-/// Single notifications whose way is measured, at the least: enough to speak of the slowest hundredth.
-const SINGLES: usize = 500;
+/// How long they are posted, at the least: until there are enough to speak of the slowest hundredth.
+const SECONDS: usize = 5;
 
 /// How long nothing may happen before a broadcast counts as stuck, and a single notification as lost.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -78,20 +80,23 @@ pub(crate) async fn measure(kit: &Kit, sink: &Sink, place: &Database, settings: 
     batch
 }
 
-/// The most memory that `serve` has had at once after one broadcast to so many devices, in MiB.
-pub(crate) async fn peak(
+/// The most memory that `serve` has had at once after one broadcast to so many devices and after two, in MiB.
+pub(crate) async fn peaks(
     kit: &Kit,
     sink: &Sink,
     place: &Database,
     settings: &Settings,
     devices: usize,
-) -> Result<f64, String> {
+) -> Result<[f64; 2], String> {
     let stage = Stage::set(kit, sink, place, settings, devices).await;
-    let broadcast = stage.broadcast(true).await;
-    let peak = service::peak_memory_of(stage.serve.pid());
+    let mut peaks = [0.0; 2];
+    let mut problem = None;
+    for peak in &mut peaks {
+        problem = problem.or(stage.broadcast(true).await.err());
+        *peak = service::peak_memory_of(stage.serve.pid());
+    }
     let stopped = stage.strike().await;
-    broadcast?;
-    stopped.map_or(Ok(peak), Err)
+    problem.or(stopped).map_or(Ok(peaks), Err)
 }
 
 /// A service that is warm, and whom it serves.
@@ -178,32 +183,35 @@ impl<'a> Stage<'a> {
     async fn singles(&self, batch: &mut Batch) {
         self.sink.record(true).await;
         let posted = Cell::new(0);
-        let alone = self.ways(&posted, || posted.get() >= SINGLES).await;
-        note_ways(batch, "alone", alone);
+        for rate in [RATE, LARGER_RATE] {
+            posted.set(0);
+            let alone = self.ways(rate, &posted, || posted.get() >= SECONDS * rate).await;
+            note_ways(batch, rate, "alone", alone);
+        }
 
         let over = Cell::new(false);
         posted.set(0);
         let broadcasts = async {
             let mut problems = Vec::new();
-            while posted.get() < SINGLES && problems.is_empty() {
+            while posted.get() < SECONDS * RATE && problems.is_empty() {
                 problems.extend(self.broadcast(false).await.err());
             }
             over.set(true);
             problems
         };
-        let (problems, beside) = tokio::join!(broadcasts, self.ways(&posted, || over.get()));
+        let (problems, beside) = tokio::join!(broadcasts, self.ways(RATE, &posted, || over.get()));
         batch.problems.extend(problems.into_iter().map(|problem| format!("third broadcast: {problem}")));
-        note_ways(batch, "during a broadcast", beside);
+        note_ways(batch, RATE, "during a broadcast", beside);
         self.sink.record(false).await;
     }
 
     /// Posts one single notification after another, whatever becomes of those before it, until it is enough. Returns
     /// how long each took from its `POST` to the simulator, in milliseconds.
-    async fn ways(&self, posted: &Cell<usize>, enough: impl Fn() -> bool) -> Result<Vec<f64>, String> {
+    async fn ways(&self, rate: usize, posted: &Cell<usize>, enough: impl Fn() -> bool) -> Result<Vec<f64>, String> {
         let token = device_token(0);
         let ended = Cell::new(false);
         let post = async {
-            let posts = self.post(posted, enough).await;
+            let posts = self.post(rate, posted, enough).await;
             ended.set(true);
             posts
         };
@@ -242,12 +250,17 @@ impl<'a> Stage<'a> {
     }
 
     /// When each notification was posted, in milliseconds.
-    async fn post(&self, posted: &Cell<usize>, enough: impl Fn() -> bool) -> Result<HashMap<String, f64>, String> {
+    async fn post(
+        &self,
+        rate: usize,
+        posted: &Cell<usize>,
+        enough: impl Fn() -> bool,
+    ) -> Result<HashMap<String, f64>, String> {
         let one = async |number: usize, (request, body): (Request<()>, Bytes)| {
             let at = service::now_ms();
             (at, load::ask(&mut self.api.line(number), request, body).await)
         };
-        let mut ticks = tokio::time::interval(EVERY);
+        let mut ticks = tokio::time::interval(Duration::from_secs(1) / u32::try_from(rate).expect("not that many"));
         let mut waiting = FuturesUnordered::new();
         let mut posts = HashMap::new();
         let mut open = true;
@@ -274,14 +287,14 @@ impl<'a> Stage<'a> {
     }
 }
 
-fn note_ways(batch: &mut Batch, when: &str, ways: Result<Vec<f64>, String>) {
+fn note_ways(batch: &mut Batch, rate: usize, when: &str, ways: Result<Vec<f64>, String>) {
     match ways {
         Ok(ways) => {
             for (name, way) in percentiles(ways) {
-                batch.note(&format!("100 single notifications/s {when}: POST to arrival, {name} ms"), way);
+                batch.note(&format!("{rate} single notifications/s {when}: POST to arrival, {name} ms"), way);
             }
         }
-        Err(problem) => batch.problems.push(format!("single notifications {when}: {problem}")),
+        Err(problem) => batch.problems.push(format!("{rate} single notifications/s {when}: {problem}")),
     }
 }
 

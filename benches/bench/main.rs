@@ -178,15 +178,18 @@ async fn measure(
         Step::Client { name: report::HYPER, client: Client::HyperUtil, sink },
         Step::Client { name: report::BROADCAST, client: engine(Kind::Broadcast, None), sink },
         Step::Client { name: report::SINGLES, client: engine(Kind::Singles, None), sink },
-        Step::Client { name: report::FAR_1, client: engine(Kind::Broadcast, Some(1)), sink: far },
-        Step::Client { name: report::FAR_4, client: engine(Kind::Broadcast, Some(4)), sink: far },
     ];
-    steps.extend(commits.iter().map(Step::Commits));
-    steps.extend(databases.iter().map(Step::Sonnette));
-    steps.extend(registrations.iter().flat_map(|both| [Step::Upserts(both), Step::Registrations(both)]));
+    // Beside what they are compared with.
     if settings.broadcast > 0 {
         steps.extend(databases.iter().map(Step::Broadcast));
     }
+    steps.extend([
+        Step::Client { name: report::FAR_1, client: engine(Kind::Broadcast, Some(1)), sink: far },
+        Step::Client { name: report::FAR_4, client: engine(Kind::Broadcast, Some(4)), sink: far },
+    ]);
+    steps.extend(commits.iter().map(Step::Commits));
+    steps.extend(databases.iter().map(Step::Sonnette));
+    steps.extend(registrations.iter().flat_map(|both| [Step::Upserts(both), Step::Registrations(both)]));
 
     let mut rounds = Rounds::default();
     for round in 0..settings.rounds {
@@ -225,7 +228,7 @@ async fn measure(
                     let batch = registrations.through_the_api(kit, sink, settings, round).await;
                     rounds.take(registrations.place(), batch);
                 }
-                // A large one takes long and varies little.
+                // A large one takes minutes.
                 Step::Broadcast(_) if round > 0 && settings.broadcast > broadcast::SMALL => {}
                 Step::Broadcast(database) => {
                     let batch = broadcast::measure(kit, sink, database, settings).await;
@@ -250,8 +253,12 @@ async fn measure(
 async fn small_broadcast(kit: &Kit, sink: &Sink, database: &Database, settings: &Settings, rounds: &mut Rounds) {
     let devices = broadcast::SMALL;
     let mut batch = Batch::default();
-    match broadcast::peak(kit, sink, database, settings, devices).await {
-        Ok(peak) => batch.note(report::SMALL_PEAK, peak),
+    match broadcast::peaks(kit, sink, database, settings, devices).await {
+        Ok(peaks) => {
+            for (name, peak) in report::SMALL_PEAKS.iter().zip(peaks) {
+                batch.note(name, peak);
+            }
+        }
         Err(problem) => batch.problems.push(format!("broadcast to {devices} devices: {problem}")),
     }
     rounds.take(database, batch);

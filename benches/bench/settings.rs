@@ -45,7 +45,7 @@ impl Settings {
             devices: number("DEVICES", 1_000),
             concurrency: number("CONCURRENCY", 512),
             commits: number("COMMITS", 8_000),
-            registrations: number_or_none("REGISTRATIONS", 10_000),
+            registrations: number_or_none("REGISTRATIONS", 20_000),
             broadcast: number_or_none("BROADCAST", 100_000),
             mysql: stores.contains("mysql"),
             sqlite: stores.contains("sqlite"),
