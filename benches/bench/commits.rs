@@ -8,13 +8,13 @@ use sqlx::{
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous},
 };
 
-use crate::service::Database;
+use crate::{load::percentiles, service::Database};
 
 /// Bytes of a row.
 const ROW: usize = 300;
 
 /// Connections of the larger of the two.
-const MANY: usize = 32;
+pub(crate) const MANY: usize = 32;
 
 /// A table and how to reach it.
 pub(crate) enum Commits {
@@ -26,11 +26,7 @@ impl Commits {
     pub(crate) async fn new(database: &Database, folder: &Path) -> Self {
         if database.is_sqlite() {
             // A file of its own beside the other: one writer each, the same disk.
-            let options = SqliteConnectOptions::new()
-                .filename(folder.join("commits.db"))
-                .create_if_missing(true)
-                .journal_mode(SqliteJournalMode::Wal)
-                .synchronous(SqliteSynchronous::Full);
+            let options = durable_sqlite(&folder.join("commits.db")).create_if_missing(true);
             let mut connection = options.connect().await.expect("SQLite");
             sqlx::raw_sql("CREATE TABLE yardstick (id INTEGER PRIMARY KEY, body BLOB NOT NULL)")
                 .execute(&mut connection)
@@ -50,7 +46,7 @@ impl Commits {
         Self::MySql(options)
     }
 
-    /// Commits a second, by name.
+    /// Commits a second and how long one takes, by name.
     pub(crate) async fn measure(&self, commits: usize) -> Vec<(String, f64)> {
         match self {
             Self::MySql(options) => {
@@ -63,10 +59,11 @@ impl Commits {
                     let each = commits.div_ceil(connections).max(1);
                     let started = Instant::now();
                     let all = open.into_iter().map(|connection| on_any_thread(mysql_inserts(connection, each)));
-                    futures_util::future::join_all(all).await;
+                    let took = futures_util::future::join_all(all).await.concat();
                     let per_second = (each * connections) as f64 / started.elapsed().as_secs_f64();
                     let plural = if connections == 1 { "" } else { "s" };
                     figures.push((format!("MySQL, {connections} connection{plural}: commits/s"), per_second));
+                    figures.push((format!("MySQL, {connections} connection{plural}: a commit, p50 ms"), p50(took)));
                 }
                 figures
             }
@@ -74,36 +71,59 @@ impl Commits {
                 let connection = options.connect().await.expect("SQLite");
                 let commits = (commits / 8).max(1);
                 let started = Instant::now();
-                sqlite_inserts(connection, commits).await;
-                vec![("SQLite, 1 connection: commits/s".to_owned(), commits as f64 / started.elapsed().as_secs_f64())]
+                let took = sqlite_inserts(connection, commits).await;
+                let per_second = commits as f64 / started.elapsed().as_secs_f64();
+                vec![
+                    ("SQLite, 1 connection: commits/s".to_owned(), per_second),
+                    ("SQLite, 1 connection: a commit, p50 ms".to_owned(), p50(took)),
+                ]
             }
         }
     }
 }
 
-/// Not all on the thread that waits for them.
-async fn on_any_thread(work: impl Future<Output = ()> + Send + 'static) {
-    let mut tasks = tokio::task::JoinSet::new();
-    tasks.spawn(work);
-    tasks.join_all().await;
+/// A file each of whose commits is flushed.
+pub(crate) fn durable_sqlite(file: &Path) -> SqliteConnectOptions {
+    SqliteConnectOptions::new().filename(file).journal_mode(SqliteJournalMode::Wal).synchronous(SqliteSynchronous::Full)
 }
 
-async fn mysql_inserts(mut connection: MySqlConnection, count: usize) {
+/// Not all on the thread that waits for them.
+pub(crate) async fn on_any_thread<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> T {
+    let mut tasks = tokio::task::JoinSet::new();
+    tasks.spawn(work);
+    tasks.join_all().await.pop().expect("one task")
+}
+
+fn p50(took: Vec<f64>) -> f64 {
+    let [(_, p50), _] = percentiles(took);
+    p50
+}
+
+/// Milliseconds of each commit.
+async fn mysql_inserts(mut connection: MySqlConnection, count: usize) -> Vec<f64> {
+    let mut took = Vec::with_capacity(count);
     for _ in 0..count {
+        let started = Instant::now();
         sqlx::query("INSERT INTO bench_yardstick (body) VALUES (?)")
             .bind(vec![0x5a_u8; ROW])
             .execute(&mut connection)
             .await
             .expect("a commit");
+        took.push(started.elapsed().as_secs_f64() * 1e3);
     }
+    took
 }
 
-async fn sqlite_inserts(mut connection: SqliteConnection, count: usize) {
+async fn sqlite_inserts(mut connection: SqliteConnection, count: usize) -> Vec<f64> {
+    let mut took = Vec::with_capacity(count);
     for _ in 0..count {
+        let started = Instant::now();
         sqlx::query("INSERT INTO yardstick (body) VALUES (?)")
             .bind(vec![0x5a_u8; ROW])
             .execute(&mut connection)
             .await
             .expect("a commit");
+        took.push(started.elapsed().as_secs_f64() * 1e3);
     }
+    took
 }

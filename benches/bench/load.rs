@@ -3,6 +3,7 @@
 use std::{
     collections::{HashMap, HashSet},
     net::SocketAddr,
+    ops::Range,
     time::{Duration, Instant},
 };
 
@@ -13,7 +14,7 @@ use serde_json::{Value, json};
 use tokio::net::TcpStream;
 
 use crate::{
-    service::{self, Database, PAYLOAD, Serve, Sink, TOPIC},
+    service::{self, Database, PAYLOAD, Processors, Serve, Sink, TOPIC},
     settings::Settings,
     wire,
 };
@@ -31,12 +32,12 @@ const PATIENCE: Duration = Duration::from_secs(120);
 pub(crate) struct Answer {
     pub(crate) status: StatusCode,
     pub(crate) body: Bytes,
-    took: Duration,
+    pub(crate) took: Duration,
 }
 
 impl Answer {
     /// Of the notification, if it is one that was accepted.
-    fn id(&self) -> Option<String> {
+    pub(crate) fn id(&self) -> Option<String> {
         if self.status != StatusCode::ACCEPTED {
             return None;
         }
@@ -57,10 +58,10 @@ pub(crate) fn request(method: Method, url: &str, key: Option<&HeaderValue>) -> R
     request
 }
 
-/// One request without a body.
-pub(crate) async fn ask(send: &mut SendRequest<Bytes>, request: Request<()>) -> Answer {
+/// One request.
+pub(crate) async fn ask(send: &mut SendRequest<Bytes>, request: Request<()>, body: Bytes) -> Answer {
     let mut answer = None;
-    wire::drive(send, [(request, Bytes::new())], 1, read, |read| answer = Some(read)).await;
+    wire::drive(send, [(request, body)], 1, read, |read| answer = Some(read)).await;
     answer.expect("it was waited for")
 }
 
@@ -109,12 +110,12 @@ impl Api {
         api
     }
 
-    fn request(&self, method: Method, path: &str) -> Request<()> {
+    pub(crate) fn request(&self, method: Method, path: &str) -> Request<()> {
         request(method, &format!("{}{path}", self.url), Some(&self.key))
     }
 
     /// Sends all, over all connections, `concurrency` at once.
-    async fn all(&self, requests: Vec<(Request<()>, Bytes)>) -> Vec<Answer> {
+    pub(crate) async fn all(&self, requests: Vec<(Request<()>, Bytes)>) -> Vec<Answer> {
         let mut shares: Vec<Vec<_>> = self.lines.iter().map(|_| Vec::new()).collect();
         for (number, request) in requests.into_iter().enumerate() {
             shares[number % CONNECTIONS].push(request);
@@ -128,7 +129,7 @@ impl Api {
         futures_util::future::join_all(lines).await.into_iter().flatten().collect()
     }
 
-    fn registration(&self, number: usize) -> (Request<()>, Bytes) {
+    pub(crate) fn registration(&self, number: usize) -> (Request<()>, Bytes) {
         let body = json!({ "token": service::device_token(number), "topic": TOPIC, "user_id": user(number) });
         (self.request(Method::POST, "/v1/devices"), Bytes::from(body.to_string()))
     }
@@ -140,17 +141,25 @@ impl Api {
         }
     }
 
-    /// Registers all devices; returns how many a second.
-    pub(crate) async fn register_all(&self, devices: usize) -> f64 {
-        let requests = (0..devices).map(|number| self.registration(number)).collect();
+    /// Registers devices; returns how many a second.
+    pub(crate) async fn register_all(&self, numbers: Range<usize>) -> f64 {
+        let devices = numbers.len();
+        let requests = numbers.map(|number| self.registration(number)).collect();
         let started = Instant::now();
-        for answer in self.all(requests).await {
+        let answers = self.all(requests).await;
+        let took = started.elapsed();
+        for answer in answers {
             assert_eq!(answer.status, StatusCode::OK, "{}", String::from_utf8_lossy(&answer.body));
         }
-        devices as f64 / started.elapsed().as_secs_f64()
+        devices as f64 / took.as_secs_f64()
     }
 
-    fn notification(&self, number: usize) -> (Request<()>, Bytes) {
+    /// Any of the connections, for a request that is not to wait for others.
+    pub(crate) fn line(&self, number: usize) -> SendRequest<Bytes> {
+        self.lines[number % CONNECTIONS].clone()
+    }
+
+    pub(crate) fn notification(&self, number: usize) -> (Request<()>, Bytes) {
         let user = user(number % self.devices);
         let body = format!(
             r#"{{"topic":"{TOPIC}","to":{{"user_ids":["{user}"]}},"payload":{PAYLOAD},"reference":"order-{number}"}}"#
@@ -158,7 +167,7 @@ impl Api {
         (self.request(Method::POST, "/v1/notifications"), Bytes::from(body))
     }
 
-    fn notifications(&self, count: usize) -> Vec<(Request<()>, Bytes)> {
+    pub(crate) fn notifications(&self, count: usize) -> Vec<(Request<()>, Bytes)> {
         (0..count).map(|number| self.notification(number)).collect()
     }
 
@@ -180,40 +189,49 @@ impl Api {
     }
 }
 
-fn user(number: usize) -> String {
+/// The user who holds a device.
+pub(crate) fn user(number: usize) -> String {
     format!("livreur-{number}")
 }
 
 /// What a batch has shown.
 #[derive(Default)]
 pub(crate) struct Batch {
-    pub(crate) figures: Vec<(&'static str, f64)>,
+    pub(crate) figures: Vec<(String, f64)>,
     pub(crate) problems: Vec<String>,
+}
+
+impl Batch {
+    pub(crate) fn note(&mut self, name: &str, value: f64) {
+        self.figures.push((name.to_owned(), value));
+    }
+}
+
+/// The median and the value that one of a hundred exceeds.
+pub(crate) fn percentiles(mut values: Vec<f64>) -> [(&'static str, f64); 2] {
+    values.sort_by(f64::total_cmp);
+    [("p50", values[values.len() / 2]), ("p99", values[values.len() * 99 / 100])]
+}
+
+/// Sends so many pushes that all connections are open. Says whether they have ended.
+pub(crate) async fn warm_up(api: &Api, sink: &Sink) -> bool {
+    let at_first = sink.accepted().await;
+    let answers = api.all(api.notifications(WARM_UP)).await;
+    delivered(sink, at_first + WARM_UP as u64).await && settled(api, &answers).await
 }
 
 /// Sends `NOTIFICATIONS` and waits until each is accepted, delivered and settled.
 pub(crate) async fn batch(api: &Api, serve: &Serve, database: &Database, sink: &Sink, settings: &Settings) -> Batch {
     let mut batch = Batch::default();
-    let at_first = sink.accepted().await;
-    let answers = api.all(api.notifications(WARM_UP)).await;
-    if !delivered(sink, at_first + WARM_UP as u64).await || !settled(api, &answers).await {
+    if !warm_up(api, sink).await {
         batch.problems.push("the warm-up did not end".to_owned());
         return batch;
     }
 
     let count = settings.notifications;
     let requests = api.notifications(count);
-    let processes: Vec<(&'static str, u32)> = [
-        ("serve: CPU µs/notification", Some(serve.pid())),
-        ("database: CPU µs/notification", database.pid),
-        ("load: CPU µs/notification", Some(std::process::id())),
-        ("simulator: CPU µs/notification", Some(sink.pid())),
-    ]
-    .into_iter()
-    .filter_map(|(name, pid)| Some((name, pid?)))
-    .collect();
     let before = sink.accepted().await;
-    let cpu: Vec<_> = processes.iter().map(|(_, pid)| service::cpu_us_of(*pid)).collect();
+    let processors = Processors::start(serve, database, sink);
     let started = Instant::now();
     let answers = api.all(requests).await;
     let answered_after = started.elapsed();
@@ -221,19 +239,20 @@ pub(crate) async fn batch(api: &Api, serve: &Serve, database: &Database, sink: &
     let delivered_after = started.elapsed();
     let all_settled = settled(api, &answers).await;
     let settled_after = started.elapsed();
+    let cpu = processors.since();
 
     let per_second = |took: Duration| count as f64 / took.as_secs_f64();
-    batch.figures.push(("answered 202/s", per_second(answered_after)));
-    batch.figures.push(("delivered/s", per_second(delivered_after)));
-    batch.figures.push(("accepted, delivered and settled/s", per_second(settled_after)));
-    let mut latencies: Vec<_> = answers.iter().map(|answer| answer.took.as_secs_f64() * 1e3).collect();
-    latencies.sort_by(f64::total_cmp);
-    batch.figures.push(("POST to 202, p50 ms", latencies[count / 2]));
-    batch.figures.push(("POST to 202, p99 ms", latencies[count * 99 / 100]));
-    for ((name, pid), before) in processes.iter().zip(cpu) {
-        batch.figures.push((name, (service::cpu_us_of(*pid) - before) / count as f64));
+    batch.note("answered 202/s", per_second(answered_after));
+    batch.note("delivered/s", per_second(delivered_after));
+    batch.note("accepted, delivered and settled/s", per_second(settled_after));
+    let latencies = answers.iter().map(|answer| answer.took.as_secs_f64() * 1e3).collect();
+    for (name, latency) in percentiles(latencies) {
+        batch.note(&format!("POST to 202, {name} ms"), latency);
     }
-    batch.figures.push(("serve: peak memory MiB", service::peak_memory_of(serve.pid())));
+    for (name, took) in cpu {
+        batch.note(&format!("{name}: CPU µs/notification"), took / count as f64);
+    }
+    batch.note("serve: peak memory MiB", service::peak_memory_of(serve.pid()));
 
     if !all_delivered || !all_settled {
         batch.problems.push(format!("not settled after {PATIENCE:?}"));

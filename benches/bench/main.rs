@@ -18,10 +18,12 @@
 )]
 #![expect(clippy::cast_precision_loss, reason = "figures are rounded to three digits anyway")]
 
+mod broadcast;
 mod commits;
 mod durability;
 mod engine;
 mod load;
+mod registrations;
 mod report;
 mod service;
 mod settings;
@@ -42,6 +44,8 @@ use std::{path::Path, process::ExitCode, time::Duration};
 use crate::{
     commits::Commits,
     engine::{Engine, Kind},
+    load::Batch,
+    registrations::Registrations,
     report::Rounds,
     service::{Database, Kit, Sink},
     settings::Settings,
@@ -91,6 +95,9 @@ enum Step<'a> {
     Client { name: &'static str, client: Client, sink: &'a Sink },
     Commits(&'a Commits),
     Sonnette(&'a Database),
+    Upserts(&'a Registrations),
+    Registrations(&'a Registrations),
+    Broadcast(&'a Database),
 }
 
 /// Everything. `Ok` has what was found wrong with the results, `Err` why nothing was measured.
@@ -141,7 +148,7 @@ async fn prepare(settings: &Settings, kit: &Kit, sink: &Sink, database: &Databas
     if database.is_sqlite() {
         println!("{}", durability::of_commits(serve.pid(), || api.register(0)).await?);
     }
-    let per_second = api.register_all(settings.devices).await;
+    let per_second = api.register_all(0..settings.devices).await;
     println!("{database}: {} devices registered, {per_second:.0}/s", settings.devices);
     serve.stop().await
 }
@@ -158,6 +165,12 @@ async fn measure(
     for database in databases {
         commits.push(Commits::new(database, folder).await);
     }
+    let mut registrations = Vec::new();
+    if settings.registrations > 0 {
+        for database in databases {
+            registrations.push(Registrations::beside(database).await);
+        }
+    }
     let engine = |kind, connections| Client::Engine(Engine { kind, connections, prepared: true });
     let mut steps = vec![
         Step::Client { name: report::H2_1, client: Client::BareH2 { connections: 1 }, sink },
@@ -165,11 +178,18 @@ async fn measure(
         Step::Client { name: report::HYPER, client: Client::HyperUtil, sink },
         Step::Client { name: report::BROADCAST, client: engine(Kind::Broadcast, None), sink },
         Step::Client { name: report::SINGLES, client: engine(Kind::Singles, None), sink },
+    ];
+    // Beside what they are compared with.
+    if settings.broadcast > 0 {
+        steps.extend(databases.iter().map(Step::Broadcast));
+    }
+    steps.extend([
         Step::Client { name: report::FAR_1, client: engine(Kind::Broadcast, Some(1)), sink: far },
         Step::Client { name: report::FAR_4, client: engine(Kind::Broadcast, Some(4)), sink: far },
-    ];
+    ]);
     steps.extend(commits.iter().map(Step::Commits));
     steps.extend(databases.iter().map(Step::Sonnette));
+    steps.extend(registrations.iter().flat_map(|both| [Step::Upserts(both), Step::Registrations(both)]));
 
     let mut rounds = Rounds::default();
     for round in 0..settings.rounds {
@@ -195,15 +215,26 @@ async fn measure(
                 Step::Sonnette(database) => {
                     let serve = kit.serve(database, sink).await;
                     let api = load::Api::connect(serve.address(), kit.api_key(database), settings).await;
-                    let batch = load::batch(&api, &serve, database, sink, settings).await;
-                    for (name, value) in batch.figures {
-                        rounds.note(&format!("sonnette, {database}: {name}"), value);
+                    let mut batch = load::batch(&api, &serve, database, sink, settings).await;
+                    batch.problems.extend(serve.stop().await.err());
+                    rounds.take(database, batch);
+                }
+                Step::Upserts(registrations) => {
+                    for (name, per_second) in registrations.upserts(settings, round).await {
+                        rounds.note(&name, per_second);
                     }
-                    for problem in batch.problems {
-                        rounds.problem(format!("{database}, round {}: {problem}", round + 1));
-                    }
-                    if let Err(problem) = serve.stop().await {
-                        rounds.problem(format!("{database}, round {}: {problem}", round + 1));
+                }
+                Step::Registrations(registrations) => {
+                    let batch = registrations.through_the_api(kit, sink, settings, round).await;
+                    rounds.take(registrations.place(), batch);
+                }
+                // A large one takes minutes.
+                Step::Broadcast(_) if round > 0 && settings.broadcast > broadcast::SMALL => {}
+                Step::Broadcast(database) => {
+                    let batch = broadcast::measure(kit, sink, database, settings).await;
+                    rounds.take(database, batch);
+                    if settings.broadcast > broadcast::SMALL {
+                        small_broadcast(kit, sink, database, settings, &mut rounds).await;
                     }
                 }
             }
@@ -212,7 +243,25 @@ async fn measure(
         // Nobody is always the first after a pause, or always behind the same other.
         steps.rotate_left(1);
     }
+    for both in registrations {
+        both.drop().await;
+    }
     rounds
+}
+
+/// The memory of a broadcast to fewer devices, to compare with.
+async fn small_broadcast(kit: &Kit, sink: &Sink, database: &Database, settings: &Settings, rounds: &mut Rounds) {
+    let devices = broadcast::SMALL;
+    let mut batch = Batch::default();
+    match broadcast::peaks(kit, sink, database, settings, devices).await {
+        Ok(peaks) => {
+            for (name, peak) in report::SMALL_PEAKS.iter().zip(peaks) {
+                batch.note(name, peak);
+            }
+        }
+        Err(problem) => batch.problems.push(format!("broadcast to {devices} devices: {problem}")),
+    }
+    rounds.take(database, batch);
 }
 
 /// One client in its process; each of its pushes must have been accepted once.

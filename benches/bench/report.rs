@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::json;
 
-use crate::{service::Database, settings::Settings};
+use crate::{load::Batch, registrations, service::Database, settings::Settings};
 
 /// The names of the clients.
 pub(crate) const H2_1: &str = "h2 loop, 1 connection";
@@ -14,6 +14,12 @@ pub(crate) const BROADCAST: &str = "engine, broadcast";
 pub(crate) const SINGLES: &str = "engine, singles";
 pub(crate) const FAR_1: &str = "engine, 50 ms away, 1 connection";
 pub(crate) const FAR_4: &str = "engine, 50 ms away, 4 connections";
+
+/// Of Sonnette, if more devices than that are measured: after a first and after a second broadcast.
+pub(crate) const SMALL_PEAKS: [&str; 2] = [
+    "first broadcast to 100,000 devices: serve: peak memory MiB",
+    "second broadcast to 100,000 devices: serve: peak memory MiB",
+];
 
 /// What was measured, round by round.
 #[derive(Default)]
@@ -38,6 +44,16 @@ impl Rounds {
     pub(crate) fn problem(&mut self, what: String) {
         eprintln!("  PROBLEM: {what}");
         self.problems.push(what);
+    }
+
+    /// What was measured of Sonnette on a database.
+    pub(crate) fn take(&mut self, database: &Database, batch: Batch) {
+        for (name, value) in batch.figures {
+            self.note(&format!("sonnette, {database}: {name}"), value);
+        }
+        for problem in batch.problems {
+            self.problem(format!("{database}: {problem}"));
+        }
     }
 
     fn keep(&mut self, name: &str, value: f64) {
@@ -78,7 +94,34 @@ impl Rounds {
             ] {
                 self.ratio(&format!("{database}: {name}"), above, below);
             }
+            for (name, above, below) in registrations::ratios(database) {
+                self.ratio(&format!("{database}: {name}"), &above, &below);
+            }
+            self.compare_broadcasts(database);
         }
+    }
+
+    fn compare_broadcasts(&mut self, database: &Database) {
+        for (which, small) in ["first", "second"].into_iter().zip(SMALL_PEAKS) {
+            let broadcast = format!("sonnette, {database}: {which} broadcast");
+            for yardstick in [BROADCAST, H2_1, H2_4] {
+                let name = format!("{database}: {which} broadcast ÷ {yardstick}");
+                let per_second = format!("{yardstick}: pushes/s");
+                self.ratio(&format!("{name}: pushes/s"), &format!("{broadcast}: devices/s"), &per_second);
+                let (below, above) =
+                    (format!("{broadcast}: serve: CPU µs/device"), format!("{yardstick}: CPU µs/push"));
+                self.ratio(&format!("{name}: pushes per CPU second"), &above, &below);
+            }
+            let peak = format!("{broadcast}: serve: peak memory MiB");
+            let small = format!("sonnette, {database}: {small}");
+            self.ratio(&format!("{database}: {which} broadcast ÷ one to 100,000 devices: peak memory"), &peak, &small);
+        }
+        let singles =
+            |rate, when| format!("sonnette, {database}: {rate} single notifications/s {when}: POST to arrival, p99 ms");
+        let name = format!("{database}: 100 single notifications/s during a broadcast ÷ alone: p99");
+        self.ratio(&name, &singles(100, "during a broadcast"), &singles(100, "alone"));
+        let name = format!("{database}: 500 single notifications/s alone: p99 ÷ a bare commit's p50");
+        self.ratio(&name, &singles(500, "alone"), &format!("{database}, 1 connection: a commit, p50 ms"));
     }
 
     fn ratio(&mut self, name: &str, above: &str, below: &str) {

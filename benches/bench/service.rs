@@ -10,12 +10,14 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bytes::Bytes;
 use http::Method;
 use serde_json::Value;
 use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _, MySqlConnection, mysql::MySqlConnectOptions};
 use tokio::net::TcpStream;
 
 use crate::{
+    commits::durable_sqlite,
     durability, load,
     support::{ports::free_port, scratch::Process},
     wire,
@@ -27,6 +29,9 @@ const TEAM: &str = "BENCHTEAM1";
 const KEY_ID: &str = "BENCHKEY01";
 const KEY_FILE: &str = "AuthKey_BENCHKEY01.p8";
 const SONNETTE: &str = env!("CARGO_BIN_EXE_sonnette");
+
+/// What the address of a file begins with.
+const SQLITE: &str = "sqlite://";
 
 /// How long a process may take to start or to end.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -56,8 +61,26 @@ impl Database {
         self.on_server.is_none()
     }
 
+    /// A file that is not there yet.
     pub(crate) fn sqlite(folder: &Path) -> Self {
-        Self { url: format!("sqlite://{}", folder.join("sonnette.db").display()), on_server: None, pid: None }
+        let file = folder.join(format!("sonnette-{}.db", uuid::Uuid::now_v7().simple()));
+        Self { url: format!("{SQLITE}{}", file.display()), on_server: None, pid: None }
+    }
+
+    /// Another one in the same place: a fresh database on the same server, a fresh file in the same folder, with the
+    /// schema in it.
+    pub(crate) async fn sibling(&self) -> Self {
+        let sibling = match self.sqlite_file() {
+            Some(file) => Self::sqlite(file.parent().expect("a file is in a folder")),
+            None => Self::mysql(&self.url).await,
+        };
+        sonnette(&["migrate"], &sibling);
+        sibling
+    }
+
+    /// Where it is, if it is a file.
+    pub(crate) fn sqlite_file(&self) -> Option<&Path> {
+        self.url.strip_prefix(SQLITE).map(Path::new)
     }
 
     /// A fresh database on a server.
@@ -82,10 +105,76 @@ impl Database {
         }
     }
 
+    /// Bytes of its tables and indexes.
+    pub(crate) async fn size(&self) -> Size {
+        let all = if self.is_sqlite() {
+            "SELECT CAST(COALESCE(SUM(pgsize), 0) AS INTEGER) FROM dbstat WHERE aggregate = TRUE"
+        } else {
+            // Else it would tell what it has last looked up.
+            let tables: Vec<String> = sqlx::query_scalar(
+                "SELECT CAST(table_name AS CHAR) FROM information_schema.tables WHERE table_schema = DATABASE()",
+            )
+            .fetch_all(&mut self.connection().await)
+            .await
+            .expect("a server tells its tables");
+            self.execute_all([format!("ANALYZE TABLE {}", tables.join(", "))].into_iter()).await;
+            "SELECT CAST(SUM(data_length + index_length) AS SIGNED) FROM information_schema.tables \
+             WHERE table_schema = DATABASE()"
+        };
+        let of_devices = if self.is_sqlite() {
+            " AND (name LIKE 'devices%' OR name LIKE 'sqlite_autoindex_devices_%')"
+        } else {
+            " AND table_name = 'devices'"
+        };
+        let devices = self.number(&format!("{all}{of_devices}")).await;
+        Size { devices, others: self.number(all).await - devices }
+    }
+
+    /// What a statement of one number says.
+    pub(crate) async fn number(&self, statement: &str) -> u64 {
+        let statement = AssertSqlSafe(statement.to_owned());
+        let number: i64 = if let Some(file) = self.sqlite_file() {
+            let mut connection = durable_sqlite(file).connect().await.expect("SQLite");
+            sqlx::query_scalar(statement).fetch_one(&mut connection).await.expect("a number")
+        } else {
+            sqlx::query_scalar(statement).fetch_one(&mut self.connection().await).await.expect("a number")
+        };
+        number.try_into().expect("not below zero")
+    }
+
+    /// Statements of ours, each with a commit of its own.
+    pub(crate) async fn execute_all(&self, statements: impl Iterator<Item = String>) {
+        if let Some(file) = self.sqlite_file() {
+            let mut connection = durable_sqlite(file).connect().await.expect("SQLite");
+            for statement in statements {
+                sqlx::raw_sql(AssertSqlSafe(statement)).execute(&mut connection).await.expect("a commit");
+            }
+        } else {
+            let mut connection = self.connection().await;
+            for statement in statements {
+                sqlx::raw_sql(AssertSqlSafe(statement)).execute(&mut connection).await.expect("a commit");
+            }
+        }
+    }
+
+    /// To a server.
+    async fn connection(&self) -> MySqlConnection {
+        let options: MySqlConnectOptions = self.url.parse().expect("a MySQL address");
+        let mut connection = options.connect().await.expect("the server answers");
+        // Of MySQL; else sizes are those of a day ago. MariaDB does not know it.
+        let _ = sqlx::raw_sql("SET SESSION information_schema_stats_expiry = 0").execute(&mut connection).await;
+        connection
+    }
+
     pub(crate) async fn drop(self) {
         if let Some((options, name)) = self.on_server {
             let mut connection = options.connect().await.expect("the server answers");
             execute(&mut connection, format!("DROP DATABASE {name}")).await;
+        } else if let Some(file) = self.sqlite_file() {
+            for end in ["", "-wal", "-shm"] {
+                // Those beside it may be gone already; the folder goes at the end.
+                let _ = fs::remove_file(format!("{}{end}", file.display()));
+            }
         }
     }
 }
@@ -93,6 +182,26 @@ impl Database {
 async fn execute(connection: &mut MySqlConnection, statement: String) {
     // Names are ours: a prefix and hexadecimal digits.
     sqlx::raw_sql(AssertSqlSafe(statement)).execute(connection).await.expect("we may create and drop databases");
+}
+
+/// Bytes of tables with their indexes.
+pub(crate) struct Size {
+    /// Of `devices`.
+    pub(crate) devices: u64,
+    pub(crate) others: u64,
+}
+
+/// A command of ours on a database; returns what it says.
+fn sonnette(words: &[&str], database: &Database) -> String {
+    let done = Command::new(SONNETTE)
+        .args(words)
+        .env("DATABASE_URL", &database.url)
+        // Where no configuration is.
+        .current_dir(env!("CARGO_TARGET_TMPDIR"))
+        .output()
+        .expect("sonnette starts");
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    String::from_utf8(done.stdout).expect("text").trim().to_owned()
 }
 
 /// Keys and folders.
@@ -129,16 +238,8 @@ impl Kit {
 
     /// A key of a back-office that also registers.
     pub(crate) fn api_key(&self, database: &Database) -> String {
-        let make = || {
-            let made = Command::new(SONNETTE)
-                .args(["api-keys", "create", "--owner", "bench", "--scopes", "register,send,read"])
-                .env("DATABASE_URL", &database.url)
-                .current_dir(&self.folder)
-                .output()
-                .expect("sonnette starts");
-            assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
-            String::from_utf8(made.stdout).expect("a key").trim().to_owned()
-        };
+        let create = ["api-keys", "create", "--owner", "bench", "--scopes", "register,send,broadcast,read"];
+        let make = || sonnette(&create, database);
         self.api_keys.borrow_mut().entry(database.url.clone()).or_insert_with(make).clone()
     }
 
@@ -179,7 +280,7 @@ impl Kit {
         // It listens before it has migrated, and answers behind that.
         let mut send = wire::handshake(stream.expect("seen above")).await;
         let ready = load::request(Method::GET, &format!("http://{address}/health/ready"), None);
-        let answer = load::ask(&mut send, ready).await;
+        let answer = load::ask(&mut send, ready, Bytes::new()).await;
         assert_eq!(answer.status, http::StatusCode::OK, "serve is not ready:\n{}", serve.log_end());
         serve
     }
@@ -290,12 +391,72 @@ impl Sink {
 
     /// Pushes accepted since its start.
     pub(crate) async fn accepted(&self) -> u64 {
+        let ledger: Value = serde_json::from_slice(&self.control(Method::GET, "/ledger", "").await).expect("JSON");
+        ledger["total"]["accepted"].as_u64().expect("a counter")
+    }
+
+    /// From now on it keeps the newest 100,000 accepted pushes one by one, or none.
+    pub(crate) async fn record(&self, record: bool) {
+        self.control(Method::PUT, "/ledger/recording", &format!("{{\"record_pushes\":{record}}}")).await;
+        self.control(Method::DELETE, "/ledger/pushes", "").await;
+    }
+
+    /// The pushes to a device that were accepted behind number `after`, if they are recorded.
+    pub(crate) async fn arrivals(&self, token: &str, after: u64) -> Vec<Arrival> {
+        let path = format!("/ledger/pushes?after={after}&token={token}");
+        let mut page: Value = serde_json::from_slice(&self.control(Method::GET, &path, "").await).expect("JSON");
+        serde_json::from_value(page["items"].take()).expect("pushes")
+    }
+
+    async fn control(&self, method: Method, path: &str, body: &str) -> Bytes {
         let stream = TcpStream::connect(self.control).await.expect("the simulator runs");
         let mut send = wire::handshake(stream).await;
-        let ledger = format!("http://{}/ledger", self.control);
-        let answer = load::ask(&mut send, load::request(Method::GET, &ledger, None)).await;
-        let ledger: Value = serde_json::from_slice(&answer.body).expect("JSON");
-        ledger["total"]["accepted"].as_u64().expect("a counter")
+        let request = load::request(method, &format!("http://{}{path}", self.control), None);
+        let answer = load::ask(&mut send, request, Bytes::copy_from_slice(body.as_bytes())).await;
+        assert!(answer.status.is_success(), "{path}: {}", String::from_utf8_lossy(&answer.body));
+        answer.body
+    }
+}
+
+/// A push that the simulator has accepted.
+#[derive(Debug, serde::Deserialize)]
+pub(crate) struct Arrival {
+    pub(crate) sequence: u64,
+    at: String,
+    /// Of a visible alert without one of its own: the notification's id.
+    pub(crate) collapse_id: Option<String>,
+}
+
+impl Arrival {
+    /// When it was accepted, since 1970; the simulator tells it to the millisecond.
+    pub(crate) fn at_ms(&self) -> f64 {
+        let at: jiff::Timestamp = self.at.parse().expect("a time");
+        at.as_millisecond() as f64
+    }
+}
+
+/// Milliseconds since 1970, as exactly as the clock has them.
+pub(crate) fn now_ms() -> f64 {
+    jiff::Timestamp::now().as_nanosecond() as f64 / 1e6
+}
+
+/// Processor time of all that takes part, from a moment on.
+pub(crate) struct Processors(Vec<(&'static str, u32, f64)>);
+
+impl Processors {
+    pub(crate) fn start(serve: &Serve, database: &Database, sink: &Sink) -> Self {
+        let all = [
+            ("serve", Some(serve.pid())),
+            ("database", database.pid),
+            ("load", Some(std::process::id())),
+            ("simulator", Some(sink.pid())),
+        ];
+        Self(all.into_iter().filter_map(|(name, pid)| Some((name, pid?, cpu_us_of(pid?)))).collect())
+    }
+
+    /// Microseconds of each since the start.
+    pub(crate) fn since(&self) -> Vec<(&'static str, f64)> {
+        self.0.iter().map(|(name, pid, before)| (*name, cpu_us_of(*pid) - before)).collect()
     }
 }
 

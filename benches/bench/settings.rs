@@ -17,6 +17,11 @@ pub(crate) struct Settings {
     pub(crate) concurrency: usize,
     /// `COMMITS` of the commit yardstick with 32 connections; an eighth of it with one.
     pub(crate) commits: usize,
+    /// `REGISTRATIONS`: of new devices, and the same again of devices that are known by then, on each store, in each
+    /// round; as many upserts; 0 leaves them out.
+    pub(crate) registrations: usize,
+    /// `BROADCAST`: devices of a broadcast, on each store; 0 leaves broadcasts out.
+    pub(crate) broadcast: usize,
     /// `STORES`: `mysql`, `sqlite`, or both with a comma; `none` measures the way to APNs alone.
     pub(crate) mysql: bool,
     /// As above.
@@ -40,6 +45,8 @@ impl Settings {
             devices: number("DEVICES", 1_000),
             concurrency: number("CONCURRENCY", 512),
             commits: number("COMMITS", 8_000),
+            registrations: number_or_none("REGISTRATIONS", 20_000),
+            broadcast: number_or_none("BROADCAST", 100_000),
             mysql: stores.contains("mysql"),
             sqlite: stores.contains("sqlite"),
             database_url: variable("BENCH_DATABASE_URL"),
@@ -51,15 +58,28 @@ impl fmt::Display for Settings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "ROUNDS={} PUSHES={} NOTIFICATIONS={} DEVICES={} CONCURRENCY={} COMMITS={}",
-            self.rounds, self.pushes, self.notifications, self.devices, self.concurrency, self.commits
+            "ROUNDS={} PUSHES={} NOTIFICATIONS={} DEVICES={} CONCURRENCY={} COMMITS={} REGISTRATIONS={} BROADCAST={}",
+            self.rounds,
+            self.pushes,
+            self.notifications,
+            self.devices,
+            self.concurrency,
+            self.commits,
+            self.registrations,
+            self.broadcast
         )
     }
 }
 
 fn number(name: &str, default: usize) -> usize {
+    let number = number_or_none(name, default);
+    assert!(number > 0, "{name}: it cannot be left out");
+    number
+}
+
+fn number_or_none(name: &str, default: usize) -> usize {
     let Some(value) = variable(name) else { return default };
-    value.parse().ok().filter(|number| *number > 0).unwrap_or_else(|| panic!("{name}: `{value}` is no positive number"))
+    value.parse().unwrap_or_else(|_| panic!("{name}: `{value}` is no number"))
 }
 
 fn variable(name: &str) -> Option<String> {
