@@ -41,7 +41,7 @@ use super::{
     frames::{Completing, GoAway, Orders},
     gate::{Command, GoAwayOrder, Wedge},
     identifiers::{self, Identifiers},
-    ledger::{Attempt, ConnectionRecord, Entry, Tally, TokenRecord, count},
+    ledger::{Attempt, ConnectionRecord, Entry, Stalled, Tally, TokenRecord, count},
     provider_token::{ConnectionTokens, Judge},
     reason::Reason,
     receipts::Receipts,
@@ -117,6 +117,14 @@ struct Whole<'a> {
     id: Uuid,
     id_made: bool,
     attempt: Attempt<'a>,
+}
+
+/// A stream that is never answered.
+struct Silent<'a> {
+    respond: SendResponse<Bytes>,
+    stream: u32,
+    /// Nothing came of the request, and the client has not been told.
+    stalled: Option<Stalled<'a>>,
 }
 
 /// A request whose answer waits.
@@ -283,7 +291,7 @@ struct Connection<'a> {
     due_count: u64,
     timer: Option<(Duration, Timer)>,
     /// Streams that are never answered and keep their slots.
-    silent: Vec<SendResponse<Bytes>>,
+    silent: Vec<Silent<'a>>,
     /// Streams that came behind a GOAWAY that named an earlier one: never looked at.
     ignored: Vec<SendResponse<Bytes>>,
     /// The last topic, so that the ledger's entries share it.
@@ -435,7 +443,7 @@ impl<'a> Connection<'a> {
         };
         self.held.retain_mut(|waiting| is_open(&mut waiting.request.respond));
         self.due.retain(|_, waiting| is_open(&mut waiting.request.respond));
-        self.silent.retain_mut(|respond| is_open(respond));
+        self.silent.retain_mut(|silent| is_open(&mut silent.respond));
         self.open = self.open.saturating_sub(gone);
         self.tally().cancelled.fetch_add(gone as u64, Ordering::Relaxed);
     }
@@ -516,7 +524,7 @@ impl<'a> Connection<'a> {
     }
 
     /// Does to a request what was decided.
-    fn perform(&mut self, mut request: Whole<'_>, action: FaultAction, now: Timestamp) -> Flow {
+    fn perform(&mut self, mut request: Whole<'a>, action: FaultAction, now: Timestamp) -> Flow {
         if self.last_processed.is_some_and(|last| request.stream > last) {
             self.exclude(request); // a GOAWAY went out since it was judged
             return Flow::Continue;
@@ -529,11 +537,7 @@ impl<'a> Connection<'a> {
                     self.go_away(None, 0, reason.body().to_owned(), false);
                 }
             }
-            FaultAction::Stall { accepted } => {
-                self.accept_unanswered(&request, accepted, now);
-                request.attempt.unanswered(accepted);
-                self.silent.push(request.respond);
-            }
+            FaultAction::Stall { accepted } => self.stall(request, accepted, now),
             FaultAction::Reset { code, accepted } => {
                 self.accept_unanswered(&request, accepted, now);
                 self.open -= 1;
@@ -563,9 +567,7 @@ impl<'a> Connection<'a> {
             }
             FaultAction::Wedge { accepted } => {
                 self.wedge = Some(Wedge::Silence);
-                self.accept_unanswered(&request, accepted, now);
-                request.attempt.unanswered(accepted);
-                self.silent.push(request.respond);
+                self.stall(request, accepted, now);
             }
             FaultAction::StreamLimit { limit } => {
                 self.limit.want(limit);
@@ -589,6 +591,19 @@ impl<'a> Connection<'a> {
         Flow::Continue
     }
 
+    /// It is never answered and keeps its slot.
+    fn stall(&mut self, request: Whole<'a>, accepted: bool, now: Timestamp) {
+        self.accept_unanswered(&request, accepted, now);
+        let Whole { respond, stream, attempt, .. } = request;
+        let stalled = if accepted {
+            attempt.unanswered(true);
+            None
+        } else {
+            Some(attempt.stalled())
+        };
+        self.silent.push(Silent { respond, stream, stalled });
+    }
+
     /// A request lies behind the last stream that a GOAWAY names.
     fn exclude(&mut self, mut request: Whole<'_>) {
         if request.respond.poll_reset(&mut Context::from_waker(Waker::noop())).is_ready() {
@@ -597,7 +612,7 @@ impl<'a> Connection<'a> {
             return; // the client had given it up: the GOAWAY tells it nothing
         }
         self.prover.receipts.expect(request.stream, request.attempt.unprocessed());
-        self.silent.push(request.respond);
+        self.silent.push(Silent { respond: request.respond, stream: request.stream, stalled: None });
     }
 
     fn accept_unanswered(&mut self, request: &Whole<'_>, accepted: bool, now: Timestamp) {
@@ -742,7 +757,20 @@ impl<'a> Connection<'a> {
         }
         for request in arriving {
             // A stream that was never looked at (0) is looked at in its turn.
-            if request.stream <= last { self.arriving.push(request) } else { self.silent.push(request.respond) }
+            if request.stream <= last {
+                self.arriving.push(request);
+            } else {
+                self.silent.push(Silent { respond: request.respond, stream: request.stream, stalled: None });
+            }
+        }
+        let mut cx = Context::from_waker(Waker::noop());
+        for silent in self.silent.iter_mut().filter(|silent| silent.stream > last) {
+            // The GOAWAY tells nothing to a client that has given it up.
+            if silent.respond.poll_reset(&mut cx).is_pending()
+                && let Some(stalled) = silent.stalled.take()
+            {
+                self.prover.receipts.expect(silent.stream, stalled.excluded());
+            }
         }
     }
 

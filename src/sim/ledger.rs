@@ -19,7 +19,7 @@ use std::{
 use uuid::Uuid;
 
 use self::truth::Records;
-pub(super) use self::truth::{Attempt, Unproved};
+pub(super) use self::truth::{Attempt, Stalled, Unproved};
 pub use self::truth::{Summary, Truth, TruthQuery, Verdict};
 use super::{
     environment::{Environment, PerEnvironment},

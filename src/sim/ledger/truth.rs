@@ -557,7 +557,7 @@ pub(in super::super) struct Attempt<'a> {
     number: u32,
 }
 
-impl Attempt<'_> {
+impl<'a> Attempt<'a> {
     /// The how-manieth attempt of its push this is, from 1; always 1 without a record.
     pub(in super::super) const fn number(&self) -> u32 {
         self.number
@@ -566,6 +566,14 @@ impl Attempt<'_> {
     /// It is never answered.
     pub(in super::super) fn unanswered(mut self, accepted: bool) {
         self.end(if accepted { Ending::AcceptedUnanswered } else { Ending::Unanswered });
+    }
+
+    /// It is not accepted and has no answer: unless a GOAWAY excludes its stream, that is its end.
+    #[must_use]
+    pub(in super::super) fn stalled(mut self) -> Stalled<'a> {
+        let place = self.place;
+        self.end(Ending::Unanswered);
+        Stalled { records: self.records, place }
     }
 
     /// It is given an answer, which is uncertain until it is proved to be read.
@@ -609,6 +617,25 @@ impl Attempt<'_> {
 impl Drop for Attempt<'_> {
     fn drop(&mut self) {
         self.end(Ending::Unanswered);
+    }
+}
+
+/// An attempt that was not accepted, on a stream that is still open.
+#[derive(Debug)]
+pub(in super::super) struct Stalled<'a> {
+    records: &'a Records,
+    place: Option<Place>,
+}
+
+impl Stalled<'_> {
+    /// A GOAWAY excludes its stream: whoever reads that knows that nothing came of it.
+    #[must_use]
+    pub(in super::super) fn excluded(self) -> Option<Unproved> {
+        let (place, told) = (self.place?, Told::Unprocessed);
+        let mut rows = self.records.rows();
+        rows.at(place)?.move_on(Ending::Unanswered, told.uncertain());
+        rows.unproved += 1;
+        Some(Unproved { place, told })
     }
 }
 

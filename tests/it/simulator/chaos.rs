@@ -322,6 +322,26 @@ async fn what_arrived_together_with_a_push_that_a_goaway_excludes_is_excluded_to
 }
 
 #[tokio::test]
+async fn a_push_that_was_stalled_and_then_excluded_by_a_goaway_was_not_processed() {
+    let mut world = World::start().await;
+    let mut client = world.connect().await;
+    assert_eq!(client.push("00aa").await.status, 200);
+    let all_but_the_first = Action::GoAway { last_stream: LastStream::Exactly(1), code: 0, debug: None, twice: false };
+    world.simulator.scripts().add(Script::new("00cc", Action::Stall { accepted: false }).times(1));
+    world.simulator.scripts().add(Script::new("00bb", all_but_the_first).times(1));
+    let mut waiting = Vec::new();
+    for token in ["00cc", "00bb"] {
+        waiting.push(client.begin(client.request(token).header("apns-id", id(0)), "{}").await.unwrap());
+    }
+    for response in waiting {
+        assert!(finish(response).await.err().unwrap().is_go_away());
+    }
+    let truth = world.truth_of("00cc", &id(0)).await;
+    assert_eq!(endings(&truth), [("unprocessed_certain".to_owned(), 1)]);
+    world.end().await;
+}
+
+#[tokio::test]
 async fn a_connection_that_goes_away_is_not_sent_away_again() {
     let mut world = World::start().await;
     let mut client = world.connect().await;
