@@ -68,7 +68,10 @@ for (const [id, outcome] of outcomes) {
   } else {
     counts.unanswered++;
     assert.equal(number(truth, 'accepted_certain'), 0, `not sent, and a 200 was certainly read: ${seen}`);
-    assert.equal(truth?.verdict === 'refused' && number(truth, 'refused_certain') === truth.received, false, seen);
+    // It tries these again by itself, and if the connection is gone by then it tells that alone.
+    const triedAgain = [429, 500, 503].includes(truth?.last_status);
+    const everyAnswerWasRead = truth?.verdict === 'refused' && number(truth, 'refused_certain') === truth.received;
+    assert.equal(everyAnswerWasRead && !triedAgain, false, seen);
   }
 }
 assert.ok([...truths.keys()].every((id) => outcomes.has(id)), 'the ledger has nothing that was not sent');
