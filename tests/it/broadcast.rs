@@ -62,18 +62,20 @@ pub(crate) async fn broadcast(caller: &Client, to: Value) -> Value {
     answer.body
 }
 
-/// Every delivery of a notification, page by page.
+/// The question how much a column adds up to.
+fn sum(database: &TestDatabase, column: &str, table: &str) -> String {
+    let kind = if database.store() == Store::Mysql { "SIGNED" } else { "INTEGER" };
+    format!("SELECT CAST(COALESCE(SUM({column}), 0) AS {kind}) FROM {table}")
+}
+
+/// How many deliveries the database has as accepted.
+pub(crate) async fn accepted(database: &TestDatabase) -> i64 {
+    number(database, &sum(database, "accepted", "chunks")).await
+}
+
+/// Every delivery of a notification.
 async fn all_deliveries(caller: &Client, id: &str) -> Vec<Value> {
-    let mut all = Vec::new();
-    let mut cursor = String::new();
-    loop {
-        let page = caller.get(&format!("/v1/notifications/{id}/deliveries?limit=1000{cursor}")).await.ok();
-        all.extend(page["items"].as_array().unwrap().iter().cloned());
-        match page["next_cursor"].as_str() {
-            Some(next) => cursor = format!("&cursor={next}"),
-            None => return all,
-        }
-    }
+    caller.all(&format!("/v1/notifications/{id}/deliveries")).await
 }
 
 /// How often each token is in the ledger.
@@ -195,12 +197,7 @@ on_both_stores! {
         assert!(status.success(), "{error}");
         let client = Client::new(service.address, Some(key.trim()));
         let id = broadcast(&client, json!({ "everyone": true })).await["id"].as_str().unwrap().to_owned();
-        let accepted = "SELECT CAST(COALESCE(SUM(accepted), 0) AS SIGNED) FROM chunks";
-        let complete = "SELECT CAST(SUM(audience_complete) AS SIGNED) FROM notifications";
-        let (accepted, complete) = match database.store() {
-            Store::Sqlite => (accepted.replace("SIGNED", "INTEGER"), complete.replace("SIGNED", "INTEGER")),
-            Store::Mysql => (accepted.to_owned(), complete.to_owned()),
-        };
+        let complete = sum(&database, "audience_complete", "notifications");
         let mut exposed = 0;
         let mut in_mid_resolution = 0;
         for kill in 1..=3_i64 {
@@ -208,17 +205,7 @@ on_both_stores! {
                 if sim.total().await["requests"].as_i64().unwrap() < kill * 3_000 {
                     return None;
                 }
-                service.signal("STOP");
-                // A commit that was under way on the database's side may still end.
-                let mut before = number(&database, &accepted).await;
-                loop {
-                    tokio::time::sleep(Duration::from_millis(20)).await;
-                    let now = number(&database, &accepted).await;
-                    if now == before {
-                        break;
-                    }
-                    before = now;
-                }
+                let before = service.freeze(async || accepted(&database).await).await;
                 let unsettled = sim.total().await["requests"].as_i64().unwrap() - before;
                 if unsettled > exposed {
                     return Some(unsettled - exposed);

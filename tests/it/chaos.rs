@@ -118,20 +118,6 @@ async fn weather(control: &Client, seed: u64) {
     }
 }
 
-/// All pages of a list.
-async fn all(client: &Client, path: &str) -> Vec<Value> {
-    let joint = if path.contains('?') { '&' } else { '?' };
-    let (mut items, mut cursor) = (Vec::new(), String::new());
-    loop {
-        let page = client.get(&format!("{path}{joint}limit=1000{cursor}")).await.ok();
-        items.extend(page["items"].as_array().unwrap().iter().cloned());
-        match page["next_cursor"].as_str() {
-            Some(next) => cursor = format!("&cursor={next}"),
-            None => return items,
-        }
-    }
-}
-
 async fn post(client: &Client, to: Value) -> String {
     let payload = json!({ "aps": { "alert": "Ding dong" } });
     let body = json!({ "topic": TOPIC, "to": to, "payload": payload }).to_string();
@@ -301,7 +287,7 @@ async fn chaos(database: &TestDatabase) {
     let mut named = HashSet::new();
     for id in &notifications {
         let mut seen = HashSet::new();
-        for delivery in all(&client, &format!("/v1/notifications/{id}/deliveries")).await {
+        for delivery in client.all(&format!("/v1/notifications/{id}/deliveries")).await {
             let device = delivery["device_id"].as_str().unwrap();
             assert!(seen.insert(device.to_owned()), "{device} is in {id} twice");
             let token = &tokens[device];
@@ -332,11 +318,11 @@ async fn chaos(database: &TestDatabase) {
     }
 
     // Dead are exactly those with proof.
-    let inactive = all(&client, &format!("/v1/devices?topic={TOPIC}&status=inactive")).await;
+    let inactive = client.all(&format!("/v1/devices?topic={TOPIC}&status=inactive")).await;
     let inactive: HashSet<&str> =
         inactive.iter().map(|device| tokens[device["id"].as_str().unwrap()].as_str()).collect();
     assert_eq!(inactive, gone, "inactive are those whose token was answered 410");
-    let suspended = all(&client, &format!("/v1/devices?topic={TOPIC}&status=suspended")).await;
+    let suspended = client.all(&format!("/v1/devices?topic={TOPIC}&status=suspended")).await;
     assert!(suspended.is_empty(), "nothing in this plan suspends a device");
 
     let summary = sim.control.get("/ledger/summary").await.ok();

@@ -68,17 +68,7 @@ async fn kill_in_the_middle(
     base: (i64, i64),
 ) -> i64 {
     for _ in 0..1_000 {
-        service.process().signal("STOP");
-        // A commit that was under way on the database's side may still end.
-        let mut before = settled(database).await;
-        loop {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-            let now = settled(database).await;
-            if now == before {
-                break;
-            }
-            before = now;
-        }
+        let before = service.freeze(async || settled(database).await).await;
         let written = sim.total().await["requests"].as_i64().unwrap() - base.0;
         let unsettled = written - (before - base.1);
         if unsettled >= UNSETTLED {

@@ -13,11 +13,10 @@ use futures_util::{StreamExt, stream};
 use serde_json::{Value, json};
 
 use crate::{
-    broadcast::{broadcast, device_token, with_devices},
-    store::number,
+    broadcast::{accepted, broadcast, device_token, with_devices},
     support::{
         client::Client,
-        database::{Store, TestDatabase, on_both_stores},
+        database::{TestDatabase, on_both_stores},
         scratch::Folder,
         service::{Service, SimulatorProcess, run},
         world::{TOPIC, keys_folder, until},
@@ -96,19 +95,8 @@ async fn phones_come_and_go(client: Client, count: usize) {
 
 /// Kills the service while the ledger, in another process, shows pushes accepted that the database does not know of.
 async fn kill(service: &mut Service, sim: &SimulatorProcess, database: &TestDatabase, exposed: &mut i64) {
-    let kind = if database.store() == Store::Mysql { "SIGNED" } else { "INTEGER" };
-    let accepted = format!("SELECT CAST(COALESCE(SUM(accepted), 0) AS {kind}) FROM chunks");
     let unsettled = patiently("pushes are accepted and not settled", || async {
-        service.signal("STOP");
-        // A commit that was under way on the database's side may still end.
-        let mut settled = number(database, &accepted).await;
-        loop {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-            match number(database, &accepted).await {
-                now if now == settled => break,
-                now => settled = now,
-            }
-        }
+        let settled = service.freeze(async || accepted(database).await).await;
         let acceptances = sim.control.get("/ledger/summary").await.ok()["acceptances"].as_i64().unwrap();
         if acceptances - settled > *exposed {
             return Some(acceptances - settled);

@@ -75,6 +75,20 @@ impl Client {
         self.send(Method::GET, path, &[], String::new()).await.expect("an answer")
     }
 
+    /// Every item of a list, page by page.
+    pub(crate) async fn all(&self, path: &str) -> Vec<Value> {
+        let joint = if path.contains('?') { '&' } else { '?' };
+        let (mut items, mut cursor) = (Vec::new(), String::new());
+        loop {
+            let page = self.get(&format!("{path}{joint}limit=1000{cursor}")).await.ok();
+            items.extend(page["items"].as_array().unwrap().iter().cloned());
+            match page["next_cursor"].as_str() {
+                Some(next) => cursor = format!("&cursor={next}"),
+                None => return items,
+            }
+        }
+    }
+
     pub(crate) async fn delete(&self, path: &str) -> Answer {
         self.send(Method::DELETE, path, &[], String::new()).await.expect("an answer")
     }

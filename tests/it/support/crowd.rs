@@ -53,16 +53,7 @@ impl Crowd {
     pub(crate) async fn statuses(world: &World) -> [usize; 3] {
         let mut counts = [0; 3];
         for (status, count) in ["active", "inactive", "suspended"].into_iter().zip(&mut counts) {
-            let mut cursor = String::new();
-            loop {
-                let path = format!("/v1/devices?limit=1000&status={status}{cursor}");
-                let page = world.server.get(&path).await.ok();
-                *count += page["items"].as_array().unwrap().len();
-                match page["next_cursor"].as_str() {
-                    Some(next) => cursor = format!("&cursor={next}"),
-                    None => break,
-                }
-            }
+            *count = world.server.all(&format!("/v1/devices?status={status}")).await.len();
         }
         counts
     }

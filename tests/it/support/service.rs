@@ -4,6 +4,7 @@ use std::{
     net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    time::Duration,
 };
 
 use super::{client::Client, ports::free_port, scratch::Process, world::until};
@@ -106,6 +107,20 @@ impl Service {
     /// Sends it a signal by name.
     pub(crate) fn signal(&self, name: &str) {
         self.process.as_ref().expect("the service was started").signal(name);
+    }
+
+    /// Freezes it until it is told `CONT`, and returns what the database counts once that stands still: a commit that was
+    /// under way on the database's side may still end.
+    pub(crate) async fn freeze(&self, counted: impl AsyncFn() -> i64) -> i64 {
+        self.signal("STOP");
+        let mut before = counted().await;
+        loop {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            match counted().await {
+                now if now == before => return now,
+                now => before = now,
+            }
+        }
     }
 
     pub(crate) fn process(&mut self) -> &mut Process {
