@@ -28,6 +28,9 @@ pub(crate) const SMALL: usize = 100_000;
 /// Devices written by one statement.
 const ROWS: usize = 1_000;
 
+/// What a registration writes as `last_accepted_at` of a token that was never accepted.
+const NEVER: i64 = -(1 << 40);
+
 /// Single notifications a second: alone and beside a broadcast, and more of them alone.
 const RATE: usize = 100;
 const LARGER_RATE: usize = 500;
@@ -308,11 +311,11 @@ async fn with_devices(database: &Database, count: usize) {
             .map(|number| {
                 let (id, token) = (number + 1, device_token(*number));
                 let user = hex::encode(load::user(*number));
-                format!("(X'{id:032x}', '{TOPIC}', X'{token}', 'alert', X'{user}', 1, 'active', {now}, {now}, 0)")
+                format!("(X'{id:032x}', '{TOPIC}', X'{token}', 'alert', X'{user}', 1, 'active', 'unverified', {now}, {now}, {NEVER})")
             })
             .collect();
         format!(
-            "INSERT INTO devices (id, topic, token, push_type, user_id, generation, status, created_at, \
+            "INSERT INTO devices (id, topic, token, push_type, user_id, generation, status, environment, created_at, \
              last_registered_at, last_accepted_at) VALUES {}",
             rows.join(",")
         )

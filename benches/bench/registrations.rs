@@ -115,8 +115,8 @@ fn numbers(count: usize, round: usize) -> Range<usize> {
 }
 
 /// What a registration writes of a device, in both dialects.
-const INSERT: &str = "INSERT INTO devices (id, topic, token, push_type, user_id, generation, status, created_at, \
-    last_registered_at, last_accepted_at) VALUES (?, ?, ?, 'alert', ?, 1, 'active', ?, ?, 0)";
+const INSERT: &str = "INSERT INTO devices (id, topic, token, push_type, user_id, generation, environment, status, \
+    created_at, last_registered_at, last_accepted_at) VALUES (?, ?, ?, 'alert', ?, 1, 'unverified', 'active', ?, ?, -1099511627776)";
 
 const BOUND: &str = "plain values can be bound";
 

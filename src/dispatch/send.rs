@@ -30,8 +30,8 @@ use crate::{
     domain::{
         clock::Timestamp,
         delivery::{
-            Chunk, Circumstances, Conclusion, DeliveryStatus, DeviceEffect, Judgement, SMALL_CHUNK, State, Target,
-            conclude, postpone,
+            Chunk, ChunkKey, Circumstances, Conclusion, DeliveryStatus, DeviceEffect, Judgement, SMALL_CHUNK, State,
+            Target, conclude, postpone,
         },
         device::{Address, DeviceSeq, DeviceToken},
         notification::Notification,
@@ -358,24 +358,29 @@ impl Sender {
         }
     }
 
+    /// Makes the chunk as it is now durable.
     async fn settle(&self, work: &mut Work, disposition: Disposition, learned: Learned) -> Settlement {
         let chunk = std::mem::take(&mut work.lease.chunk);
-        let Learned { effects, unique_ids } = learned;
-        let progress =
-            Progress { key: work.lease.key, epoch: work.lease.epoch, chunk, disposition, effects, unique_ids };
-        let (progress, settlement) = self.settler.settle(progress).await;
+        let progress = progress(work, chunk, disposition, learned);
+        let (progress, settlement) = self.settled(work.lease.key, progress).await;
         if let Some(progress) = progress {
             work.lease.chunk = progress.chunk;
         }
+        settlement
+    }
+
+    /// Waits until progress is durable; it comes back.
+    async fn settled(&self, key: ChunkKey, progress: Progress) -> (Option<Progress>, Settlement) {
+        let (progress, settlement) = self.settler.settle(progress).await;
         if settlement == Settlement::Lost {
             tracing::warn!(
-                notification.id = %work.lease.key.notification,
-                chunk = work.lease.key.number,
+                notification.id = %key.notification,
+                chunk = key.number,
                 "another replica has taken over {}: what this one had not settled may be repeated",
-                work.lease.key.notification
+                key.notification
             );
         }
-        settlement
+        (progress, settlement)
     }
 
     /// Tries every due target once.
@@ -394,76 +399,89 @@ impl Sender {
         let mut rest = in_order(work, due).into_iter();
         let mut running = FuturesUnordered::new();
         let mut judged = FuturesUnordered::new();
+        let mut settling = FuturesUnordered::new();
         let mut ended = VecDeque::new();
-        let mut settled_at = self.guard.clock.monotonic();
-        let mut unsettled = 0;
+        let mut open = Open { unsettled: 0, settling: 0, settled_at: self.guard.clock.monotonic() };
         // A probe is one push; the others wait for what it says.
         let mut room = if work.probe.is_some() { 1 } else { slots::IN_FLIGHT };
         loop {
-            while running.len() + ended.len() + unsettled < room && !self.stopping.is_cancelled() {
+            while running.len() + ended.len() + open.all() < room && !self.stopping.is_cancelled() {
                 let Some(position) = rest.next() else { break };
                 if let Some(attempt) = attempt_at(work, addresses, position, read_at) {
                     running.push(self.attempt(Arc::clone(&notification), Arc::clone(head), attempt));
                 }
             }
             // Once what was answered is settled.
-            let more = rest.len() > 0 && unsettled > 0 && room > 0 && !self.stopping.is_cancelled();
+            let more = rest.len() > 0 && open.all() > 0 && room > 0 && !self.stopping.is_cancelled();
             if rest.len() == 0 && running.len() <= slots::STRAGGLERS {
                 drop(slot.take());
                 if let Some(weight) = &mut work.weight {
                     weight.shrink(STRAGGLING_WEIGHT);
                 }
             }
-            let next = match ended.pop_front().or_else(|| running.next().now_or_never().flatten()) {
-                Some(attempted) => Some(attempted),
-                None if running.is_empty() && judged.is_empty() && !more => break,
+            let next = if let Some(settlement) = settling.next().now_or_never().flatten() {
+                Next::Settled(settlement)
+            } else if let Some(attempted) = ended.pop_front().or_else(|| running.next().now_or_never().flatten()) {
+                Next::Ended(attempted)
+            } else if running.is_empty() && judged.is_empty() && !more {
+                break;
+            } else if running.is_empty() && open.is_to_be_settled() {
                 // What was answered does not wait for what is to be judged.
-                None if running.is_empty() && unsettled > 0 => None,
-                None => tokio::select! {
+                Next::Pause
+            } else {
+                tokio::select! {
                     biased;
-                    Some(attempted) = running.next(), if !running.is_empty() => Some(attempted),
-                    Some(attempted) = judged.next(), if !judged.is_empty() => Some(attempted),
-                    () = self.guard.clock.sleep(SETTLE_EVERY), if unsettled > 0 => None,
+                    Some(settlement) = settling.next(), if !settling.is_empty() => Next::Settled(settlement),
+                    Some(attempted) = running.next(), if !running.is_empty() => Next::Ended(attempted),
+                    Some(attempted) = judged.next(), if !judged.is_empty() => Next::Ended(attempted),
+                    () = self.guard.clock.sleep(SETTLE_EVERY), if open.is_to_be_settled() => Next::Pause,
                     else => break,
-                },
+                }
             };
-            let pause = next.is_none();
-            if let Some(mut attempted) = next {
-                round.spent |= attempted.went != Went::No;
-                if work.probe.is_some() {
-                    room = beside(&mut running, &mut ended, self.judge_probe(work, &attempted, &mut round)).await;
-                } else if let Some((environment, fault)) = &attempted.fault {
-                    let trip = self.guard.board.trip(&notification.topic, *environment, fault);
-                    beside(&mut running, &mut ended, trip).await;
-                    round.block(attempted.position, *environment);
+            let pause = matches!(next, Next::Pause);
+            match next {
+                Next::Ended(mut attempted) => {
+                    round.spent |= attempted.went != Went::No;
+                    if work.probe.is_some() {
+                        room = beside(&mut running, &mut ended, self.judge_probe(work, &attempted, &mut round)).await;
+                    } else if let Some((environment, fault)) = &attempted.fault {
+                        let trip = self.guard.board.trip(&notification.topic, *environment, fault);
+                        beside(&mut running, &mut ended, trip).await;
+                        round.block(attempted.position, *environment);
+                    }
+                    if let Some(hearing) = attempted.hearing.take() {
+                        judged.push(self.judged(Arc::clone(&notification), attempted, *hearing));
+                        continue;
+                    }
+                    round.take(&notification, attempted, &mut work.lease.chunk, addresses, &mut learned);
+                    open.unsettled += 1;
                 }
-                if let Some(hearing) = attempted.hearing.take() {
-                    judged.push(self.judged(Arc::clone(&notification), attempted, *hearing));
-                    continue;
-                }
-                round.take(&notification, attempted, &mut work.lease.chunk, addresses, &mut learned);
-                unsettled += 1;
-            } else if running.is_empty()
-                && let Some(weight) = &mut work.weight
-            {
-                weight.shrink(judged.len().max(LEAST_WEIGHT));
-            }
-            let now = self.guard.clock.monotonic();
-            let goes_on = !running.is_empty() || !judged.is_empty() || more;
-            if unsettled > 0
-                && goes_on
-                && (pause || unsettled >= slots::IN_FLIGHT / 2 || now.saturating_sub(settled_at) >= SETTLE_EVERY)
-            {
-                settled_at = now;
-                unsettled = 0;
-                let settle = self.settle(work, Disposition::Keep, std::mem::take(&mut learned));
-                if beside(&mut running, &mut ended, settle).await != Settlement::Done {
+                Next::Settled(Settlement::Done) => open.settling = 0,
+                Next::Settled(_) => {
                     // What is in flight is still read to its end: a written push is never dropped.
                     while running.next().await.is_some() {}
                     round.over = true;
                     return round;
                 }
+                Next::Pause => {
+                    if let Some(weight) = work.weight.as_mut().filter(|_| running.is_empty()) {
+                        weight.shrink(judged.len().max(LEAST_WEIGHT));
+                    }
+                }
             }
+            let goes_on = !running.is_empty() || !judged.is_empty() || more;
+            let now = self.guard.clock.monotonic();
+            if goes_on && open.is_to_be_settled() && (pause || open.is_due(now)) {
+                open = Open { unsettled: 0, settling: open.unsettled, settled_at: now };
+                // A copy: the chunk goes on meanwhile.
+                let chunk = work.lease.chunk.clone();
+                let progress = progress(work, chunk, Disposition::Keep, std::mem::take(&mut learned));
+                settling.push(self.settled(work.lease.key, progress).map(|(_, settlement)| settlement));
+            }
+        }
+        // In the order of what happened.
+        while let Some(settlement) = settling.next().await {
+            round.over |= settlement != Settlement::Done;
         }
         drop(running);
         for state in work.lease.chunk.states.iter_mut().filter(|s| s.is_open()) {
@@ -760,6 +778,46 @@ impl Facts {
         let address = self.device.address.as_ref()?;
         address.was_accepted_in(self.environment).then_some(address.seq)
     }
+}
+
+/// What a round goes on with.
+enum Next {
+    /// An attempt came to its end.
+    Ended(Attempted),
+    /// Progress was made durable, or not.
+    Settled(Settlement),
+    /// Nothing happens for a moment.
+    Pause,
+}
+
+/// What was answered and is not known to be durable.
+struct Open {
+    unsettled: usize,
+    /// In the settle that is under way: there is one at a time.
+    settling: usize,
+    /// When that began, or the one before.
+    settled_at: Duration,
+}
+
+impl Open {
+    const fn all(&self) -> usize {
+        self.unsettled + self.settling
+    }
+
+    /// Whether a settle may begin.
+    const fn is_to_be_settled(&self) -> bool {
+        self.unsettled > 0 && self.settling == 0
+    }
+
+    /// Whether it should, though answers still come in.
+    fn is_due(&self, now: Duration) -> bool {
+        self.unsettled >= slots::IN_FLIGHT / 2 || now.saturating_sub(self.settled_at) >= SETTLE_EVERY
+    }
+}
+
+fn progress(work: &Work, chunk: Chunk, disposition: Disposition, learned: Learned) -> Progress {
+    let Learned { effects, unique_ids } = learned;
+    Progress { key: work.lease.key, epoch: work.lease.epoch, chunk, disposition, effects, unique_ids }
 }
 
 /// How a round went.

@@ -626,6 +626,18 @@ pub fn encode_states(states: &[State], mut code: impl FnMut(&Cause) -> u32) -> V
     out
 }
 
+/// The form of so many states of which none was tried. It is as long as that of as many that were accepted at one moment:
+/// a row that becomes longer when it is settled is in its neighbours' way.
+#[must_use]
+pub fn encode_untried(targets: usize) -> Vec<u8> {
+    let mut out = vec![VERSION];
+    out.extend_from_slice(&0_i64.to_be_bytes());
+    put_varint(&mut out, targets as u128);
+    // The facts say nothing, and take the place of a time.
+    out.extend_from_slice(&[DeliveryStatus::Pending.code() | HAS_FACTS, 0]);
+    out
+}
+
 fn put_state(out: &mut Vec<u8>, state: &State, base: i64, code: &mut impl FnMut(&Cause) -> u32) {
     let mut facts = 0_u8;
     for (bit, set) in [
@@ -1040,6 +1052,17 @@ mod tests {
         assert!(bytes.len() < 80, "500 equal outcomes are one run: {} bytes", bytes.len());
         let read = decode_states(&bytes, samples().len(), |code| causes.get(code as usize).cloned()).unwrap();
         assert_eq!(read, samples());
+    }
+
+    #[test]
+    fn what_was_not_tried_takes_as_much_room_as_what_was_accepted_at_one_moment() {
+        for targets in [1, 100, 1_000] {
+            let untried = encode_untried(targets);
+            let pending = vec![State::PENDING; targets];
+            assert_eq!(decode_states(&untried, targets, |_| None).unwrap(), pending);
+            let accepted = State { status: DeliveryStatus::Accepted, attempts: 1, at: Some(NOW), ..State::PENDING };
+            assert_eq!(untried.len(), encoded(&vec![accepted; targets]).len());
+        }
     }
 
     #[test]

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     BoxError, StoreError,
     ranges::{self, Chosen},
+    rows::{accepted_at, learned},
     sql::Failure,
     statement::{Conn, Row, Statement, Value, corrupt, id_value},
 };
@@ -400,8 +401,8 @@ async fn find_by_seq(conn: &mut Conn<'_>, devices: &[DeviceSeq]) -> Result<HashM
     let mut found = HashMap::with_capacity(devices.len());
     for piece in devices.chunks(LIST) {
         let mut statement = Statement::new("-- queue.resolve_numbers\nSELECT ");
-        statement.push(COLUMNS).push(", topic, push_type FROM devices WHERE seq IN ");
-        statement.list(piece.iter().map(|seq| seq.0));
+        statement.push(COLUMNS).push(", topic, push_type FROM devices WHERE ");
+        numbered(&mut statement, piece);
         for row in &conn.fetch(statement).await? {
             let one = found_from(row)?;
             found.insert(one.address.seq, one);
@@ -412,15 +413,33 @@ async fn find_by_seq(conn: &mut Conn<'_>, devices: &[DeviceSeq]) -> Result<HashM
 
 /// Addresses by number: the ownership read. Those that are forgotten are missing.
 pub(super) async fn read_addresses(conn: &mut Conn<'_>, devices: &[DeviceSeq]) -> Result<Vec<Address>, Failure> {
+    let mut devices = devices.to_vec();
+    devices.sort_unstable();
+    devices.dedup();
     let mut addresses = Vec::with_capacity(devices.len());
     for piece in devices.chunks(LIST) {
         let mut statement = Statement::new("-- queue.addresses\nSELECT ");
-        statement.push(COLUMNS).push(" FROM devices WHERE seq IN ").list(piece.iter().map(|seq| seq.0));
+        statement.push(COLUMNS).push(" FROM devices WHERE ");
+        numbered(&mut statement, piece);
         for row in &conn.fetch(statement).await? {
-            addresses.push(address_from(row)?);
+            if piece.binary_search(&DeviceSeq(row.int(0)?)).is_ok() {
+                addresses.push(address_from(row)?);
+            }
         }
     }
     Ok(addresses)
+}
+
+/// Finds at least these numbers, which are in order. Where they are close together it reads all from the first to the
+/// last: that walks through the table once, and a list looks each up.
+fn numbered(statement: &mut Statement, devices: &[DeviceSeq]) {
+    if let (Some(first), Some(last)) = (devices.first(), devices.last())
+        && last.0 - first.0 < 2 * i64::try_from(devices.len()).unwrap_or(0)
+    {
+        statement.push("seq BETWEEN ").bind(first.0).push(" AND ").bind(last.0);
+        return;
+    }
+    statement.push("seq IN ").list(devices.iter().map(|seq| seq.0));
 }
 
 fn found_from(row: &Row) -> Result<Found, StoreError> {
@@ -430,31 +449,33 @@ fn found_from(row: &Row) -> Result<Found, StoreError> {
 fn address_from(row: &Row) -> Result<Address, StoreError> {
     let seq = row.int(0)?;
     let bad = |column| move |error: BoxError| corrupt("devices", column, seq, error);
-    let last_accepted_at = row.int(7)?;
+    let environment = row.bytes_or_null(5)?.map(std::str::from_utf8).transpose();
+    let environment = environment.map_err(|error| bad("environment")(error.into()))?;
     Ok(Address {
         seq: DeviceSeq(seq),
-        id: DeviceId::from_uuid(uuid::Uuid::from_slice(&row.bytes(1)?).map_err(|error| bad("id")(error.into()))?),
-        token: DeviceToken::from_bytes(&row.bytes(2)?).map_err(|error| bad("token")(error.into()))?,
+        id: DeviceId::from_uuid(uuid::Uuid::from_slice(row.bytes(1)?).map_err(|error| bad("id")(error.into()))?),
+        token: DeviceToken::from_bytes(row.bytes(2)?).map_err(|error| bad("token")(error.into()))?,
         user_id: parsed_or_null(row.bytes_or_null(3)?).map_err(bad("user_id"))?,
         generation: Generation(row.int(4)?),
-        environment: parsed_or_null::<Environment>(row.bytes_or_null(5)?).map_err(bad("environment"))?,
+        environment: parsed_or_null::<Environment>(learned(environment).map(str::as_bytes))
+            .map_err(bad("environment"))?,
         status: parsed(row.bytes(6)?).map_err(bad("status"))?,
-        last_accepted_at: (last_accepted_at != 0).then(|| Timestamp::from_millis(last_accepted_at)),
+        last_accepted_at: accepted_at(row.int(7)?),
     })
 }
 
 /// A value from the text that was kept of it.
-pub(super) fn parsed<T>(bytes: Vec<u8>) -> Result<T, BoxError>
+pub(super) fn parsed<T>(bytes: &[u8]) -> Result<T, BoxError>
 where
     T: FromStr,
     T::Err: std::fmt::Debug,
 {
-    let text = String::from_utf8(bytes)?;
+    let text = std::str::from_utf8(bytes)?;
     text.parse().map_err(|error| format!("{error:?}").into())
 }
 
 /// A value from the text that was kept of it, or `NULL`.
-pub(super) fn parsed_or_null<T>(bytes: Option<Vec<u8>>) -> Result<Option<T>, BoxError>
+pub(super) fn parsed_or_null<T>(bytes: Option<&[u8]>) -> Result<Option<T>, BoxError>
 where
     T: FromStr,
     T::Err: std::fmt::Debug,

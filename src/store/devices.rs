@@ -10,8 +10,8 @@ use async_trait::async_trait;
 use sqlx::QueryBuilder;
 
 use super::{
-    DeviceFilter, Devices, Page, PageRequest, StoreError, cursor,
-    rows::{AddressRow, DeviceRow, TagRow, with_tags},
+    DeviceFilter, Devices, Page, PageRequest, StoreError, audience, cursor,
+    rows::{DeviceRow, NEVER, TagRow, UNVERIFIED, with_tags},
     sql::{Failure, LIST, Repeat, committed, on_both, push_list, read},
 };
 use crate::domain::{
@@ -267,22 +267,11 @@ on_both! {
         }
 
         async fn addresses(&self, devices: &[DeviceSeq]) -> Result<Vec<Address>, StoreError> {
-            let mut addresses = Vec::with_capacity(devices.len());
-            for part in devices.chunks(LIST) {
-                let rows: Vec<AddressRow> = read(|| async {
-                    let mut select = QueryBuilder::<Db>::new(
-                        "-- devices.addresses\nSELECT seq, id, token, user_id, generation, environment, status, last_accepted_at \
-                         FROM devices WHERE seq IN ",
-                    );
-                    push_list(&mut select, part.iter().map(|seq| seq.0));
-                    Ok(select.build_query_as().fetch_all(self.reader()).await?)
-                })
-                .await?;
-                for row in rows {
-                    addresses.push(row.try_into()?);
-                }
-            }
-            Ok(addresses)
+            read(|| async {
+                let mut conn = self.reader().acquire().await?;
+                audience::read_addresses(&mut (&mut *conn).into(), devices).await
+            })
+            .await
         }
     }
 
@@ -415,7 +404,7 @@ on_both! {
             .bind(blob(is.user_id.as_ref()))
             .bind(is.generation.0 - was.generation.0)
             .bind(blob(is.installation_id.as_ref()))
-            .bind(is.environment.map(Environment::as_str))
+            .bind(is.environment.map_or(UNVERIFIED, Environment::as_str))
             .bind(is.environment_named.map(Environment::as_str))
             .bind(blob(is.locale.as_ref()))
             .bind(blob(is.time_zone.as_ref()))
@@ -425,7 +414,7 @@ on_both! {
             .bind(is.status.as_str())
             .bind(is.status_reason.clone())
             .bind(is.last_registered_at.as_millis())
-            .bind(is.last_accepted_at.map_or(0, Timestamp::as_millis))
+            .bind(is.last_accepted_at.map_or(NEVER, Timestamp::as_millis))
             .bind(seq)
             .execute(&mut **tx)
             .await?;
@@ -448,7 +437,7 @@ on_both! {
                     .push_bind(blob(device.user_id.as_ref()))
                     .push_bind(device.generation.0)
                     .push_bind(blob(device.installation_id.as_ref()))
-                    .push_bind(device.environment.map(Environment::as_str))
+                    .push_bind(device.environment.map_or(UNVERIFIED, Environment::as_str))
                     .push_bind(device.environment_named.map(Environment::as_str))
                     .push_bind(blob(device.locale.as_ref()))
                     .push_bind(blob(device.time_zone.as_ref()))
@@ -459,7 +448,7 @@ on_both! {
                     .push_bind(device.status_reason.clone())
                     .push_bind(device.created_at.as_millis())
                     .push_bind(device.last_registered_at.as_millis())
-                    .push_bind(device.last_accepted_at.map_or(0, Timestamp::as_millis));
+                    .push_bind(device.last_accepted_at.map_or(NEVER, Timestamp::as_millis));
             });
             insert.build().execute(&mut **tx).await?;
             let mut select = QueryBuilder::<Db>::new("-- devices.register.numbers\nSELECT id, seq FROM devices WHERE id IN ");

@@ -131,7 +131,10 @@ const OPEN: &str = " AND n.id IN (SELECT c.notification_id FROM chunks c WHERE c
 const ALL_ENDED: &str = " AND n.audience_complete = 1 AND NOT EXISTS \
     (SELECT 1 FROM chunks c WHERE c.notification_id = n.id AND c.holder IS NOT NULL)";
 const DUE: &str = " AND (n.cancelled_at IS NOT NULL OR n.due_at <= ";
-const TRIED: &str = "EXISTS (SELECT 1 FROM chunks c WHERE c.notification_id = n.id AND c.states IS NOT NULL)";
+const ONE_TRIED: &str = " AND EXISTS (SELECT 1 FROM chunks c WHERE c.notification_id = n.id AND ";
+const NONE_TRIED: &str = " AND NOT EXISTS (SELECT 1 FROM chunks c WHERE c.notification_id = n.id AND ";
+/// Of a chunk. Behind the version of its states stands the first of their times: without one nothing was tried.
+const TRIED: &str = "SUBSTR(states, 2, 8) <> X'0000000000000000'";
 
 fn filtered(statement: &mut Statement, filter: &NotificationFilter, now: Timestamp) {
     if let Some(topic) = &filter.topic {
@@ -165,10 +168,10 @@ fn filtered(statement: &mut Statement, filter: &NotificationFilter, now: Timesta
             statement.push(OPEN).push(" AND n.cancelled_at IS NULL AND n.due_at > ").bind(now);
         }
         Some(NotificationStatus::Queued) => {
-            statement.push(OPEN).push(DUE).bind(now).push(") AND NOT ").push(TRIED);
+            statement.push(OPEN).push(DUE).bind(now).push(")").push(NONE_TRIED).push(TRIED).push(")");
         }
         Some(NotificationStatus::Sending) => {
-            statement.push(OPEN).push(DUE).bind(now).push(") AND ").push(TRIED);
+            statement.push(OPEN).push(DUE).bind(now).push(")").push(ONE_TRIED).push(TRIED).push(")");
         }
     }
 }
@@ -190,7 +193,7 @@ const fn some_are(status: DeliveryStatus) -> &'static str {
 }
 
 fn asked_from(row: &Row) -> Result<Asked, StoreError> {
-    let id = queue::notification_id(&row.bytes(0)?)?;
+    let id = queue::notification_id(row.bytes(0)?)?;
     let bad = |column| move |error: BoxError| corrupt("notifications", column, id, error);
     let unmatched = row.int(4)?;
     Ok(Asked {
@@ -213,8 +216,8 @@ fn asked_from(row: &Row) -> Result<Asked, StoreError> {
 }
 
 /// Warnings from the JSON that is kept of them.
-pub(super) fn warnings(bytes: Option<Vec<u8>>) -> Result<Vec<Warning>, BoxError> {
-    Ok(bytes.map(|bytes| serde_json::from_slice(&bytes)).transpose()?.unwrap_or_default())
+pub(super) fn warnings(bytes: Option<&[u8]>) -> Result<Vec<Warning>, BoxError> {
+    Ok(bytes.map(|bytes| serde_json::from_slice(bytes)).transpose()?.unwrap_or_default())
 }
 
 /// Sums up the chunks of all of them in one read.
@@ -225,8 +228,10 @@ async fn views(conn: &mut Conn<'_>, asked: Vec<Asked>, now: Timestamp) -> Result
             "-- notifications.sums\nSELECT notification_id, CAST(SUM(targeted) AS SIGNED), \
              CAST(SUM(accepted) AS SIGNED), CAST(SUM(failed) AS SIGNED), CAST(SUM(unregistered) AS SIGNED), \
              CAST(SUM(expired) AS SIGNED), CAST(SUM(cancelled) AS SIGNED), CAST(SUM(suppressed) AS SIGNED), \
-             CAST(SUM(unanswered) AS SIGNED), CAST(SUM(holder IS NOT NULL) AS SIGNED), \
-             CAST(SUM(states IS NOT NULL) AS SIGNED), MAX(ended_at), \
+             CAST(SUM(unanswered) AS SIGNED), CAST(SUM(holder IS NOT NULL) AS SIGNED), CAST(COALESCE(SUM(",
+        );
+        statement.push(TRIED).push(
+            "), 0) AS SIGNED), MAX(ended_at), \
              CAST(SUM(CASE WHEN holder = -1 THEN 1 ELSE 0 END) AS SIGNED), \
              MIN(CASE WHEN holder = -1 THEN waiting_since END), MIN(holder), \
              MIN(CASE WHEN holder < -1000 THEN waiting_since END), CAST(SUM(CASE WHEN holder = 0 AND due_at > ",
@@ -235,7 +240,7 @@ async fn views(conn: &mut Conn<'_>, asked: Vec<Asked>, now: Timestamp) -> Result
         statement.push("MIN(CASE WHEN holder = 0 THEN waiting_since END) FROM chunks WHERE notification_id IN ");
         statement.list(piece.iter().map(|one| id_value(one.view.id.as_uuid()))).push(" GROUP BY notification_id");
         for row in &conn.fetch(statement).await? {
-            let id = queue::notification_id(&row.bytes(0)?)?;
+            let id = queue::notification_id(row.bytes(0)?)?;
             sums.insert(id, sum_from(row, id)?);
         }
     }
@@ -341,7 +346,8 @@ async fn faults(conn: &mut Conn<'_>, breakers: &BTreeSet<i64>) -> Result<BTreeMa
     let rows = conn.fetch(statement).await?;
     let fault = |row: &Row| {
         let id = row.int(0)?;
-        let reason = String::from_utf8(row.bytes(1)?).map_err(|error| corrupt("breakers", "reason", id, error))?;
+        let reason =
+            String::from_utf8(row.bytes(1)?.to_vec()).map_err(|error| corrupt("breakers", "reason", id, error))?;
         Ok((id, reason))
     };
     Ok(rows.iter().map(fault).collect::<Result<_, StoreError>>()?)
@@ -467,7 +473,7 @@ async fn names(conn: &mut Conn<'_>, seqs: &[DeviceSeq]) -> Result<HashMap<Device
         statement.list(piece.iter().map(|seq| seq.0));
         for row in &conn.fetch(statement).await? {
             let seq = row.int(0)?;
-            let token = DeviceToken::from_bytes(&row.bytes(2)?).map_err(|e| corrupt("devices", "token", seq, e))?;
+            let token = DeviceToken::from_bytes(row.bytes(2)?).map_err(|e| corrupt("devices", "token", seq, e))?;
             let id = device_id(row, "devices", seq)?;
             names.insert(DeviceSeq(seq), (id, token.hint().to_owned()));
         }
@@ -480,7 +486,7 @@ async fn names(conn: &mut Conn<'_>, seqs: &[DeviceSeq]) -> Result<HashMap<Device
         statement.list(piece.iter().map(|seq| seq.0));
         for row in &conn.fetch(statement).await? {
             let seq = row.int(0)?;
-            let hint = String::from_utf8(row.bytes(2)?)
+            let hint = String::from_utf8(row.bytes(2)?.to_vec())
                 .map_err(|error| corrupt("device_tombstones", "token_hint", seq, error))?;
             names.insert(DeviceSeq(seq), (device_id(row, "device_tombstones", seq)?, hint));
         }
@@ -489,7 +495,7 @@ async fn names(conn: &mut Conn<'_>, seqs: &[DeviceSeq]) -> Result<HashMap<Device
 }
 
 fn device_id(row: &Row, table: &'static str, seq: i64) -> Result<DeviceId, StoreError> {
-    uuid::Uuid::from_slice(&row.bytes(1)?).map(DeviceId::from_uuid).map_err(|error| corrupt(table, "id", seq, error))
+    uuid::Uuid::from_slice(row.bytes(1)?).map(DeviceId::from_uuid).map_err(|error| corrupt(table, "id", seq, error))
 }
 
 async fn unique_ids(conn: &mut Conn<'_>, key: ChunkKey) -> Result<HashMap<usize, String>, Failure> {
@@ -506,7 +512,7 @@ async fn unique_ids(conn: &mut Conn<'_>, key: ChunkKey) -> Result<HashMap<usize,
     for row in &conn.fetch(statement).await? {
         let bad = |error: BoxError| corrupt("delivery_notes", "apns_unique_id", key.notification, error);
         let position = usize::try_from(row.int(0)?).map_err(|error| bad(error.into()))?;
-        found.insert(position, String::from_utf8(row.bytes(1)?).map_err(|error| bad(error.into()))?);
+        found.insert(position, String::from_utf8(row.bytes(1)?.to_vec()).map_err(|error| bad(error.into()))?);
     }
     Ok(found)
 }

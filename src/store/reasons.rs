@@ -104,7 +104,8 @@ fn read(rows: &[Row]) -> Result<Vec<(u32, Cause)>, Failure> {
             let code = u32::try_from(number).map_err(|e| corrupt("reasons", "code", number, e))?;
             let status = row.int(1)?;
             let status = u16::try_from(status).map_err(|e| corrupt("reasons", "apns_status", number, e))?;
-            let reason = String::from_utf8(row.bytes(2)?).map_err(|e| corrupt("reasons", "reason", number, e))?;
+            let reason =
+                String::from_utf8(row.bytes(2)?.to_vec()).map_err(|e| corrupt("reasons", "reason", number, e))?;
             Ok((code, Cause { apns_status: (status != 0).then_some(status), reason: reason.into() }))
         })
         .collect::<Result<_, StoreError>>()

@@ -297,10 +297,10 @@ async fn candidates(
     statement.bind(from.0.first().cloned().unwrap_or_else(|| Value::Bytes(Vec::new())));
     statement.push(" AND id < ").bind(first_id_after(until)).push(" ORDER BY id LIMIT ").bind(page as u64);
     let rows = conn.fetch(statement).await?;
-    let next = next_page(page, &rows, |row| Ok(vec![Value::Bytes(row.bytes(0)?)]))?;
+    let next = next_page(page, &rows, |row| Ok(vec![row.bytes(0)?.into()]))?;
     let candidates = rows.iter().map(|row| {
         Ok(Candidate {
-            id: notification_id(&row.bytes(0)?)?,
+            id: notification_id(row.bytes(0)?)?,
             created_at: row.int(1)?,
             complete: row.int(2)? != 0,
             wanted: row.int(3)? != 0,
@@ -323,7 +323,7 @@ async fn over(
         );
         statement.list(piece.iter().map(|one| id_value(one.id.as_uuid()))).push(" GROUP BY notification_id");
         for row in &conn.fetch(statement).await? {
-            chunks.insert(notification_id(&row.bytes(0)?)?, (row.int(1)?, row.int(2)?, row.int_or_null(3)?));
+            chunks.insert(notification_id(row.bytes(0)?)?, (row.int(1)?, row.int(2)?, row.int_or_null(3)?));
         }
     }
     let over = candidates.iter().filter_map(|one| {
@@ -359,7 +359,7 @@ async fn notifications(conn: &mut Conn<'_>, from: &Place, until: Timestamp) -> R
         statement.push(table).push(" WHERE notification_id IN ").list(ids.iter().cloned());
         statement.push(" GROUP BY notification_id");
         for row in &conn.fetch(statement).await? {
-            if let Some(count) = rows.get_mut(&notification_id(&row.bytes(0)?)?) {
+            if let Some(count) = rows.get_mut(&notification_id(row.bytes(0)?)?) {
                 *count = count.saturating_add(u64::try_from(row.int(1)?).unwrap_or(0));
             }
         }
@@ -392,7 +392,7 @@ async fn remains(conn: &mut Conn<'_>) -> Result<Plan, Failure> {
             "-- retention.remains\nSELECT notification_id FROM notification_remains ORDER BY notification_id LIMIT 1",
         ))
         .await?;
-    let Some(id) = rows.first().map(|row| row.bytes(0)).transpose()?.map(Value::Bytes) else {
+    let Some(id) = rows.first().map(|row| row.bytes(0)).transpose()?.map(Value::from) else {
         return Ok(Plan { doomed: Doomed::Notifications(Vec::new()), next: None });
     };
     for (place, (table, _)) in (0..).zip(PARTS) {
@@ -425,11 +425,11 @@ async fn idempotency_keys(conn: &mut Conn<'_>, from: &Place, until: Timestamp) -
     statement.push(" OR request_key > ").bind(key).push(") AND created_at <= ").bind(until);
     statement.push(" ORDER BY created_at, request_key LIMIT ").bind(PAGE as u64);
     let rows = conn.fetch(statement).await?;
-    let next = next_page(PAGE, &rows, |row| Ok(vec![Value::Int(row.int(0)?), Value::Bytes(row.bytes(1)?)]))?;
+    let next = next_page(PAGE, &rows, |row| Ok(vec![Value::Int(row.int(0)?), row.bytes(1)?.into()]))?;
 
     let mut wanted = Vec::with_capacity(rows.len());
     for row in &rows {
-        wanted.push((row.bytes(1)?, notification_id(&row.bytes(2)?)?));
+        wanted.push((row.bytes(1)?, notification_id(row.bytes(2)?)?));
     }
     let ids: HashSet<NotificationId> = wanted.iter().map(|(_, id)| *id).collect();
     let mut there = Vec::with_capacity(ids.len());
@@ -439,13 +439,13 @@ async fn idempotency_keys(conn: &mut Conn<'_>, from: &Place, until: Timestamp) -
         );
         statement.list(ids.iter().map(|id| id_value(id.as_uuid())));
         for row in &conn.fetch(statement).await? {
-            let id = notification_id(&row.bytes(0)?)?;
+            let id = notification_id(row.bytes(0)?)?;
             there.push(Candidate { id, created_at: row.int(1)?, complete: row.int(2)? != 0, wanted: true });
         }
     }
     let over = over(conn, &there, until).await?;
     let still: HashSet<NotificationId> = there.iter().map(|one| one.id).filter(|id| !over.contains_key(id)).collect();
-    let keys = wanted.into_iter().filter(|(_, id)| !still.contains(id)).map(|(key, _)| Value::Bytes(key));
+    let keys = wanted.into_iter().filter(|(_, id)| !still.contains(id)).map(|(key, _)| Value::from(key));
     Ok(Plan { doomed: Doomed::IdempotencyKeys(keys.collect()), next })
 }
 
@@ -525,7 +525,9 @@ async fn api_keys(conn: &mut Conn<'_>, until: Timestamp) -> Result<Plan, Failure
     let ids: Vec<Value> = rows
         .iter()
         .map(|row| {
-            String::from_utf8(row.bytes(0)?).map(Value::Text).map_err(|error| corrupt("api_keys", "id", "", error))
+            String::from_utf8(row.bytes(0)?.to_vec())
+                .map(Value::Text)
+                .map_err(|error| corrupt("api_keys", "id", "", error))
         })
         .collect::<Result<_, _>>()?;
     let next = (ids.len() >= PAGE).then(Place::default);
@@ -627,9 +629,9 @@ async fn forget(conn: &mut Conn<'_>, seqs: &[i64], now: Timestamp) -> Result<Vec
     let mut tombstones = Vec::new();
     for row in &conn.fetch(statement).await? {
         let seq = row.int(0)?;
-        let token = DeviceToken::from_bytes(&row.bytes(2)?).map_err(|e| corrupt("devices", "token", seq, e))?;
+        let token = DeviceToken::from_bytes(row.bytes(2)?).map_err(|e| corrupt("devices", "token", seq, e))?;
         gone.push(Value::Int(seq));
-        tombstones.push(vec![Value::Int(seq), Value::Bytes(row.bytes(1)?), token.hint().into(), now.into()]);
+        tombstones.push(vec![Value::Int(seq), row.bytes(1)?.into(), token.hint().into(), now.into()]);
     }
     let mut deleted = Vec::new();
     if !gone.is_empty() {
@@ -683,7 +685,7 @@ async fn sizes(conn: &mut Conn<'_>) -> Result<Sizes, Failure> {
         statement.push(" GROUP BY m.tbl_name");
     }
     for row in &conn.fetch(statement).await? {
-        let table = String::from_utf8(row.bytes(0)?).map_err(|error| StoreError::Statement(error.into()))?;
+        let table = String::from_utf8(row.bytes(0)?.to_vec()).map_err(|error| StoreError::Statement(error.into()))?;
         let size = TableSize { table, bytes: many(row, 1)?, rows: many(row, 2)? };
         if conn.kind() == Kind::Mysql {
             sizes.bytes += size.bytes;

@@ -10,7 +10,7 @@ use super::{BoxError, Breaker, BreakerId, Replica, ReplicaId, StoreError};
 use crate::domain::{
     api_key::ApiKey,
     clock::Timestamp,
-    device::{Address, Device, DeviceId, DeviceSeq, DeviceToken, Generation, Tag},
+    device::{Device, DeviceId, DeviceToken, Generation, Tag},
     outcome::Fault,
     secret::Secret,
     topic::Topic,
@@ -243,7 +243,7 @@ impl DeviceRow {
             user_id: read.maybe_bytes("user_id", self.user_id.as_deref())?,
             generation: Generation(self.generation),
             installation_id: read.maybe_bytes("installation_id", self.installation_id.as_deref())?,
-            environment: read.maybe_text("environment", self.environment.as_deref())?,
+            environment: read.maybe_text("environment", learned(self.environment.as_deref()))?,
             environment_named: read.maybe_text("environment_named", self.environment_named.as_deref())?,
             tags: Vec::new(),
             locale: read.maybe_bytes("locale", self.locale.as_deref())?,
@@ -255,14 +255,28 @@ impl DeviceRow {
             status_reason: self.status_reason,
             created_at: at(self.created_at),
             last_registered_at: at(self.last_registered_at),
-            last_accepted_at: at_unless_zero(self.last_accepted_at),
+            last_accepted_at: accepted_at(self.last_accepted_at),
         };
         Ok((self.seq, device))
     }
 }
 
-fn at_unless_zero(millis: i64) -> Option<Timestamp> {
-    (millis != 0).then(|| at(millis))
+/// The `environment` of a device of which none is known yet: as long as the longest of them, so that learning one does
+/// not make the row longer. A row that is in its page's way moves, and the page is split: that cost most of a first
+/// broadcast. `NULL` means the same.
+pub(super) const UNVERIFIED: &str = "unverified";
+
+/// The `last_accepted_at` of a token that was never accepted: it takes as many bytes as a time. Nothing above 0 is one.
+pub(super) const NEVER: i64 = -(1 << 40);
+
+/// An `environment` as a row has it, if one is known.
+pub(super) fn learned(environment: Option<&str>) -> Option<&str> {
+    environment.filter(|known| *known != UNVERIFIED)
+}
+
+/// A `last_accepted_at` as a row has it, if there was one.
+pub(super) fn accepted_at(millis: i64) -> Option<Timestamp> {
+    (millis > 0).then(|| at(millis))
 }
 
 /// A row of `device_tags`.
@@ -293,35 +307,4 @@ pub(super) fn with_tags(rows: Vec<DeviceRow>, tags: Vec<TagRow>) -> Result<Vec<(
             Ok((seq, device))
         })
         .collect()
-}
-
-/// What the ownership read takes of `devices`.
-#[derive(FromRow)]
-pub(super) struct AddressRow {
-    seq: i64,
-    id: Vec<u8>,
-    token: Vec<u8>,
-    user_id: Option<Vec<u8>>,
-    generation: i64,
-    environment: Option<String>,
-    status: String,
-    last_accepted_at: i64,
-}
-
-impl TryFrom<AddressRow> for Address {
-    type Error = StoreError;
-
-    fn try_from(row: AddressRow) -> Result<Self, StoreError> {
-        let read = Reader { table: "devices", row: &row.seq };
-        Ok(Self {
-            seq: DeviceSeq(row.seq),
-            id: DeviceId::from_uuid(read.uuid("id", &row.id)?),
-            token: DeviceToken::from_bytes(&row.token).map_err(|error| read.corrupt("token", error))?,
-            user_id: read.maybe_bytes("user_id", row.user_id.as_deref())?,
-            generation: Generation(row.generation),
-            environment: read.maybe_text("environment", row.environment.as_deref())?,
-            status: read.text("status", &row.status)?,
-            last_accepted_at: at_unless_zero(row.last_accepted_at),
-        })
-    }
 }

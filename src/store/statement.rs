@@ -241,7 +241,7 @@ impl Row {
     }
 
     /// Bytes or characters as bytes, or `NULL`.
-    pub(super) fn bytes_or_null(&self, column: usize) -> Result<Option<Vec<u8>>, StoreError> {
+    pub(super) fn bytes_or_null(&self, column: usize) -> Result<Option<&[u8]>, StoreError> {
         match self {
             Self::Sqlite(row) => row.try_get_unchecked(column),
             Self::Mysql(row) => row.try_get_unchecked(column),
@@ -250,7 +250,7 @@ impl Row {
     }
 
     /// Bytes or characters as bytes.
-    pub(super) fn bytes(&self, column: usize) -> Result<Vec<u8>, StoreError> {
+    pub(super) fn bytes(&self, column: usize) -> Result<&[u8], StoreError> {
         self.bytes_or_null(column)?.ok_or_else(missing)
     }
 }

@@ -204,8 +204,12 @@ async fn requests(conn: &mut Conn<'_>, keys: &[Value]) -> Result<HashMap<Vec<u8>
         );
         statement.list(piece.iter().cloned());
         for row in &conn.fetch(statement).await? {
-            let request = Request { body: row.bytes(1)?, notification: row.bytes(2)?, answer: row.bytes(3)? };
-            there.insert(row.bytes(0)?, request);
+            let request = Request {
+                body: row.bytes(1)?.to_vec(),
+                notification: row.bytes(2)?.to_vec(),
+                answer: row.bytes(3)?.to_vec(),
+            };
+            there.insert(row.bytes(0)?.to_vec(), request);
         }
     }
     Ok(there)

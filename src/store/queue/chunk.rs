@@ -10,6 +10,7 @@ use crate::domain::{
     clock::Timestamp,
     delivery::{
         CHUNK_TARGETS, Chunk, ChunkKey, NotAChunk, State, decode_states, decode_targets, encode_states, encode_targets,
+        encode_untried,
     },
     notification::{Counts, Lane, NotificationId},
     outcome::Cause,
@@ -25,7 +26,7 @@ use crate::store::{
 pub(in crate::store) fn key_from(row: &Row, column: usize) -> Result<ChunkKey, StoreError> {
     let number = row.int(column + 1)?;
     Ok(ChunkKey {
-        notification: notification_id(&row.bytes(column)?)?,
+        notification: notification_id(row.bytes(column)?)?,
         number: u32::try_from(number).map_err(|error| corrupt("chunks", "number", number, error))?,
     })
 }
@@ -158,7 +159,7 @@ pub(super) async fn insert(
             epoch.into(),
             (*due_at).into(),
             chunk.map(|chunk| encode_targets(&chunk.targets)).into(),
-            chunk.map(|chunk| states(chunk, reasons)).transpose()?.flatten().into(),
+            chunk.map(|chunk| inserted_states(chunk, reasons)).transpose()?.into(),
             counts.targeted.into(),
         ];
         row.extend(counted(&counts));
@@ -168,9 +169,13 @@ pub(super) async fn insert(
     Ok(conn.insert_mostly(INSERT, &UNTRIED, rows, "").await?)
 }
 
-/// The columns of a chunk of which nothing has been tried yet, from `states` on but for `targeted`.
-const UNTRIED: [Usual; 10] = [
-    (7, Value::Null, "NULL"),
+/// The states of a chunk that is inserted. See [`encode_untried`].
+fn inserted_states(chunk: &Chunk, reasons: &Reasons) -> Result<Vec<u8>, StoreError> {
+    Ok(states(chunk, reasons)?.unwrap_or_else(|| encode_untried(chunk.targets.len())))
+}
+
+/// The columns of a chunk of which nothing has been tried yet, behind `targeted`.
+const UNTRIED: [Usual; 9] = [
     (9, Value::Int(0), "0"),
     (10, Value::Int(0), "0"),
     (11, Value::Int(0), "0"),

@@ -158,8 +158,8 @@ pub(super) fn chosen_from(rows: &[Row]) -> Result<Vec<Chosen>, Failure> {
         Ok(Chosen {
             key: chunk::key_from(row, 0)?,
             epoch: row.int(2)?,
-            targets: row.bytes_or_null(3)?,
-            states: row.bytes_or_null(4)?,
+            targets: row.bytes_or_null(3)?.map(<[u8]>::to_vec),
+            states: row.bytes_or_null(4)?.map(<[u8]>::to_vec),
         })
     });
     Ok(chosen.collect::<Result<_, StoreError>>()?)
@@ -305,7 +305,7 @@ async fn notifications(
         );
         statement.list(piece.iter().map(|id| id_value(id.as_uuid())));
         for row in &conn.fetch(statement).await? {
-            let id = super::notification_id(&row.bytes(0)?)?;
+            let id = super::notification_id(row.bytes(0)?)?;
             match notification_from(row, id) {
                 Ok(asked) => drop(found.insert(id, asked)),
                 Err(error) => unreadable(id, &error),
@@ -323,7 +323,7 @@ fn notification_from(row: &Row, id: NotificationId) -> Result<Asked, StoreError>
     let notification = Notification {
         id,
         topic: parsed(row.bytes(1)?).map_err(bad("topic"))?,
-        owner: String::from_utf8(row.bytes(2)?).map_err(|error| bad("owner")(error.into()))?,
+        owner: String::from_utf8(row.bytes(2)?.to_vec()).map_err(|error| bad("owner")(error.into()))?,
         reference: parsed_or_null(row.bytes_or_null(3)?).map_err(bad("reference"))?,
         lane: lane_from(row.int(4)?).ok_or_else(|| bad("lane")("no such lane".into()))?,
         push_type: parsed(row.bytes(5)?).map_err(bad("push_type"))?,
@@ -337,7 +337,10 @@ fn notification_from(row: &Row, id: NotificationId) -> Result<Asked, StoreError>
         on_unknown: parsed(row.bytes(10)?).map_err(bad("on_unknown"))?,
         environment: parsed_or_null(row.bytes_or_null(11)?).map_err(bad("environment"))?,
         payload: Payload::from_stored(
-            row.bytes_or_null(12)?.ok_or_else(|| bad("payload")("gone, and not all of it is sent".into()))?.into(),
+            row.bytes_or_null(12)?
+                .map(<[u8]>::to_vec)
+                .ok_or_else(|| bad("payload")("gone, and not all of it is sent".into()))?
+                .into(),
         ),
         due_at: Timestamp::from_millis(row.int(14)?),
         created_at: Timestamp::from_millis(row.int(15)?),

@@ -81,7 +81,7 @@ pub(super) async fn committed(
         statement.list(piece.iter().map(|id| id_value(id.as_uuid())));
         statement.push(for_share(conn.kind()));
         for row in &conn.fetch(statement).await? {
-            there.insert(notification_id(&row.bytes(0)?)?);
+            there.insert(notification_id(row.bytes(0)?)?);
         }
     }
     Ok(there)
@@ -141,7 +141,7 @@ pub(super) async fn superseded(
             let key = chunk::key_from(row, 0)?;
             after = key;
             let chunk =
-                chunk::read(conn, &context.reasons, key, &row.bytes(2)?, row.bytes_or_null(3)?.as_deref()).await?;
+                chunk::read(conn, &context.reasons, key, row.bytes(2)?, row.bytes_or_null(3)?.as_deref()).await?;
             let gone = chunk.targets.iter().zip(&chunk.states).any(|(target, state)| {
                 let this = matches!(target, Target::Device { seq, .. } if *seq == device);
                 this && match state.status {

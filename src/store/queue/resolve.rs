@@ -191,7 +191,7 @@ async fn earlier(conn: &mut Conn<'_>, id: NotificationId) -> Result<HashSet<Same
     let mut earlier = HashSet::new();
     for row in &conn.fetch(statement).await? {
         let bad = |error| corrupt("chunks", "targets", id, error);
-        earlier.extend(decode_targets(&row.bytes(1)?).map_err(bad)?.iter().map(Same::from));
+        earlier.extend(decode_targets(row.bytes(1)?).map_err(bad)?.iter().map(Same::from));
     }
     Ok(earlier)
 }
@@ -315,7 +315,7 @@ async fn places(
         statement.list(piece.iter().map(|one| id_value(one.key.notification.as_uuid())));
         for row in &conn.fetch(statement).await? {
             let place = Place { reached: row.int(1)?, up_to: row.int(2)? };
-            places.insert(super::notification_id(&row.bytes(0)?)?, place);
+            places.insert(super::notification_id(row.bytes(0)?)?, place);
         }
     }
     Ok(places)

@@ -230,8 +230,8 @@ async fn lock(
         for row in &conn.fetch(statement).await? {
             let found = Before {
                 epoch: row.int(2)?,
-                targets: row.bytes_or_null(3)?,
-                states: row.bytes_or_null(4)?,
+                targets: row.bytes_or_null(3)?.map(<[u8]>::to_vec),
+                states: row.bytes_or_null(4)?.map(<[u8]>::to_vec),
                 ended_otherwise: row.int(5)?,
             };
             before.insert(chunk::key_from(row, 0)?, found);
@@ -390,7 +390,7 @@ fn effect_on_one(seq: DeviceSeq, token: &DeviceToken, effect: &DeviceEffect) -> 
     statement.push(" WHERE seq = ").bind(seq.0).push(" AND token = ").bind(token.to_bytes());
     statement.push(" AND status = 'active' AND last_registered_at <= ").bind(registered_until);
     if never_accepted {
-        statement.push(" AND last_accepted_at = 0");
+        statement.push(" AND last_accepted_at <= 0");
     }
     Some(statement)
 }
