@@ -13,6 +13,7 @@ use super::{
     DeviceFilter, Devices, Page, PageRequest, StoreError, audience, cursor,
     rows::{DeviceRow, NEVER, TagRow, UNVERIFIED, with_tags},
     sql::{Failure, LIST, Repeat, committed, on_both, push_list, read},
+    statement::{Conn, Usual, Value, id_value},
 };
 use crate::domain::{
     clock::Timestamp,
@@ -26,9 +27,6 @@ use crate::domain::{
 
 /// The reason of a row whose token another row of its installation has followed.
 const REPLACED: &str = "Replaced";
-
-/// The most rows of one INSERT: 21 values each, and SQLite takes 32,766.
-const INSERT_ROWS: usize = 500;
 
 /// A device while a group is applied to it.
 #[derive(Debug)]
@@ -54,6 +52,13 @@ impl Slot {
             was.last_registered_at != self.is.last_registered_at && *was == as_it_was
         })
     }
+}
+
+/// Whether a group goes on behind a write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum More {
+    Follows,
+    Nothing,
 }
 
 /// All devices that a group may touch.
@@ -192,6 +197,49 @@ const COLUMNS: &str = "d.seq, d.id, d.topic, d.token, d.push_type, d.activity_id
     d.installation_id, d.environment, d.environment_named, d.locale, d.time_zone, d.app_version, d.os_version, d.model, \
     d.status, d.status_reason, d.created_at, d.last_registered_at, d.last_accepted_at";
 
+const INSERT: &str = "-- devices.register.insert\nINSERT INTO devices (id, topic, token, push_type, activity_id, user_id, \
+    generation, installation_id, environment, environment_named, locale, time_zone, app_version, os_version, model, status, \
+    status_reason, created_at, last_registered_at, last_accepted_at)";
+
+/// What a new device has of which only a token and a user are told.
+const PLAIN: [Usual; 9] = [
+    (4, Value::Null, "NULL"),
+    (7, Value::Null, "NULL"),
+    (9, Value::Null, "NULL"),
+    (10, Value::Null, "NULL"),
+    (11, Value::Null, "NULL"),
+    (12, Value::Null, "NULL"),
+    (13, Value::Null, "NULL"),
+    (14, Value::Null, "NULL"),
+    (16, Value::Null, "NULL"),
+];
+
+/// A new device as a row, in the order of [`INSERT`].
+fn row(device: &Device) -> Vec<Value> {
+    vec![
+        id_value(device.id.as_uuid()),
+        device.topic.as_str().into(),
+        device.token.to_bytes().into(),
+        device.push_type.as_str().into(),
+        blob(device.activity_id.as_ref()).into(),
+        blob(device.user_id.as_ref()).into(),
+        device.generation.0.into(),
+        blob(device.installation_id.as_ref()).into(),
+        device.environment.map_or(UNVERIFIED, Environment::as_str).into(),
+        device.environment_named.map(Environment::as_str).into(),
+        blob(device.locale.as_ref()).into(),
+        blob(device.time_zone.as_ref()).into(),
+        blob(device.app_version.as_ref()).into(),
+        blob(device.os_version.as_ref()).into(),
+        blob(device.model.as_ref()).into(),
+        device.status.as_str().into(),
+        device.status_reason.clone().into(),
+        device.created_at.into(),
+        device.last_registered_at.into(),
+        device.last_accepted_at.map_or(NEVER, Timestamp::as_millis).into(),
+    ]
+}
+
 /// A text of a caller's as the bytes that are kept.
 fn blob<T: std::fmt::Display>(value: Option<&T>) -> Option<Vec<u8>> {
     value.map(|value| value.to_string().into_bytes())
@@ -292,14 +340,14 @@ on_both! {
             for registration in group {
                 let moves = known.moves_a_token(registration);
                 if moves {
-                    Self::flush(&mut tx, &mut known, now).await?;
+                    Self::flush(&mut tx, &mut known, now, More::Follows).await?;
                 }
                 answers.push(known.apply(registration, now));
                 if moves {
-                    Self::flush(&mut tx, &mut known, now).await?;
+                    Self::flush(&mut tx, &mut known, now, More::Follows).await?;
                 }
             }
-            Self::flush(&mut tx, &mut known, now).await?;
+            Self::flush(&mut tx, &mut known, now, More::Nothing).await?;
             Ok((tx, answers))
         }
 
@@ -356,7 +404,7 @@ on_both! {
         }
 
         /// Writes what has changed.
-        async fn flush(tx: &mut Tx, known: &mut Known, now: Timestamp) -> Result<(), Failure> {
+        async fn flush(tx: &mut Tx, known: &mut Known, now: Timestamp, more: More) -> Result<(), Failure> {
             let seen_again: Vec<i64> =
                 known.slots.iter().filter(|slot| slot.only_seen_again()).filter_map(|slot| slot.seq).collect();
             for part in seen_again.chunks(LIST) {
@@ -375,10 +423,10 @@ on_both! {
             }
             known.slots.sort_by_key(|slot| slot.order);
             let fresh: Vec<&Device> = known.slots.iter().filter(|slot| slot.seq.is_none()).map(|slot| &slot.is).collect();
-            let mut seqs = BTreeMap::new();
-            for part in fresh.chunks(INSERT_ROWS) {
-                seqs.extend(Self::insert(tx, part).await?);
-            }
+            Self::insert(tx, &fresh).await?;
+            // Nobody asks for the number of a device without tags once its group is written.
+            let asked = more == More::Follows && !fresh.is_empty() || fresh.iter().any(|device| !device.tags.is_empty());
+            let seqs = if asked { Self::numbers(tx, &fresh).await? } else { BTreeMap::new() };
             for slot in &mut known.slots {
                 if slot.seq.is_none() {
                     slot.seq = seqs.get(slot.is.id.as_uuid().as_bytes().as_slice()).copied();
@@ -421,39 +469,17 @@ on_both! {
             Ok(())
         }
 
-        /// Inserts, and reads back which numbers the rows were given.
-        async fn insert(tx: &mut Tx, devices: &[&Device]) -> Result<Vec<(Vec<u8>, i64)>, Failure> {
-            let mut insert = QueryBuilder::<Db>::new(
-                "-- devices.register.insert\nINSERT INTO devices (id, topic, token, push_type, activity_id, user_id, generation, \
-                 installation_id, environment, environment_named, locale, time_zone, app_version, os_version, model, status, \
-                 status_reason, created_at, last_registered_at, last_accepted_at) ",
-            );
-            insert.push_values(devices, |mut row, device| {
-                row.push_bind(device.id.as_uuid().as_bytes().to_vec())
-                    .push_bind(device.topic.as_str().to_owned())
-                    .push_bind(device.token.to_bytes())
-                    .push_bind(device.push_type.as_str())
-                    .push_bind(blob(device.activity_id.as_ref()))
-                    .push_bind(blob(device.user_id.as_ref()))
-                    .push_bind(device.generation.0)
-                    .push_bind(blob(device.installation_id.as_ref()))
-                    .push_bind(device.environment.map_or(UNVERIFIED, Environment::as_str))
-                    .push_bind(device.environment_named.map(Environment::as_str))
-                    .push_bind(blob(device.locale.as_ref()))
-                    .push_bind(blob(device.time_zone.as_ref()))
-                    .push_bind(blob(device.app_version.as_ref()))
-                    .push_bind(blob(device.os_version.as_ref()))
-                    .push_bind(blob(device.model.as_ref()))
-                    .push_bind(device.status.as_str())
-                    .push_bind(device.status_reason.clone())
-                    .push_bind(device.created_at.as_millis())
-                    .push_bind(device.last_registered_at.as_millis())
-                    .push_bind(device.last_accepted_at.map_or(NEVER, Timestamp::as_millis));
-            });
-            insert.build().execute(&mut **tx).await?;
+        async fn insert(tx: &mut Tx, devices: &[&Device]) -> Result<(), Failure> {
+            let rows = devices.iter().map(|device| row(device)).collect();
+            Ok(Conn::from(&mut **tx).insert_mostly(INSERT, &PLAIN, rows, "").await?)
+        }
+
+        /// Which numbers rows that were just inserted were given.
+        async fn numbers(tx: &mut Tx, devices: &[&Device]) -> Result<BTreeMap<Vec<u8>, i64>, Failure> {
             let mut select = QueryBuilder::<Db>::new("-- devices.register.numbers\nSELECT id, seq FROM devices WHERE id IN ");
             push_list(&mut select, devices.iter().map(|device| device.id.as_uuid().as_bytes().to_vec()));
-            Ok(select.build_query_as().fetch_all(&mut **tx).await?)
+            let numbers: Vec<(Vec<u8>, i64)> = select.build_query_as().fetch_all(&mut **tx).await?;
+            Ok(numbers.into_iter().collect())
         }
 
         async fn write_tags(tx: &mut Tx, slots: &[Slot]) -> Result<(), Failure> {
