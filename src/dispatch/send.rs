@@ -781,6 +781,7 @@ impl Facts {
 }
 
 /// What a round goes on with.
+#[expect(clippy::large_enum_variant, reason = "made once an attempt, and taken apart at once")]
 enum Next {
     /// An attempt came to its end.
     Ended(Attempted),

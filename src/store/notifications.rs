@@ -217,7 +217,7 @@ fn asked_from(row: &Row) -> Result<Asked, StoreError> {
 
 /// Warnings from the JSON that is kept of them.
 pub(super) fn warnings(bytes: Option<&[u8]>) -> Result<Vec<Warning>, BoxError> {
-    Ok(bytes.map(|bytes| serde_json::from_slice(bytes)).transpose()?.unwrap_or_default())
+    Ok(bytes.map(serde_json::from_slice).transpose()?.unwrap_or_default())
 }
 
 /// Sums up the chunks of all of them in one read.
@@ -390,7 +390,7 @@ async fn deliveries(
             let begin = if key.number == number { position } else { 0 };
             let targets = row.bytes(2)?;
             let outcomes = row.bytes_or_null(3)?;
-            let chunk = queue::chunk::read(conn, &context.reasons, key, &targets, outcomes.as_deref()).await?;
+            let chunk = queue::chunk::read(conn, &context.reasons, key, targets, outcomes).await?;
             let mut chosen: Vec<usize> = (begin..chunk.targets.len())
                 .filter(|at| {
                     status.is_none_or(|status| chunk.states.get(*at).is_some_and(|state| state.status == status))

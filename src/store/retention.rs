@@ -647,7 +647,7 @@ async fn forget(conn: &mut Conn<'_>, seqs: &[i64], now: Timestamp) -> Result<Vec
 
 fn kept_at(row: &Row) -> Result<Timestamp, StoreError> {
     let value = row.bytes(0)?;
-    let millis = std::str::from_utf8(&value).ok().and_then(|text| text.parse().ok());
+    let millis = std::str::from_utf8(value).ok().and_then(|text| text.parse().ok());
     millis.map(Timestamp::from_millis).ok_or_else(|| corrupt("service_facts", "value", HOUSE_KEPT_AT, "not a number"))
 }
 

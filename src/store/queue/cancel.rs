@@ -98,9 +98,9 @@ pub(in crate::store) async fn watched(conn: &mut Conn<'_>, now: Timestamp) -> Re
     let mut watched = Watched::default();
     for row in &conn.fetch(statement).await? {
         let bytes = row.bytes(0)?;
-        let id = uuid::Uuid::from_slice(&bytes)
+        let id = uuid::Uuid::from_slice(bytes)
             .map(NotificationId::from_uuid)
-            .map_err(|error| corrupt("cancellations", "notification_id", hex::encode(&bytes), error))?;
+            .map_err(|error| corrupt("cancellations", "notification_id", hex::encode(bytes), error))?;
         if row.int(1)? == 0 {
             watched.ended.push(id);
             continue;

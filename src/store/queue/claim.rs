@@ -319,7 +319,7 @@ fn notification_from(row: &Row, id: NotificationId) -> Result<Asked, StoreError>
     let bad = |column| move |error: BoxError| corrupt("notifications", column, id, error);
     let expires_at = row.int(7)?;
     let audience = row.bytes_or_null(13)?;
-    let audience = audience.map(|bytes| audience::decode(&bytes)).transpose().map_err(bad("audience"))?;
+    let audience = audience.map(audience::decode).transpose().map_err(bad("audience"))?;
     let notification = Notification {
         id,
         topic: parsed(row.bytes(1)?).map_err(bad("topic"))?,

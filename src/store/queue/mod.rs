@@ -140,8 +140,7 @@ pub(super) async fn superseded(
         for row in &rows {
             let key = chunk::key_from(row, 0)?;
             after = key;
-            let chunk =
-                chunk::read(conn, &context.reasons, key, row.bytes(2)?, row.bytes_or_null(3)?.as_deref()).await?;
+            let chunk = chunk::read(conn, &context.reasons, key, row.bytes(2)?, row.bytes_or_null(3)?).await?;
             let gone = chunk.targets.iter().zip(&chunk.states).any(|(target, state)| {
                 let this = matches!(target, Target::Device { seq, .. } if *seq == device);
                 this && match state.status {
