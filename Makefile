@@ -13,7 +13,7 @@ help:
 	@echo 'make bench    measures against yardsticks (docs/performance.md)'
 	@echo 'make chaos    200,000 pushes through everything APNs and a network can do; CHAOS_SEED repeats one (tests/it/chaos.rs)'
 	@echo 'make million  a broadcast to 1,000,000 devices with kills in it, each outcome held against the ledger (tests/it/million.rs)'
-	@echo 'make replicas two, three and five replicas on one database, then five minutes of kills and hangs (tests/it/replicas.rs)'
+	@echo 'make replicas two, three and five replicas on one database, then five minutes of kills and hangs (tests/it/replicas/)'
 	@echo 'make foreign  tests with clients and tools that are not ours (tests/foreign/run.sh)'
 	@echo
 	@echo 'TEST_DATABASE_URL=mysql://user:password@host/ names a server for the tests. Without it they start one of their'

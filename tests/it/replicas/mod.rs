@@ -3,6 +3,8 @@
 //! `REPLICAS` (how many, such as `2,3,5`), `REPLICAS_NOTIFICATIONS` and `REPLICAS_DEVICES` set the sizes; `make replicas`
 //! is the long run.
 
+mod death;
+
 use std::{
     collections::BTreeSet,
     time::{Duration, Instant},
@@ -10,6 +12,10 @@ use std::{
 
 use futures_util::{StreamExt, stream};
 use serde_json::{Value, json};
+use sonnette::{
+    app::{App, Options},
+    domain::clock::{Clock, SystemClock, Timer, Timestamp},
+};
 
 use crate::{
     broadcast::{accepted, broadcast, with_devices},
@@ -17,7 +23,7 @@ use crate::{
         client::Client,
         cluster::{Cluster, Member},
         database::mysql_database,
-        world::TOPIC,
+        world::{TOPIC, World, until},
     },
 };
 
@@ -131,4 +137,52 @@ async fn replicas_share_the_work_and_send_everything_once() {
     for count in counts.split(',') {
         share(count.trim().parse().expect("numbers in REPLICAS")).await;
     }
+}
+
+/// A machine's clock that is ten minutes ahead.
+#[derive(Debug)]
+struct Ahead(SystemClock);
+
+impl Clock for Ahead {
+    fn now(&self) -> Timestamp {
+        self.0.now().plus(Duration::from_secs(600))
+    }
+
+    fn monotonic(&self) -> Duration {
+        self.0.monotonic()
+    }
+
+    fn sleep(&self, duration: Duration) -> Timer {
+        self.0.sleep(duration)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_whose_clock_is_ten_minutes_ahead_goes_by_the_databases() {
+    let world = World::start(mysql_database().await).await;
+    world.device(&"ab".repeat(32), Some("rider")).await;
+    let options = Options { database_time: true, ..Options::default() };
+    let other = App::start(&world.config, std::sync::Arc::new(Ahead(SystemClock::new())), options).await.unwrap();
+    let caller = Client::new(other.address(), Some(world.server.key()));
+
+    let due = world.clock.now().plus(Duration::from_secs(2));
+    let body = json!({
+        "topic": TOPIC, "to": { "user_ids": ["rider"] }, "payload": { "aps": { "alert": "Ding dong" } }, "send_at": due,
+    });
+    let before = world.clock.now();
+    let answer = caller.post("/v1/notifications", &body).await.ok();
+    let after = world.clock.now();
+    assert_eq!(answer["status"], "scheduled", "its time has not come: {answer}");
+    let created: Timestamp = answer["created_at"].as_str().unwrap().parse().unwrap();
+    let slack = Duration::from_secs(1);
+    assert!(before.minus(slack) <= created && created <= after.plus(slack), "{before} to {after}: {answer}");
+    world.done(answer["id"].as_str().unwrap()).await;
+    assert!(world.clock.now() >= due, "neither replica was early");
+    let health = until("both replicas are seen", || async {
+        let health = caller.get("/health").await.ok();
+        (health["checks"]["replicas:alive"][0]["observed_value"] == "2").then_some(health)
+    })
+    .await;
+    assert_ne!(health["checks"]["clock"][0]["status"], "warn", "{health}");
+    assert!(other.shutdown(Duration::from_secs(30)).await);
 }
