@@ -16,7 +16,10 @@ use crate::{
     },
     config::{self, Config, ConfigError},
     dispatch::{self, Dispatcher},
-    domain::{clock::Clock, secret::Secret},
+    domain::{
+        clock::{Clock, SharedClock},
+        secret::Secret,
+    },
     http::{self, listener::Listener},
     lifecycle::Tasks,
     ops::{
@@ -94,6 +97,8 @@ pub enum AppError {
 pub struct Options {
     /// Hold whatever is open.
     pub hold: bool,
+    /// Go by the database's clock where it has one, so that all replicas have the same.
+    pub database_time: bool,
 }
 
 /// A running service.
@@ -138,7 +143,12 @@ impl App {
             Some(address) => Some(listen("server.ops_listen", address, max, None).await?),
             None => None,
         };
+        let shared = Arc::new(SharedClock::new(clock));
+        let clock = Arc::clone(&shared) as Arc<dyn Clock>;
         let store = open_store(config, &clock).await?;
+        if options.database_time {
+            ops::clock::agree(&*store, &shared).await?;
+        }
         if options.hold {
             let held = store.hold(clock.now()).await?;
             tracing::warn!(chunks = held, "--hold: what was open is held until it is released");
@@ -185,17 +195,7 @@ impl App {
             warnings,
             telemetry::prometheus(),
         ));
-        tasks.spawn(
-            "ops.clock",
-            ops::clock::watch(Arc::clone(&gateway) as Arc<dyn Gateway>, Arc::clone(&clock), tasks.stopping().clone()),
-        );
-        let (stopping, summing) = (tasks.stopping().clone(), Arc::clone(&clock));
-        tasks.spawn("telemetry", async move {
-            tokio::select! {
-                () = telemetry::sum_up(summing) => {}
-                () = stopping.cancelled() => {}
-            }
-        });
+        watch(&tasks, &store, &gateway, &clock, options.database_time.then_some(shared));
         let services = http::Services {
             store: Arc::clone(&store),
             intake: Arc::new(intake),
@@ -284,6 +284,29 @@ impl App {
         self.store.close().await;
         drained && left && !self.tasks.failed()
     }
+}
+
+/// Starts what goes on beside the work: clocks are compared, and observations summed up.
+fn watch(
+    tasks: &Tasks,
+    store: &Arc<dyn Store>,
+    gateway: &Arc<ApnsGateway>,
+    clock: &Arc<dyn Clock>,
+    shared: Option<Arc<SharedClock>>,
+) {
+    let stopping = tasks.stopping();
+    let gateway = Arc::clone(gateway) as Arc<dyn Gateway>;
+    tasks.spawn("ops.clock", ops::clock::watch(gateway, Arc::clone(clock), stopping.clone()));
+    if let Some(shared) = shared {
+        tasks.spawn("ops.database_clock", ops::clock::follow(Arc::clone(store), shared, stopping.clone()));
+    }
+    let (stopping, summing) = (stopping.clone(), Arc::clone(clock));
+    tasks.spawn("telemetry", async move {
+        tokio::select! {
+            () = telemetry::sum_up(summing) => {}
+            () = stopping.cancelled() => {}
+        }
+    });
 }
 
 fn dispatch_settings(config: &Config) -> dispatch::Settings {

@@ -252,6 +252,8 @@ pub(super) enum End {
     Broken(std::io::Error),
     /// A PING was not acknowledged, or the socket took nothing for as long.
     Silent,
+    /// This process was stopped while pushes were handed over: what had not left must not leave now.
+    Stopped,
     /// It did not finish saying goodbye.
     Stuck,
     /// The process ends.

@@ -9,7 +9,8 @@
 //! - Nothing is handed over while the socket takes nothing. A body is handed over only when there is room for it in the
 //!   peer's windows, and what `h2` has not taken of it when the turn ends is taken back by a reset. So nothing that has
 //!   a deadline or an owner waits in a queue from which it would leave by itself later; what the socket has taken, and
-//!   at most one turn's frames before it, is beyond recall.
+//!   at most one turn's frames before it, is beyond recall. A process that was stopped for [`STOPPED_FOR`] between handing
+//!   over and writing gives up the connection instead of writing.
 //! - A request without its whole body cannot be accepted, so whoever is taken back before that is given back.
 //! - Whatever was taken from the mail comes to an end by the request deadline, whatever the peer or `h2` do.
 //!
@@ -70,6 +71,10 @@ const BEGUN_AT_ONCE: usize = 8;
 
 /// With so much to send, in bytes, it is sent before more is begun.
 const SENT_AT_ONCE: usize = 64 * 1024;
+
+/// From handing over to writing takes far less, unless the process is stopped. With what a heartbeat is trusted for it is no
+/// more than others wait for the next one.
+const STOPPED_FOR: Duration = Duration::from_secs(1);
 
 /// What the task must know.
 pub(super) struct Duty {
@@ -304,12 +309,16 @@ impl Driver<'_> {
             self.ping();
         }
         loop {
+            let began = self.duty.clock.monotonic();
             while {
                 if let Err(end) = self.turn(cx) {
                     return Poll::Ready(end);
                 }
                 self.has_more() && self.wire.waiting() < SENT_AT_ONCE
             } {}
+            if self.duty.clock.monotonic().saturating_sub(began) >= STOPPED_FOR && self.wire.waiting() > 0 {
+                return Poll::Ready(End::Stopped);
+            }
             let freed = match self.wire.poll_send(cx) {
                 Poll::Ready(Ok(())) => self.blocked_since.take().is_some(),
                 Poll::Ready(Err(error)) => return Poll::Ready(End::Broken(error)),

@@ -821,6 +821,11 @@ impl Owner for Pool {
                 connection.id = id,
                 "connection {id} to APNs is given up: it did not acknowledge a PING, or took nothing for as long"
             ),
+            End::Stopped => tracing::warn!(
+                apns.environment = %self.spec.environment,
+                connection.id = id,
+                "connection {id} to APNs is given up: this process stood still while it wrote"
+            ),
             End::Stuck => tracing::info!(
                 apns.environment = %self.spec.environment,
                 connection.id = id,

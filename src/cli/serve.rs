@@ -32,7 +32,8 @@ pub async fn run(common: &Common, args: Args) -> anyhow::Result<()> {
     let logs = LogSettings { level: config.log.level.clone(), json: config.log.json };
     telemetry::start_logs(&logs).map_err(anyhow::Error::msg)?;
     let grace = Duration::from_secs(config.server.shutdown_grace_seconds);
-    let app = App::start(&config, common.clock(), Options { hold: args.hold }).await?;
+    let options = Options { hold: args.hold, database_time: true };
+    let app = App::start(&config, common.clock(), options).await?;
     until_told(app, grace).await
 }
 

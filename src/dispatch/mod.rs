@@ -60,7 +60,8 @@ use crate::{
 /// Bounds and rhythms of the dispatcher.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// The most open targets of claimed chunks in memory, in each lane.
+    /// The most open targets of claimed chunks in memory, in each lane; half as many where other replicas live, which
+    /// could send the rest.
     pub targets: usize,
     /// The most chunks in one claim.
     pub claim: usize,
@@ -158,7 +159,7 @@ impl Dispatcher {
             roster: handover.roster.clone(),
             sender,
             board,
-            in_memory: Arc::new(InMemory::new(settings.targets, Arc::clone(&handover.wake))),
+            in_memory: Arc::new(InMemory::new(Arc::clone(&handover.wake))),
             cancelled: handover.cancelled.clone(),
             settings,
             unspent,
@@ -193,16 +194,16 @@ struct Room {
     /// A claim stopped though there was more to take.
     wanted: AtomicBool,
     /// With so many left, the claim that stopped goes on.
-    enough_left: usize,
+    enough_left: AtomicUsize,
     wake: Arc<Notify>,
 }
 
 impl InMemory {
-    fn new(targets: usize, wake: Arc<Notify>) -> Self {
+    fn new(wake: Arc<Notify>) -> Self {
         let room = |wake| Room {
             held: AtomicUsize::new(0),
             wanted: AtomicBool::new(false),
-            enough_left: targets / 4 * 3,
+            enough_left: AtomicUsize::new(0),
             wake,
         };
         Self { transactional: room(Arc::clone(&wake)), bulk: room(wake) }
@@ -217,9 +218,15 @@ impl InMemory {
 }
 
 impl Room {
+    /// How many more targets there may be, of so many in all.
+    fn left_of(&self, targets: usize) -> usize {
+        self.enough_left.store(targets / 4 * 3, Ordering::Relaxed);
+        targets.saturating_sub(self.held.load(Ordering::Relaxed))
+    }
+
     fn leave(&self, targets: usize) {
         let left = self.held.fetch_sub(targets, Ordering::Relaxed).saturating_sub(targets);
-        if left <= self.enough_left && self.wanted.swap(false, Ordering::Relaxed) {
+        if left <= self.enough_left.load(Ordering::Relaxed) && self.wanted.swap(false, Ordering::Relaxed) {
             self.wake.notify_one();
         }
     }
@@ -320,8 +327,9 @@ impl Desk {
     /// Each lane has an allowance of its own: bulk that waits in memory never keeps urgent work out.
     async fn claim_in(&self, lane: Lane) -> bool {
         let lane_room = self.in_memory.of(lane);
-        let held = lane_room.held.load(Ordering::Relaxed);
-        let room = self.settings.targets.saturating_sub(held);
+        // What one takes into memory others cannot send.
+        let alone = self.sender.guard.pulse.living() <= 1.0;
+        let room = lane_room.left_of(if alone { self.settings.targets } else { self.settings.targets / 2 });
         // A bulk chunk is mostly full, an urgent one mostly of one.
         let max = match lane {
             Lane::Transactional => self.settings.claim.min(room),

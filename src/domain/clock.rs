@@ -4,7 +4,17 @@
 //! through six hours in a second. Wall-clock times ([`Timestamp`]) are for what users and APNs see; durations that
 //! decide who owns work are measured with [`Clock::monotonic`], which no administrator and no NTP moves.
 
-use std::{fmt, future::Future, pin::Pin, str::FromStr, time::Duration};
+use std::{
+    fmt,
+    future::Future,
+    pin::Pin,
+    str::FromStr,
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering},
+    },
+    time::Duration,
+};
 
 use tokio::sync::watch;
 
@@ -148,6 +158,52 @@ impl Clock for SystemClock {
     }
 }
 
+/// A clock whose wall time is set by somebody else's, so that several machines have one. Time passes, and timers end, as
+/// on the clock within.
+#[derive(Debug)]
+pub struct SharedClock {
+    within: Arc<dyn Clock>,
+    /// By how many milliseconds the other is ahead of the clock within.
+    ahead: AtomicI64,
+}
+
+impl SharedClock {
+    /// What is known more exactly than this is not corrected.
+    const FINE: Duration = Duration::from_millis(10);
+
+    /// Shows what `within` shows, until it is told better.
+    #[must_use]
+    pub const fn new(within: Arc<dyn Clock>) -> Self {
+        Self { within, ahead: AtomicI64::new(0) }
+    }
+
+    /// The other clock showed `theirs` at some moment between `asked`, a moment of [`Clock::monotonic`], and now. Returns by
+    /// how many milliseconds it is ahead of the clock within.
+    pub fn agree(&self, theirs: Timestamp, asked: Duration) -> i64 {
+        let took = self.monotonic().saturating_sub(asked);
+        let seen = theirs.plus(took / 2).as_millis().saturating_sub(self.within.now().as_millis());
+        let ahead = self.ahead.load(Ordering::Relaxed);
+        if seen.abs_diff(ahead) > took.max(Self::FINE).as_millis().try_into().unwrap_or(u64::MAX) {
+            self.ahead.store(seen, Ordering::Relaxed);
+        }
+        seen
+    }
+}
+
+impl Clock for SharedClock {
+    fn now(&self) -> Timestamp {
+        Timestamp(self.within.now().0.saturating_add(self.ahead.load(Ordering::Relaxed)))
+    }
+
+    fn monotonic(&self) -> Duration {
+        self.within.monotonic()
+    }
+
+    fn sleep(&self, duration: Duration) -> Timer {
+        self.within.sleep(duration)
+    }
+}
+
 /// A clock that moves only when told, for tests and simulations: six hours pass in one call.
 #[derive(Debug)]
 pub struct ManualClock {
@@ -207,6 +263,22 @@ mod tests {
         assert_eq!(at.to_string(), "2026-11-22T18:15:00.000Z");
         assert!("2026-11-22T19:15:00".parse::<Timestamp>().is_err(), "a time without an offset is refused");
         assert!("tomorrow".parse::<Timestamp>().is_err());
+    }
+
+    #[test]
+    fn a_shared_clock_shows_the_others_time_and_lets_it_pass_as_its_own() {
+        let within = Arc::new(ManualClock::new(Timestamp::from_seconds(1_000)));
+        let clock = SharedClock::new(Arc::clone(&within) as _);
+        let asked = clock.monotonic();
+        within.advance(Duration::from_millis(100));
+        assert_eq!(clock.agree(Timestamp::from_seconds(400), asked), -600_050, "it was read half-way");
+        assert_eq!(clock.now(), Timestamp::from_millis(400_050));
+        within.advance(Duration::from_secs(60));
+        assert_eq!((clock.now(), clock.monotonic()), (Timestamp::from_millis(460_050), within.monotonic()));
+        let asked = clock.monotonic();
+        within.advance(Duration::from_secs(5));
+        clock.agree(Timestamp::from_millis(465_050), asked);
+        assert_eq!(clock.now(), Timestamp::from_millis(465_050), "an answer that took long proves too little");
     }
 
     #[tokio::test]

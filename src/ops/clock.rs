@@ -1,6 +1,6 @@
-//! This machine's clock against APNs' own.
+//! Our clock: the same for all replicas, and against APNs' own.
 //!
-//! Promises: what is seen of APNs' `date` is shown, measured as a gauge, and said in the log once when the clocks begin to
+//! Promises: all replicas of one MySQL go by the database's clock, whatever their machines' show. What is seen of APNs' `date` is shown, measured as a gauge, and said in the log once when the clocks begin to
 //! differ by more than [`WARN_OVER_SECONDS`] and once when they agree again. Nothing is done about it: APNs refuses
 //! provider tokens that are an hour off (`apns-protocol.md` §3.1), and a clock is set by NTP.
 
@@ -11,7 +11,8 @@ use tokio_util::sync::CancellationToken;
 use super::{Check, Status};
 use crate::{
     apns::{Gateway, RouteReport},
-    domain::clock::{Clock, Timestamp},
+    domain::clock::{Clock, SharedClock, Timestamp},
+    store::{Store, StoreError},
     telemetry::names,
 };
 
@@ -21,7 +22,10 @@ pub const WARN_OVER_SECONDS: u64 = 60;
 /// How often the log's reader is told of a change at the earliest.
 const LOOK_EVERY: Duration = Duration::from_secs(10);
 
-const ADVICE: &str = "Set this machine's clock by NTP (chrony, systemd-timesyncd). Provider tokens bear its time: APNs refuses those that are an hour off, of all apps at once; and expirations and scheduled times are off by as much.";
+/// How often the database is asked for its time.
+const FOLLOW_EVERY: Duration = Duration::from_secs(5);
+
+const ADVICE: &str = "Set the clock by NTP (chrony, systemd-timesyncd): on MySQL the database server's, which all replicas go by, else this machine's. Provider tokens bear its time: APNs refuses those that are an hour off, of all apps at once; and expirations and scheduled times are off by as much.";
 
 /// By how many seconds APNs' clock is ahead of ours (negative: behind), where that is most; `None`: no answer has named a
 /// date.
@@ -35,9 +39,9 @@ const fn is_off(skew: i64) -> bool {
 
 fn said(skew: i64) -> String {
     match skew {
-        0 => "this machine's clock agrees with APNs'".to_owned(),
-        ahead @ 1.. => format!("this machine's clock is {ahead} s behind APNs'"),
-        behind => format!("this machine's clock is {} s ahead of APNs'", behind.unsigned_abs()),
+        0 => "our clock agrees with APNs'".to_owned(),
+        ahead @ 1.. => format!("our clock is {ahead} s behind APNs'"),
+        behind => format!("our clock is {} s ahead of APNs'", behind.unsigned_abs()),
     }
 }
 
@@ -53,6 +57,41 @@ pub(super) fn check(routes: &[RouteReport], now: Timestamp) -> Check {
         output: skew.map_or_else(|| "no answer of APNs has named a date yet".to_owned(), said),
         advice: if off { ADVICE.to_owned() } else { String::new() },
         time: now,
+    }
+}
+
+/// Sets our clock by the database's, if that has one. Returns by how many milliseconds that is ahead of this machine's.
+///
+/// # Errors
+/// If the database does not answer: our clock goes on as it was.
+pub async fn agree(store: &dyn Store, clock: &SharedClock) -> Result<Option<i64>, StoreError> {
+    let asked = clock.monotonic();
+    Ok(store.time().await?.map(|theirs| clock.agree(theirs, asked)))
+}
+
+/// Keeps our clock with the database's until the service stops.
+pub async fn follow(store: Arc<dyn Store>, clock: Arc<SharedClock>, stop: CancellationToken) {
+    let mut was_off = false;
+    loop {
+        match agree(&*store, &clock).await {
+            Ok(None) => return stop.cancelled().await,
+            Ok(Some(ahead)) => {
+                let off = is_off(ahead / 1000);
+                if off && !was_off {
+                    tracing::warn!(
+                        database.clock_ahead_ms = ahead,
+                        "this machine's clock differs from the database's, which is gone by"
+                    );
+                }
+                was_off = off;
+            }
+            // Whoever needs the database says so.
+            Err(_) => {}
+        }
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = clock.sleep(FOLLOW_EVERY) => {}
+        }
     }
 }
 

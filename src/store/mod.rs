@@ -600,6 +600,8 @@ pub trait Replicas: Send + Sync {
     async fn join(&self, name: &str, version: &str, now: Timestamp) -> Result<ReplicaId, StoreError>;
     /// Bumps the counter. False: this replica was declared dead; nothing it owned is its own any more.
     async fn beat(&self, replica: ReplicaId) -> Result<bool, StoreError>;
+    /// What the database's own clock shows; `None` where it has none (SQLite).
+    async fn time(&self) -> Result<Option<Timestamp>, StoreError>;
     /// All replicas.
     async fn replicas(&self) -> Result<Vec<Replica>, StoreError>;
     /// Declares a replica dead if its counter still shows `beat`: its work is given back. False if it moved.

@@ -3,7 +3,7 @@
 use async_trait::async_trait;
 
 use super::{
-    Replica, ReplicaId, Replicas, StoreError,
+    Kind, Replica, ReplicaId, Replicas, StoreError,
     rows::ReplicaRow,
     sql::{Failure, Repeat, committed, on_both, read},
 };
@@ -40,6 +40,19 @@ on_both! {
                 Ok((tx, done.rows_affected() == 1))
             })
             .await
+        }
+
+        async fn time(&self) -> Result<Option<Timestamp>, StoreError> {
+            if DIALECT == Kind::Sqlite {
+                return Ok(None);
+            }
+            let millis: i64 = read(|| async {
+                Ok(sqlx::query_scalar("-- replicas.time\nSELECT CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED)")
+                    .fetch_one(self.reader())
+                    .await?)
+            })
+            .await?;
+            Ok(Some(Timestamp::from_millis(millis)))
         }
 
         async fn replicas(&self) -> Result<Vec<Replica>, StoreError> {

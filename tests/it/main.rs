@@ -30,6 +30,7 @@ mod ownership;
 mod pace;
 mod process;
 mod provider_token;
+mod replicas;
 mod retention;
 mod simulator;
 mod simulator_behaviour;

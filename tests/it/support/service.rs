@@ -68,6 +68,8 @@ pub(crate) struct Service {
     folder: PathBuf,
     pub(crate) address: SocketAddr,
     process: Option<Process>,
+    /// Variables of its environment.
+    variables: Vec<(&'static str, String)>,
 }
 
 impl Service {
@@ -78,6 +80,17 @@ impl Service {
 
     /// The same with more lines in `[apns]`.
     pub(crate) async fn start_with(folder: &Path, database: &str, sim: &SimulatorProcess, apns: &str) -> Self {
+        Self::start_in(folder, database, sim, apns, Vec::new()).await
+    }
+
+    /// The same with variables in its environment.
+    pub(crate) async fn start_in(
+        folder: &Path,
+        database: &str,
+        sim: &SimulatorProcess,
+        apns: &str,
+        variables: Vec<(&'static str, String)>,
+    ) -> Self {
         let address = free_address();
         let text = format!(
             "[server]\nlisten = \"{address}\"\n[database]\nurl = \"{database}\"\n[apns]\nkeys = \"keys\"\nproduction = \"https://{}\"\nsandbox = \"https://{}\"\nca_file = \"{}\"\n{apns}[log]\nlevel = \"error\"\n",
@@ -86,7 +99,7 @@ impl Service {
             sim.ca_file.display()
         );
         std::fs::write(folder.join("sonnette.toml"), text).unwrap();
-        let mut service = Self { folder: folder.to_path_buf(), address, process: None };
+        let mut service = Self { folder: folder.to_path_buf(), address, process: None, variables };
         service.restart().await;
         service
     }
@@ -95,6 +108,7 @@ impl Service {
     pub(crate) async fn restart(&mut self) {
         let mut command = Command::new(SONNETTE);
         command.arg("serve").current_dir(&self.folder).env_remove("DATABASE_URL").stdout(Stdio::null());
+        command.envs(self.variables.iter().map(|(name, value)| (name, value)));
         self.process = Some(Process::spawn(&mut command).unwrap());
         let client = Client::new(self.address, None);
         until("the service is ready", || async {
