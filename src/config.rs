@@ -13,9 +13,12 @@ use std::{
 
 use serde::Deserialize;
 
-use crate::domain::{
-    secret::Secret,
-    topic::{Environment, Topic},
+use crate::{
+    domain::{
+        secret::Secret,
+        topic::{Environment, Topic},
+    },
+    store::address,
 };
 
 /// What is wrong with the configuration, where, and what to do.
@@ -349,13 +352,7 @@ impl Config {
             at(&mut tls.key);
         }
         anchor_apps(&mut self.apps, folder);
-        let url = self.database.url.expose();
-        if let Some(path) = url.strip_prefix("sqlite://")
-            && !path.starts_with('/')
-            && !folder.as_os_str().is_empty()
-        {
-            self.database.url = Secret::new(format!("sqlite://{}", folder.join(path).display()));
-        }
+        self.database.url = Secret::new(address::anchored(self.database.url.expose(), folder));
     }
 
     /// Adds the apps of the keys folder's apps.toml, if there is one.
@@ -410,6 +407,8 @@ impl Config {
         if let Some(tls) = &self.server.tls {
             files.push(&tls.key);
         }
+        let database_key = address::private_key(self.database.url.expose());
+        files.extend(database_key.as_deref());
         files.sort_unstable();
         files.dedup();
         files

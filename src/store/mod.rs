@@ -4,6 +4,7 @@
 //! with the durability of the database's own commit. No pool, transaction, row or SQL crosses this border. Two
 //! implementations, one conformance suite (`tests/it/store/`), which is the contract.
 
+pub mod address;
 pub mod intake;
 pub mod retention;
 

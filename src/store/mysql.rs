@@ -14,10 +14,14 @@ use std::{
 
 use sqlx::{
     Connection, Executor, MySql, MySqlPool, Pool, Transaction,
-    mysql::{MySqlConnectOptions, MySqlConnection, MySqlPoolOptions},
+    mysql::{MySqlConnection, MySqlPoolOptions},
 };
 
-use super::{Settings, StoreError};
+use super::{
+    Settings, StoreError,
+    address::{self, Host},
+    sql,
+};
 use crate::domain::clock::Clock;
 
 /// An idle connection is asked whether it still lives only if it was idle for longer than this.
@@ -48,7 +52,7 @@ pub(super) mod names {
 #[derive(Debug)]
 pub(super) struct MysqlStore {
     pool: MySqlPool,
-    hosts: Vec<MySqlConnectOptions>,
+    hosts: Vec<Host>,
     /// Which of the hosts new connections go to.
     host: AtomicUsize,
     pub(super) clock: Arc<dyn Clock>,
@@ -59,31 +63,39 @@ pub(super) struct MysqlStore {
 impl MysqlStore {
     /// Connects to the first host that answers.
     pub(super) async fn open(settings: &Settings, clock: Arc<dyn Clock>) -> Result<Self, StoreError> {
-        let hosts = hosts(settings.url.expose())?;
-        let mut last = None;
-        for (host, options) in hosts.iter().enumerate() {
+        let hosts = address::hosts(settings.url.expose())?;
+        let mut refused = Vec::new();
+        let mut to_be_cured = true;
+        for (number, host) in hosts.iter().enumerate() {
             let tried = tokio::time::timeout(settings.acquire_timeout, async {
-                let mut connection = MySqlConnection::connect_with(options).await?;
+                let mut connection = MySqlConnection::connect_with(&host.options).await?;
                 pin_session(&mut connection).await?;
                 connection.close().await
             });
             match tried.await {
                 Ok(Ok(())) => {
-                    let pool = pool(settings).connect_lazy_with(options.clone());
+                    let pool = pool(settings).connect_lazy_with(host.options.clone());
                     return Ok(Self {
                         pool,
                         hosts,
-                        host: AtomicUsize::new(host),
+                        host: AtomicUsize::new(number),
                         clock,
                         reasons: Arc::default(),
                         noted: Arc::default(),
                     });
                 }
-                Ok(Err(error)) => last = Some(StoreError::from(error)),
-                Err(_) => last = Some(StoreError::Unavailable("no answer before the deadline".into())),
+                Ok(Err(error)) => refused.push(host.advice(&error).unwrap_or_else(|| {
+                    to_be_cured = false;
+                    format!("{host}: {}", sql::without_values(error))
+                })),
+                Err(_) => {
+                    to_be_cured = false;
+                    refused.push(format!("{host}: no answer within {:?}", settings.acquire_timeout));
+                }
             }
         }
-        Err(last.unwrap_or_else(|| StoreError::Settings("names no host".to_owned())))
+        let refused = refused.join("; ");
+        Err(if to_be_cured { StoreError::Settings(refused) } else { StoreError::Unavailable(refused.into()) })
     }
 
     /// Begins a transaction that writes, at READ COMMITTED.
@@ -129,7 +141,7 @@ impl MysqlStore {
         if self.hosts.len() > 1 && no_connection && self.pool.num_idle() == 0 {
             let next = (self.host.fetch_add(1, Ordering::Relaxed) + 1) % self.hosts.len();
             if let Some(options) = self.hosts.get(next) {
-                self.pool.set_connect_options(options.clone());
+                self.pool.set_connect_options(options.options.clone());
             }
         }
     }
@@ -151,10 +163,6 @@ fn pool(settings: &Settings) -> MySqlPoolOptions {
         })
 }
 
-/// Prepared statements a connection keeps: all there are, with lists in powers of two. One that is pushed out is closed,
-/// and MySQL does not answer a close: with Nagle's algorithm on, which sqlx leaves on, the next statement waits 40 ms.
-const KEPT_STATEMENTS: usize = 400;
-
 /// What every session is, whatever the server's defaults. sqlx has set the time zone to UTC and the names to utf8mb4.
 async fn pin_session(connection: &mut MySqlConnection) -> Result<(), sqlx::Error> {
     connection
@@ -171,92 +179,4 @@ async fn pin_session(connection: &mut MySqlConnection) -> Result<(), sqlx::Error
         connection.execute("SET SESSION wsrep_sync_wait = 3").await?;
     }
     Ok(())
-}
-
-/// What may stand behind the `?`. sqlx would ignore anything else, and a misspelt `ssl-mode` must not pass in silence.
-const OPTIONS: &[&str] = &[
-    "ssl-mode",
-    "sslmode",
-    "ssl-ca",
-    "sslca",
-    "ssl-cert",
-    "sslcert",
-    "ssl-key",
-    "sslkey",
-    "socket",
-    "statement-cache-capacity",
-];
-
-/// The hosts of `mysql://user:password@host1,host2:3307/database?options`, in their order.
-fn hosts(url: &str) -> Result<Vec<MySqlConnectOptions>, StoreError> {
-    let bad = |why: &str| {
-        StoreError::Settings(format!(
-            "{why}: write mysql://user:password@host/database, with `%40` for an `@` and so on"
-        ))
-    };
-    let (scheme, rest) = url.split_once("://").ok_or_else(|| bad("not a URL"))?;
-    if !matches!(scheme, "mysql" | "mariadb") {
-        return Err(bad("the scheme is none of sqlite, mysql and mariadb"));
-    }
-    let (address, options) = rest.split_once('?').map_or((rest, ""), |(address, options)| (address, options));
-    for option in options.split('&').filter(|o| !o.is_empty()) {
-        let key = option.split('=').next().unwrap_or_default();
-        if !OPTIONS.contains(&key) {
-            // Shown only if it is a word: behind a `?` in a password that was not escaped stands the rest of it.
-            let word = key.bytes().all(|b| b.is_ascii_alphabetic() || b == b'-' || b == b'_');
-            let key = if word { key } else { "that" };
-            return Err(bad(&format!("no option is called `{key}` (there are {})", OPTIONS.join(", "))));
-        }
-    }
-    let (authority, database) = address.split_once('/').unwrap_or((address, ""));
-    if database.is_empty() {
-        return Err(bad("the name of the database is missing"));
-    }
-    let (account, names) = authority.rsplit_once('@').map_or(("", authority), |(account, names)| (account, names));
-    let account = if account.is_empty() { String::new() } else { format!("{account}@") };
-    names
-        .split(',')
-        .map(|host| {
-            if host.is_empty() {
-                return Err(bad("a host's name is missing"));
-            }
-            // The error of the parser is not shown: it may quote the password.
-            let one = format!("mysql://{account}{host}/{database}?{options}");
-            let parsed = one.parse::<MySqlConnectOptions>();
-            let parsed = parsed.map_err(|_| bad("user, password, host, port or an option cannot be read"))?;
-            let parsed = parsed.charset("utf8mb4").timezone(Some("+00:00".to_owned()));
-            Ok(super::quiet(parsed.statement_cache_capacity(KEPT_STATEMENTS)))
-        })
-        .collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn several_hosts_are_read_in_their_order_with_their_ports() {
-        let hosts = hosts("mysql://u:p%40ss@db1,db2:3307/sonnette?ssl-mode=VERIFY_IDENTITY").unwrap();
-        let read: Vec<_> = hosts.iter().map(|h| (h.get_host(), h.get_port(), h.get_database())).collect();
-        assert_eq!(read, [("db1", 3306, Some("sonnette")), ("db2", 3307, Some("sonnette"))]);
-        assert!(matches!(hosts[1].get_ssl_mode(), sqlx::mysql::MySqlSslMode::VerifyIdentity));
-    }
-
-    #[test]
-    fn a_bad_url_is_refused_without_showing_the_password() {
-        for bad in [
-            "mysql://u:hunter2@h:port/db",
-            "mysql://u:hunter2@h/",
-            "mysql://u:hunter2@h",
-            "mysql://u:hunter2@,/db",
-            "mysql://u:hunter2@h/db?ssl_mode=REQUIRED",
-            "mysql://u:hunter2@h/db?ssl-mode=hunter2",
-            "mysql://u:a?hunter2@h/db",
-            "postgres://u:hunter2@h/db",
-            "hunter2",
-        ] {
-            let error = hosts(bad).unwrap_err();
-            assert!(!format!("{error} {error:?}").contains("hunter2"), "{error}");
-        }
-    }
 }

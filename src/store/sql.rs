@@ -176,7 +176,7 @@ pub(super) async fn pause(tries: u32) {
 }
 
 /// The number that the database gave its error: MySQL's, or SQLite's extended result code.
-fn number(error: &sqlx::Error) -> Option<(super::Kind, u32)> {
+pub(super) fn number(error: &sqlx::Error) -> Option<(super::Kind, u32)> {
     let database = error.as_database_error()?;
     if let Some(mysql) = database.try_downcast_ref::<sqlx::mysql::MySqlDatabaseError>() {
         return Some((super::Kind::Mysql, mysql.number().into()));

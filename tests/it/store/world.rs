@@ -53,8 +53,9 @@ impl Raw {
     pub(crate) async fn run(&mut self, sql: &str) -> u64 {
         let sql = AssertSqlSafe(sql.to_owned());
         match self {
-            Self::Sqlite(conn) => sqlx::query(sql).execute(conn).await.unwrap().rows_affected(),
-            Self::Mysql(conn) => sqlx::query(sql).execute(conn).await.unwrap().rows_affected(),
+            // Not prepared: MySQL prepares neither BEGIN nor COMMIT.
+            Self::Sqlite(conn) => sqlx::raw_sql(sql).execute(conn).await.unwrap().rows_affected(),
+            Self::Mysql(conn) => sqlx::raw_sql(sql).execute(conn).await.unwrap().rows_affected(),
         }
     }
 

@@ -150,7 +150,7 @@ impl Server {
                 drop_left_behind(&server).await.map_err(|error| format!("the server in TEST_DATABASE_URL: {error}"))?;
                 Ok(Self::Named(url))
             }
-            None => PrivateServer::try_start().await.map(Self::Private),
+            None => PrivateServer::try_start(&[]).await.map(Self::Private),
         }
     }
 }
@@ -163,6 +163,7 @@ pub(crate) struct PrivateServer {
     port: u16,
     process: Option<Process>,
     program: PathBuf,
+    options: Vec<String>,
     // Last, so that it is removed after the process.
     folder: Folder,
 }
@@ -170,10 +171,15 @@ pub(crate) struct PrivateServer {
 impl PrivateServer {
     /// Starts one with empty data and waits until it answers: about two seconds.
     pub(crate) async fn start() -> Self {
-        Self::try_start().await.unwrap_or_else(|why| panic!("{why}"))
+        Self::start_with(&[]).await
     }
 
-    async fn try_start() -> Result<Self, String> {
+    /// The same, with more options of the server: `--read-only=ON`.
+    pub(crate) async fn start_with(options: &[String]) -> Self {
+        Self::try_start(options).await.unwrap_or_else(|why| panic!("{why}"))
+    }
+
+    async fn try_start(options: &[String]) -> Result<Self, String> {
         let program = find_program(&["mariadbd", "mysqld"]).ok_or(ADVICE)?;
         let folder = Folder::new("server");
         initialise(&program, folder.path()).await?;
@@ -184,7 +190,8 @@ impl PrivateServer {
         )
         .map_err(|error| error.to_string())?;
 
-        let mut server = Self { url: String::new(), port: 0, process: None, program, folder };
+        let options = options.to_vec();
+        let mut server = Self { url: String::new(), port: 0, process: None, program, options, folder };
         let mut why = String::new();
         // Another process may take the free port before the server does: then it ends, and another port is tried.
         for _ in 0..3 {
@@ -207,6 +214,15 @@ impl PrivateServer {
 
     pub(crate) fn port(&self) -> u16 {
         self.port
+    }
+
+    /// Runs statements one by one, with every privilege.
+    pub(crate) async fn execute(&self, statements: &[&str]) {
+        let mut connection = MySqlConnection::connect(&self.url).await.expect("the test server answers");
+        for statement in statements {
+            run(&mut connection, (*statement).to_owned()).await.unwrap_or_else(|error| panic!("{statement}: {error}"));
+        }
+        let _ = connection.close().await;
     }
 
     /// SIGKILL, as by a crash: returns once the process is gone. Does nothing if it is not running.
@@ -258,7 +274,8 @@ impl PrivateServer {
             // Many servers on one machine run out of the kernel's asynchronous requests.
             .arg("--innodb-use-native-aio=0")
             // `loose`: only MySQL knows these.
-            .args(["--loose-mysqlx=OFF", "--loose-performance-schema=OFF"]);
+            .args(["--loose-mysqlx=OFF", "--loose-performance-schema=OFF"])
+            .args(&self.options);
         self.process = Some(spawn_logged(&mut command, &folder.join("server.log"))?);
 
         let started = Instant::now();
