@@ -269,14 +269,14 @@ on_both! {
         async fn addresses(&self, devices: &[DeviceSeq]) -> Result<Vec<Address>, StoreError> {
             let mut addresses = Vec::with_capacity(devices.len());
             for part in devices.chunks(LIST) {
-                let rows: Vec<AddressRow> = read(|| async {
+                let rows: Vec<AddressRow> = read(|| self.single(|pool| async move {
                     let mut select = QueryBuilder::<Db>::new(
                         "-- devices.addresses\nSELECT seq, id, token, user_id, generation, environment, status, last_accepted_at \
                          FROM devices WHERE seq IN ",
                     );
                     push_list(&mut select, part.iter().map(|seq| seq.0));
-                    Ok(select.build_query_as().fetch_all(self.reader()).await?)
-                })
+                    select.build_query_as().fetch_all(&pool).await
+                }))
                 .await?;
                 for row in rows {
                     addresses.push(row.try_into()?);

@@ -97,8 +97,14 @@ pub struct Settings {
     pub url: crate::domain::secret::Secret<String>,
     /// The most connections to MySQL.
     pub max_connections: u32,
-    /// How long a statement may wait for a connection before [`StoreError::Unavailable`].
+    /// How long a statement may wait for a connection before [`StoreError::Unavailable`]: at most
+    /// [`Self::LONGEST_ACQUIRE`].
     pub acquire_timeout: Duration,
+}
+
+impl Settings {
+    /// Whoever waits longer could not notice in time that the host is to blame.
+    pub const LONGEST_ACQUIRE: Duration = Duration::from_secs(5);
 }
 
 /// Who opens the store.

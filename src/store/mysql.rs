@@ -1,27 +1,20 @@
 //! MySQL (8.0 and later) and MariaDB (10.6 and later): pools, sessions, and several hosts in one URL.
 //!
 //! Promises: every session is READ COMMITTED, strict, in UTC and utf8mb4 whatever the server's defaults; on a Galera
-//! node reads wait for what was committed elsewhere before them; hosts are tried in the order they are named; no
-//! error shows the password.
+//! node reads wait for what was committed elsewhere before them; a host that is gone or has become read-only is left for
+//! another one (`hosts.rs`).
 
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
-    time::Duration,
-};
+mod hosts;
+
+use std::{sync::Arc, time::Duration};
 
 use sqlx::{
-    Connection, Executor, MySql, MySqlPool, Pool, Transaction,
+    Connection, Executor, MySql, Pool, Transaction,
     mysql::{MySqlConnection, MySqlPoolOptions},
 };
 
-use super::{
-    Settings, StoreError,
-    address::{self, Host},
-    sql,
-};
+use self::hosts::Hosts;
+use super::{Settings, StoreError, address, sql::Failure};
 use crate::domain::clock::Clock;
 
 /// An idle connection is asked whether it still lives only if it was idle for longer than this.
@@ -51,106 +44,69 @@ pub(super) mod names {
 /// A store on a server.
 #[derive(Debug)]
 pub(super) struct MysqlStore {
-    pool: MySqlPool,
-    hosts: Vec<Host>,
-    /// Which of the hosts new connections go to.
-    host: AtomicUsize,
+    hosts: Hosts,
     pub(super) clock: Arc<dyn Clock>,
     pub(super) reasons: Arc<super::reasons::Reasons>,
     pub(super) noted: Arc<super::queue::chunk::Noted>,
 }
 
 impl MysqlStore {
-    /// Connects to the first host that answers.
+    /// Connects to the first host that can be written to, or else that answers.
     pub(super) async fn open(settings: &Settings, clock: Arc<dyn Clock>) -> Result<Self, StoreError> {
         let hosts = address::hosts(settings.url.expose())?;
-        let mut refused = Vec::new();
-        let mut to_be_cured = true;
-        for (number, host) in hosts.iter().enumerate() {
-            let tried = tokio::time::timeout(settings.acquire_timeout, async {
-                let mut connection = MySqlConnection::connect_with(&host.options).await?;
-                pin_session(&mut connection).await?;
-                connection.close().await
-            });
-            match tried.await {
-                Ok(Ok(())) => {
-                    let pool = pool(settings).connect_lazy_with(host.options.clone());
-                    return Ok(Self {
-                        pool,
-                        hosts,
-                        host: AtomicUsize::new(number),
-                        clock,
-                        reasons: Arc::default(),
-                        noted: Arc::default(),
-                    });
-                }
-                Ok(Err(error)) => refused.push(host.advice(&error).unwrap_or_else(|| {
-                    to_be_cured = false;
-                    format!("{host}: {}", sql::without_values(error))
-                })),
-                Err(_) => {
-                    to_be_cured = false;
-                    refused.push(format!("{host}: no answer within {:?}", settings.acquire_timeout));
-                }
-            }
-        }
-        let refused = refused.join("; ");
-        Err(if to_be_cured { StoreError::Settings(refused) } else { StoreError::Unavailable(refused.into()) })
+        let reasons = Arc::default();
+        let hosts = Hosts::open(hosts, pools(settings), settings.acquire_timeout, Arc::clone(&reasons)).await?;
+        Ok(Self { hosts, clock, reasons, noted: Arc::default() })
     }
 
     /// Begins a transaction that writes, at READ COMMITTED.
     pub(super) async fn begin(&self) -> Result<Transaction<'static, MySql>, sqlx::Error> {
-        let begun = self.pool.begin_with("START TRANSACTION").await;
-        begun.inspect_err(|error| self.turn_away_from_a_dead_host(error))
+        // READ WRITE is what any transaction is; said aloud, a server that has become read-only refuses it at once.
+        self.hosts.begin("START TRANSACTION READ WRITE").await
     }
 
     /// Begins a transaction of several reads that see one moment.
     pub(super) async fn snapshot(&self) -> Result<Transaction<'static, MySql>, sqlx::Error> {
         // Differs: the session's READ COMMITTED would ignore the snapshot, hence the level for this one transaction.
-        let begun = self
-            .pool
-            .begin_with(
+        self.hosts
+            .begin(
                 "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ; \
                  START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY",
             )
-            .await;
-        begun.inspect_err(|error| self.turn_away_from_a_dead_host(error))
+            .await
     }
 
-    /// For a single read.
-    pub(super) fn reader(&self) -> &Pool<MySql> {
-        &self.pool
+    /// A single read.
+    pub(super) async fn single<T, F, Fut>(&self, once: F) -> Result<T, Failure>
+    where
+        F: FnOnce(Pool<MySql>) -> Fut,
+        Fut: Future<Output = Result<T, sqlx::Error>>,
+    {
+        Ok(self.hosts.read(once).await?)
+    }
+
+    /// The connections there are, for migrations.
+    pub(super) fn pool(&self) -> Pool<MySql> {
+        self.hosts.pool()
     }
 
     /// The server's name and version.
-    pub(super) async fn version(pool: &Pool<MySql>) -> Result<String, sqlx::Error> {
-        let version: String = sqlx::query_scalar("-- database.server\nSELECT VERSION()").fetch_one(pool).await?;
+    pub(super) async fn version(pool: Pool<MySql>) -> Result<String, sqlx::Error> {
+        let version: String = sqlx::query_scalar("-- database.server\nSELECT VERSION()").fetch_one(&pool).await?;
         let name = if version.contains("MariaDB") { "MariaDB" } else { "MySQL" };
         Ok(format!("{name} {version}"))
     }
 
     /// Closes all connections.
     pub(super) async fn close_all(&self) {
-        self.pool.close().await;
-    }
-
-    /// After a connection could not be had: the next one goes to the next host. A known gap: single reads do not turn,
-    /// and a host that comes back is not returned to before the other one fails.
-    fn turn_away_from_a_dead_host(&self, error: &sqlx::Error) {
-        let no_connection = matches!(error, sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut | sqlx::Error::Tls(_));
-        if self.hosts.len() > 1 && no_connection && self.pool.num_idle() == 0 {
-            let next = (self.host.fetch_add(1, Ordering::Relaxed) + 1) % self.hosts.len();
-            if let Some(options) = self.hosts.get(next) {
-                self.pool.set_connect_options(options.options.clone());
-            }
-        }
+        self.hosts.close().await;
     }
 }
 
-fn pool(settings: &Settings) -> MySqlPoolOptions {
+fn pools(settings: &Settings) -> MySqlPoolOptions {
     MySqlPoolOptions::new()
         .max_connections(settings.max_connections.max(2))
-        .acquire_timeout(settings.acquire_timeout)
+        .acquire_timeout(settings.acquire_timeout.min(super::Settings::LONGEST_ACQUIRE))
         .test_before_acquire(false)
         .after_connect(|connection, _| Box::pin(pin_session(connection)))
         .before_acquire(|connection, meta| {
@@ -167,7 +123,7 @@ fn pool(settings: &Settings) -> MySqlPoolOptions {
 async fn pin_session(connection: &mut MySqlConnection) -> Result<(), sqlx::Error> {
     connection
         .execute(
-            "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED; \
+            "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED, READ WRITE; \
              SET SESSION sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION,ERROR_FOR_DIVISION_BY_ZERO', \
                  autocommit = 1, innodb_lock_wait_timeout = 5",
         )

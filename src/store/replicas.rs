@@ -43,11 +43,11 @@ on_both! {
         }
 
         async fn replicas(&self) -> Result<Vec<Replica>, StoreError> {
-            let rows: Vec<ReplicaRow> = read(|| async {
-                Ok(sqlx::query_as("-- replicas.replicas\nSELECT id, name, version, beat, started_at FROM replicas ORDER BY id")
-                    .fetch_all(self.reader())
-                    .await?)
-            })
+            let rows: Vec<ReplicaRow> = read(|| self.single(|pool| async move {
+                sqlx::query_as("-- replicas.replicas\nSELECT id, name, version, beat, started_at FROM replicas ORDER BY id")
+                    .fetch_all(&pool)
+                    .await
+            }))
             .await?;
             Ok(rows.into_iter().map(Replica::from).collect())
         }

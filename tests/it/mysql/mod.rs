@@ -1,5 +1,6 @@
 //! MySQL as people run it: over TLS, with accounts that may little, on servers whose defaults are not ours.
 
+mod failover;
 mod tls;
 
 use std::path::{Path, PathBuf};
@@ -25,13 +26,30 @@ impl Account {
     pub(crate) async fn create(server: &PrivateServer, privileges: &str, requires: &str) -> Self {
         let database = server.database().await;
         let name = database.url().rsplit_once('/').unwrap().1.split('?').next().unwrap().to_owned();
+        let account = Self { database, name, port: server.port() };
+        account.grant(server, privileges, requires).await;
+        account
+    }
+
+    /// The same database, empty, and the same account on another server.
+    pub(crate) async fn create_also(&self, server: &PrivateServer, privileges: &str) {
+        server.execute(&[&format!("CREATE DATABASE {}", self.name)]).await;
+        self.grant(server, privileges, "").await;
+    }
+
+    async fn grant(&self, server: &PrivateServer, privileges: &str, requires: &str) {
         server
             .execute(&[
                 &format!("CREATE USER 'shop'@'%' IDENTIFIED BY '{PASSWORD}' {requires}"),
-                &format!("GRANT {privileges} ON {name}.* TO 'shop'@'%'"),
+                &format!("GRANT {privileges} ON {}.* TO 'shop'@'%'", self.name),
             ])
             .await;
-        Self { database, name, port: server.port() }
+    }
+
+    /// Its address at several servers, in this order.
+    pub(crate) fn url_of(&self, servers: &[&PrivateServer]) -> String {
+        let hosts: Vec<_> = servers.iter().map(|server| format!("127.0.0.1:{}", server.port())).collect();
+        format!("mysql://shop:{PASSWORD}@{}/{}", hosts.join(","), self.name)
     }
 
     /// Its address at this host, with these options.

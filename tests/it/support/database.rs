@@ -216,6 +216,24 @@ impl PrivateServer {
         self.port
     }
 
+    /// One number, asked with every privilege.
+    pub(crate) async fn number(&self, question: &str) -> i64 {
+        let mut connection = MySqlConnection::connect(&self.url).await.expect("the test server answers");
+        let question = AssertSqlSafe(question.to_owned());
+        sqlx::query_scalar(question).fetch_one(&mut connection).await.expect("an answer")
+    }
+
+    /// The first row of what is asked, with every privilege: its first two columns as texts.
+    pub(crate) async fn row(&self, question: &str) -> (String, String) {
+        use sqlx::Row as _;
+
+        let mut connection = MySqlConnection::connect(&self.url).await.expect("the test server answers");
+        let question = AssertSqlSafe(question.to_owned());
+        let row = sqlx::raw_sql(question).fetch_one(&mut connection).await.expect("a row");
+        let text = |column| String::from_utf8(row.try_get_unchecked(column).unwrap()).unwrap();
+        (text(0), text(1))
+    }
+
     /// Runs statements one by one, with every privilege.
     pub(crate) async fn execute(&self, statements: &[&str]) {
         let mut connection = MySqlConnection::connect(&self.url).await.expect("the test server answers");
@@ -223,6 +241,45 @@ impl PrivateServer {
             run(&mut connection, (*statement).to_owned()).await.unwrap_or_else(|error| panic!("{statement}: {error}"));
         }
         let _ = connection.close().await;
+    }
+
+    /// Becomes a replica of `primary`, which has logged everything since its start.
+    pub(crate) async fn follow(&self, primary: &Self) {
+        let (command, word, more) = if self.is_mariadb().await {
+            ("CHANGE MASTER", "MASTER", "")
+        } else {
+            ("CHANGE REPLICATION SOURCE", "SOURCE", ", GET_SOURCE_PUBLIC_KEY=1")
+        };
+        self.execute(&[
+            &format!(
+                "{command} TO {word}_HOST='127.0.0.1', {word}_PORT={}, {word}_USER='sonnette', \
+                 {word}_PASSWORD='sonnette', {word}_LOG_FILE='log.000001', {word}_LOG_POS=4{more}",
+                primary.port
+            ),
+            "START REPLICA",
+        ])
+        .await;
+    }
+
+    /// Waits until it has everything that `primary`, which writes no more, has logged.
+    pub(crate) async fn catch_up(&self, primary: &Self) {
+        let (status, wait) = if self.is_mariadb().await {
+            ("SHOW MASTER STATUS", "MASTER_POS_WAIT")
+        } else {
+            ("SHOW BINARY LOG STATUS", "SOURCE_POS_WAIT")
+        };
+        let (file, position) = primary.row(status).await;
+        let waited = self.number(&format!("SELECT {wait}('{file}', {position}, 60)")).await;
+        assert!(waited >= 0, "the replica did not catch up");
+    }
+
+    /// Is a replica no longer, and takes writes.
+    pub(crate) async fn promote(&self) {
+        self.execute(&["STOP REPLICA", "SET GLOBAL read_only = OFF"]).await;
+    }
+
+    async fn is_mariadb(&self) -> bool {
+        self.row("SELECT VERSION(), ''").await.0.contains("MariaDB")
     }
 
     /// SIGKILL, as by a crash: returns once the process is gone. Does nothing if it is not running.
