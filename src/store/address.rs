@@ -6,6 +6,7 @@
 use std::{
     fmt,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use percent_encoding::{NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
@@ -188,7 +189,7 @@ fn holds_no(key: &str, file: &Path, what: &str) -> StoreError {
 }
 
 /// The hosts of `mysql://user:password@host1,host2:3307/database?options`, in their order.
-pub(super) fn hosts(url: &str) -> Result<Vec<Host>, StoreError> {
+pub(super) fn hosts(url: &str, slow: Option<Duration>) -> Result<Vec<Host>, StoreError> {
     let (scheme, rest) = url.split_once("://").ok_or_else(|| bad("not a URL"))?;
     if !matches!(scheme, "mysql" | "mariadb") {
         return Err(bad("the scheme is none of sqlite, mysql and mariadb"));
@@ -210,13 +211,13 @@ pub(super) fn hosts(url: &str) -> Result<Vec<Host>, StoreError> {
             // The error of the parser is not shown: it may quote the password.
             let parsed = format!("mysql://{account}{host}/{database}").parse::<MySqlConnectOptions>();
             let parsed = parsed.map_err(|_| bad("user, password, host or port cannot be read"))?;
-            Ok(options.host(parsed))
+            Ok(options.host(parsed, slow))
         })
         .collect()
 }
 
 impl Options {
-    fn host(&self, parsed: MySqlConnectOptions) -> Host {
+    fn host(&self, parsed: MySqlConnectOptions, slow: Option<Duration>) -> Host {
         let kept = self.kept_statements.unwrap_or(KEPT_STATEMENTS);
         let mut options = parsed
             .charset("utf8mb4")
@@ -233,7 +234,7 @@ impl Options {
         if let Some(socket) = &self.socket {
             options = options.socket(socket);
         }
-        Host { options: super::quiet(options), tls: self.tls.clone() }
+        Host { options: super::quiet(options, slow), tls: self.tls.clone() }
     }
 }
 
@@ -316,7 +317,7 @@ mod tests {
 
     #[test]
     fn several_hosts_are_read_in_their_order_with_their_ports() {
-        let hosts = hosts("mysql://u:p%40ss@db1,db2:3307/sonnette?ssl-mode=VERIFY_IDENTITY").unwrap();
+        let hosts = hosts("mysql://u:p%40ss@db1,db2:3307/sonnette?ssl-mode=VERIFY_IDENTITY", None).unwrap();
         let read: Vec<_> =
             hosts.iter().map(|h| (h.options.get_host(), h.options.get_port(), h.options.get_database())).collect();
         assert_eq!(read, [("db1", 3306, Some("sonnette")), ("db2", 3307, Some("sonnette"))]);
@@ -337,7 +338,7 @@ mod tests {
             "postgres://u:hunter2@h/db",
             "hunter2",
         ] {
-            let error = hosts(bad).unwrap_err();
+            let error = hosts(bad, None).unwrap_err();
             assert!(!format!("{error} {error:?}").contains("hunter2"), "{error}");
         }
     }
@@ -354,7 +355,7 @@ mod tests {
             ("ssl-mode=", "no value"),
             ("statement-cache-capacity=many", "not a number"),
         ] {
-            let error = hosts(&format!("mysql://u:p@h/db?{options}")).unwrap_err().to_string();
+            let error = hosts(&format!("mysql://u:p@h/db?{options}"), None).unwrap_err().to_string();
             assert!(error.contains(names), "{options}: {error}");
         }
     }

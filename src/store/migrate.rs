@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use sqlx::{AssertSqlSafe, MySql, Pool, SqlSafeStr, migrate::Migrator};
+use sqlx::{AssertSqlSafe, MySql, Pool, SqlSafeStr, SqlStr, migrate::Migrator};
 use uuid::Uuid;
 
 use super::{
@@ -66,6 +66,11 @@ fn lacking(
 
 fn named(step: &sqlx::migrate::Migration) -> Migration {
     Migration { version: step.version, name: step.description.replace(' ', "_") }
+}
+
+/// What is executed of a step: its text under its number, for logs.
+fn text(step: &sqlx::migrate::Migration) -> SqlStr {
+    AssertSqlSafe(format!("-- migrate.{:04}\n{}", step.version, step.sql.as_str())).into_sql_str()
 }
 
 on_both! {
@@ -156,7 +161,7 @@ impl SqliteStore {
                 .await?;
         let steps = lacking(&SQLITE, &rows.into_iter().collect())?;
         for step in &steps {
-            sqlx::raw_sql(AssertSqlSafe(step.sql.as_str()).into_sql_str()).execute(&mut *tx).await?;
+            sqlx::raw_sql(text(step)).execute(&mut *tx).await?;
             let Migration { version, name } = named(step);
             sqlx::query("-- migrate.record\nINSERT INTO schema_migrations (version, name, checksum, applied_at) VALUES (?, ?, ?, ?)")
                 .bind(version)
@@ -174,8 +179,12 @@ impl SqliteStore {
 impl MysqlStore {
     const MIGRATIONS: &Migrator = &MYSQL;
 
-    /// Applies what is pending, under a lease that is kept alive beside the work.
+    /// Applies what is pending, under a lease that is kept alive beside the work. Where nothing is, nothing is written:
+    /// the account that serves need not be allowed to create tables.
     pub(super) async fn apply_pending(&self) -> Result<Vec<Migration>, StoreError> {
+        if self.pending_steps().await?.is_empty() {
+            return Ok(Vec::new());
+        }
         for statement in [
             "-- migrate.table\nCREATE TABLE IF NOT EXISTS schema_migrations \
              (version BIGINT NOT NULL PRIMARY KEY, name VARCHAR(128) NOT NULL, checksum VARBINARY(64) NOT NULL, \
@@ -211,10 +220,7 @@ impl MysqlStore {
         let applied = self.applied().await?.unwrap_or_default();
         let steps = lacking(&MYSQL, &applied)?;
         for step in &steps {
-            self.again_if_locked(|pool| async move {
-                sqlx::raw_sql(AssertSqlSafe(step.sql.as_str()).into_sql_str()).execute(&pool).await
-            })
-            .await?;
+            self.again_if_locked(|pool| async move { sqlx::raw_sql(text(step)).execute(&pool).await }).await?;
             let Migration { version, name } = &named(step);
             self.again_if_locked(|pool| async move {
                 sqlx::query("-- migrate.record\nINSERT IGNORE INTO schema_migrations (version, name, checksum, applied_at) VALUES (?, ?, ?, ?)")

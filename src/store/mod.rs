@@ -100,6 +100,8 @@ pub struct Settings {
     /// How long a statement may wait for a connection before [`StoreError::Unavailable`]: at most
     /// [`Self::LONGEST_ACQUIRE`].
     pub acquire_timeout: Duration,
+    /// A statement that takes longer is logged with its name; `None`: none is.
+    pub slow_statement: Option<Duration>,
 }
 
 impl Settings {
@@ -129,9 +131,13 @@ pub async fn open(settings: &Settings, role: Role, clock: Arc<dyn Clock>) -> Res
     }
 }
 
-/// sqlx writes no line a statement: the verbs have spans of their own.
-fn quiet<O: sqlx::ConnectOptions>(options: O) -> O {
-    options.disable_statement_logging()
+/// sqlx writes a line for a slow statement alone, which `telemetry` makes shorter.
+fn quiet<O: sqlx::ConnectOptions>(options: O, slow: Option<Duration>) -> O {
+    let options = options.disable_statement_logging();
+    match slow {
+        Some(limit) => options.log_slow_statements(log::LevelFilter::Warn, limit),
+        None => options,
+    }
 }
 
 /// One running `serve`, by the number of its row.

@@ -53,7 +53,7 @@ pub(super) struct MysqlStore {
 impl MysqlStore {
     /// Connects to the first host that can be written to, or else that answers.
     pub(super) async fn open(settings: &Settings, clock: Arc<dyn Clock>) -> Result<Self, StoreError> {
-        let hosts = address::hosts(settings.url.expose())?;
+        let hosts = address::hosts(settings.url.expose(), settings.slow_statement)?;
         let reasons = Arc::default();
         let hosts = Hosts::open(hosts, pools(settings), settings.acquire_timeout, Arc::clone(&reasons)).await?;
         Ok(Self { hosts, clock, reasons, noted: Arc::default() })

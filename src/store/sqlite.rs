@@ -77,7 +77,7 @@ impl SqliteStore {
             .synchronous(SqliteSynchronous::Full)
             .foreign_keys(true)
             .busy_timeout(BUSY_TIMEOUT);
-        let options = super::quiet(options);
+        let options = super::quiet(options, settings.slow_statement);
         let pool = |most| {
             SqlitePoolOptions::new()
                 .max_connections(most)

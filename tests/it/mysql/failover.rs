@@ -26,8 +26,12 @@ use crate::{
 };
 
 async fn opened(url: &str) -> Arc<dyn Store> {
-    let settings =
-        Settings { url: Secret::new(url.to_owned()), max_connections: 8, acquire_timeout: Duration::from_secs(3) };
+    let settings = Settings {
+        url: Secret::new(url.to_owned()),
+        max_connections: 8,
+        acquire_timeout: Duration::from_secs(3),
+        slow_statement: None,
+    };
     open(&settings, Role::Serve, Arc::new(SystemClock::new())).await.unwrap()
 }
 
@@ -106,9 +110,7 @@ async fn a_host_that_hangs_is_left_within_seconds() {
     let store = opened(&account.url_of(&[&first, &second])).await;
     futures_util::future::join_all((0..8).map(|_| store.probe(NOW))).await;
     first.freeze();
-    let started = Instant::now();
-    eventually("the other host is written to", async || store.probe(NOW).await.is_ok()).await;
-    assert!(started.elapsed() < Duration::from_secs(25), "a deadline, not a hope");
+    store.probe(NOW).await.expect("this very write is made on the other host");
     assert_eq!(probes(&second, &account).await, 1);
     first.thaw();
 }
@@ -121,7 +123,9 @@ async fn one_server_that_is_started_again_fails_nobody_who_comes_later() {
     store.migrate().await.unwrap();
     // Eight connections, all of which the restart cuts.
     futures_util::future::join_all((0..8).map(|_| store.probe(NOW))).await;
+    assert!(connections(&server).await > 4, "more than a read is tried");
     server.restart().await;
+    store.api_keys().await.expect("a read alone");
     let all = futures_util::future::join_all((0..8).map(|_| store.api_keys())).await;
     assert!(all.iter().all(Result::is_ok), "{all:?}");
     store.probe(NOW).await.unwrap();

@@ -88,8 +88,12 @@ pub(crate) struct Phone {
 }
 
 pub(crate) async fn open(url: &str, role: Role, clock: Arc<dyn Clock>) -> Arc<dyn Store> {
-    let settings =
-        Settings { url: Secret::new(url.to_owned()), max_connections: 8, acquire_timeout: Duration::from_secs(30) };
+    let settings = Settings {
+        url: Secret::new(url.to_owned()),
+        max_connections: 8,
+        acquire_timeout: Duration::from_secs(30),
+        slow_statement: None,
+    };
     store::open(&settings, role, clock).await.unwrap()
 }
 

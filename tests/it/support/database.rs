@@ -216,6 +216,11 @@ impl PrivateServer {
         self.port
     }
 
+    /// Where it is, for an account with every privilege.
+    pub(crate) fn url(&self) -> &str {
+        &self.url
+    }
+
     /// One number, asked with every privilege.
     pub(crate) async fn number(&self, question: &str) -> i64 {
         let mut connection = MySqlConnection::connect(&self.url).await.expect("the test server answers");
