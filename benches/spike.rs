@@ -98,8 +98,12 @@ async fn main() {
     }
     println!("server: {variable}");
     let clock = Arc::new(SystemClock::new());
-    let settings =
-        Settings { url: Secret::new(url.clone()), max_connections: 8, acquire_timeout: Duration::from_secs(30) };
+    let settings = Settings {
+        url: Secret::new(url.clone()),
+        max_connections: 8,
+        acquire_timeout: Duration::from_secs(30),
+        slow_statement: None,
+    };
     let store = store::open(&settings, Role::Serve, clock.clone()).await.unwrap();
     store.migrate().await.unwrap();
     let replica = store.join("spike", "0", clock.now()).await.unwrap();

@@ -119,6 +119,7 @@ pub fn store_settings(config: &Config) -> store::Settings {
         url: config.database.url.clone(),
         max_connections: config.database.max_connections,
         acquire_timeout: Duration::from_millis(config.database.acquire_timeout_ms),
+        slow_statement: config.database.slow_statement_ms.map(|ms| Duration::from_millis(ms.get())),
     }
 }
 

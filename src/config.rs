@@ -6,16 +6,19 @@
 
 use std::{
     collections::BTreeMap,
-    num::NonZeroU32,
+    num::{NonZeroU32, NonZeroU64},
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use serde::Deserialize;
 
-use crate::domain::{
-    secret::Secret,
-    topic::{Environment, Topic},
+use crate::{
+    domain::{
+        secret::Secret,
+        topic::{Environment, Topic},
+    },
+    store::{self, address},
 };
 
 /// What is wrong with the configuration, where, and what to do.
@@ -115,6 +118,13 @@ pub struct Database {
     pub max_connections: u32,
     /// How long a request waits for a connection.
     pub acquire_timeout_ms: u64,
+    /// A statement that takes longer is logged; 0 in the file: none is.
+    #[serde(deserialize_with = "zero_is_none")]
+    pub slow_statement_ms: Option<NonZeroU64>,
+}
+
+fn zero_is_none<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<NonZeroU64>, D::Error> {
+    u64::deserialize(deserializer).map(NonZeroU64::new)
 }
 
 impl Default for Database {
@@ -124,6 +134,7 @@ impl Default for Database {
             migrate: true,
             max_connections: 16,
             acquire_timeout_ms: 3_000,
+            slow_statement_ms: NonZeroU64::new(1_000),
         }
     }
 }
@@ -349,13 +360,7 @@ impl Config {
             at(&mut tls.key);
         }
         anchor_apps(&mut self.apps, folder);
-        let url = self.database.url.expose();
-        if let Some(path) = url.strip_prefix("sqlite://")
-            && !path.starts_with('/')
-            && !folder.as_os_str().is_empty()
-        {
-            self.database.url = Secret::new(format!("sqlite://{}", folder.join(path).display()));
-        }
+        self.database.url = Secret::new(address::anchored(self.database.url.expose(), folder));
     }
 
     /// Adds the apps of the keys folder's apps.toml, if there is one.
@@ -377,6 +382,7 @@ impl Config {
     }
 
     fn check(&self, place: &str) -> Result<(), ConfigError> {
+        self.check_database(place)?;
         for (index, app) in self.apps.iter().enumerate() {
             for environment in &app.environments {
                 let twin = self
@@ -403,6 +409,18 @@ impl Config {
         Ok(())
     }
 
+    fn check_database(&self, place: &str) -> Result<(), ConfigError> {
+        let Database { max_connections, acquire_timeout_ms, .. } = &self.database;
+        if !(2..=10_000).contains(max_connections) {
+            return Err(wrong(place, "`database.max_connections` is from 2 to 10000: pushes and requests share them"));
+        }
+        let longest = store::Settings::LONGEST_ACQUIRE.as_millis();
+        if *acquire_timeout_ms < 100 || u128::from(*acquire_timeout_ms) > longest {
+            return Err(wrong(place, format!("`database.acquire_timeout_ms` is from 100 to {longest}")));
+        }
+        Ok(())
+    }
+
     /// Files with secrets that others on this machine can read: a warning each.
     #[must_use]
     pub fn readable_secrets(&self) -> Vec<String> {
@@ -410,6 +428,8 @@ impl Config {
         if let Some(tls) = &self.server.tls {
             files.push(&tls.key);
         }
+        let database_key = address::private_key(self.database.url.expose());
+        files.extend(database_key.as_deref());
         files.sort_unstable();
         files.dedup();
         files
@@ -601,6 +621,24 @@ mod tests {
             let error = read(bad).unwrap_err();
             assert!(error.contains("retention.payloads_days") && error.contains("1 to 36500, or \"never\""), "{error}");
         }
+    }
+
+    #[test]
+    fn limits_of_the_database_are_named_with_their_bounds() {
+        let read = |key: &str, value: &str| {
+            Config::load(None, &environment(&[(&format!("SONNETTE_DATABASE__{key}"), value)]))
+                .map(|config| config.database.slow_statement_ms)
+                .map_err(|error| error.to_string())
+        };
+        for (key, value, bounds) in [
+            ("MAX_CONNECTIONS", "1", "database.max_connections` is from 2"),
+            ("ACQUIRE_TIMEOUT_MS", "99", "database.acquire_timeout_ms` is from 100 to 5000"),
+            ("ACQUIRE_TIMEOUT_MS", "5001", "database.acquire_timeout_ms` is from 100 to 5000"),
+        ] {
+            assert!(read(key, value).unwrap_err().contains(bounds), "{key} {value}");
+        }
+        assert_eq!(read("SLOW_STATEMENT_MS", "0"), Ok(None));
+        assert_eq!(read("SLOW_STATEMENT_MS", "250"), Ok(NonZeroU64::new(250)));
     }
 
     #[test]

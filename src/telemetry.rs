@@ -10,7 +10,7 @@ use std::{
 };
 
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::{EnvFilter, Layer, layer::Context, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 
 use crate::domain::clock::Clock;
 
@@ -31,13 +31,64 @@ pub fn start_logs(settings: &LogSettings) -> Result<(), String> {
     let filter = EnvFilter::try_new(&settings.level).map_err(|error| {
         format!("log.level: {error}; write a level such as `info`, or `info,sonnette::dispatch=debug`")
     })?;
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal());
+    let lines =
+        tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal());
+    let lines = if settings.json { lines.json().boxed() } else { lines.with_target(false).boxed() };
     // Already started, as in tests: the first one stays.
-    _ = if settings.json { builder.json().try_init() } else { builder.with_target(false).try_init() };
+    _ = tracing_subscriber::registry().with(filter).with(lines).with(SlowStatements).try_init();
     Ok(())
+}
+
+/// Replaces the line that sqlx writes for a slow statement, which shows all its text, by one that shows its name.
+struct SlowStatements;
+
+impl<S: tracing::Subscriber> Layer<S> for SlowStatements {
+    fn event_enabled(&self, event: &tracing::Event<'_>, _: Context<'_, S>) -> bool {
+        if event.metadata().target() != "sqlx::query" {
+            return true;
+        }
+        let mut seen = Slow::default();
+        event.record(&mut seen);
+        names::slow_statement(&seen.name);
+        tracing::warn!(
+            statement = seen.name,
+            duration_ms = seen.duration_ms,
+            "the statement `{}` took {} ms",
+            seen.name,
+            seen.duration_ms
+        );
+        false
+    }
+}
+
+/// What is kept of sqlx's line.
+#[derive(Default)]
+struct Slow {
+    name: String,
+    duration_ms: u64,
+}
+
+impl tracing::field::Visit for Slow {
+    fn record_debug(&mut self, _: &tracing::field::Field, _: &dyn std::fmt::Debug) {}
+
+    fn record_str(&mut self, field: &tracing::field::Field, value: &str) {
+        if field.name() == "summary" {
+            // Statements open with `-- name`; COMMIT and the like have no other than their words.
+            let mut words = value.split_whitespace();
+            self.name = match words.next() {
+                Some("--") => words.next().filter(|name| name.contains('.')).unwrap_or("unnamed").to_owned(),
+                Some(word) => word.to_owned(),
+                None => String::new(),
+            };
+        }
+    }
+
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a duration; casts saturate")]
+    fn record_f64(&mut self, field: &tracing::field::Field, value: f64) {
+        if field.name() == "elapsed_secs" {
+            self.duration_ms = (value * 1_000.0).round() as u64;
+        }
+    }
 }
 
 /// Upper bounds of the buckets of durations, in seconds.
@@ -116,6 +167,14 @@ pub mod names {
     pub const DATABASE_BYTES: &str = "sonnette_database_bytes";
     /// Room in it that deleted rows have left.
     pub const DATABASE_FREE_BYTES: &str = "sonnette_database_free_bytes";
+
+    /// Statements that took longer than `database.slow_statement_ms`, by name.
+    pub const SLOW_STATEMENTS: &str = "sonnette_database_slow_statements_total";
+
+    /// A statement took long.
+    pub fn slow_statement(name: &str) {
+        metrics::counter!(SLOW_STATEMENTS, "statement" => name.to_owned()).increment(1);
+    }
 
     /// Retention has deleted rows of this table.
     pub fn retention_deleted(table: &'static str, rows: u64) {

@@ -39,28 +39,28 @@ on_both! {
         }
 
         async fn api_key(&self, id: &ApiKeyId) -> Result<Option<ApiKey>, StoreError> {
-            let row: Option<ApiKeyRow> = read(|| async {
-                Ok(sqlx::query_as(
+            let row: Option<ApiKeyRow> = read(|| self.single(|pool| async move {
+                sqlx::query_as(
                     "-- api_keys.api_key\nSELECT id, hash, owner, scopes, topics, created_at, expires_at, revoked_at \
                      FROM api_keys WHERE id = ?",
                 )
                 .bind(id.as_str())
-                .fetch_optional(self.reader())
-                .await?)
-            })
+                .fetch_optional(&pool)
+                .await
+            }))
             .await?;
             row.map(ApiKey::try_from).transpose()
         }
 
         async fn api_keys(&self) -> Result<Vec<ApiKey>, StoreError> {
-            let rows: Vec<ApiKeyRow> = read(|| async {
-                Ok(sqlx::query_as(
+            let rows: Vec<ApiKeyRow> = read(|| self.single(|pool| async move {
+                sqlx::query_as(
                     "-- api_keys.api_keys\nSELECT id, hash, owner, scopes, topics, created_at, expires_at, revoked_at \
                      FROM api_keys ORDER BY created_at DESC, id",
                 )
-                .fetch_all(self.reader())
-                .await?)
-            })
+                .fetch_all(&pool)
+                .await
+            }))
             .await?;
             rows.into_iter().map(ApiKey::try_from).collect()
         }

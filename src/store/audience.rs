@@ -413,18 +413,31 @@ async fn find_by_seq(conn: &mut Conn<'_>, devices: &[DeviceSeq]) -> Result<HashM
 
 /// Addresses by number: the ownership read. Those that are forgotten are missing.
 pub(super) async fn read_addresses(conn: &mut Conn<'_>, devices: &[DeviceSeq]) -> Result<Vec<Address>, Failure> {
+    Ok(addresses_from(&address_rows(conn, devices).await?, devices)?)
+}
+
+/// The rows of at least these devices.
+pub(super) async fn address_rows(conn: &mut Conn<'_>, devices: &[DeviceSeq]) -> Result<Vec<Row>, sqlx::Error> {
     let mut devices = devices.to_vec();
     devices.sort_unstable();
     devices.dedup();
-    let mut addresses = Vec::with_capacity(devices.len());
+    let mut rows = Vec::with_capacity(devices.len());
     for piece in devices.chunks(LIST) {
         let mut statement = Statement::new("-- queue.addresses\nSELECT ");
         statement.push(COLUMNS).push(" FROM devices WHERE ");
         numbered(&mut statement, piece);
-        for row in &conn.fetch(statement).await? {
-            if piece.binary_search(&DeviceSeq(row.int(0)?)).is_ok() {
-                addresses.push(address_from(row)?);
-            }
+        rows.extend(conn.fetch(statement).await?);
+    }
+    Ok(rows)
+}
+
+/// The addresses of these devices, of the rows that were read for them.
+pub(super) fn addresses_from(rows: &[Row], devices: &[DeviceSeq]) -> Result<Vec<Address>, StoreError> {
+    let wanted: HashSet<DeviceSeq> = devices.iter().copied().collect();
+    let mut addresses = Vec::with_capacity(devices.len());
+    for row in rows {
+        if wanted.contains(&DeviceSeq(row.int(0)?)) {
+            addresses.push(address_from(row)?);
         }
     }
     Ok(addresses)

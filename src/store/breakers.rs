@@ -89,16 +89,16 @@ on_both! {
         }
 
         async fn breakers(&self) -> Result<Vec<Breaker>, StoreError> {
-            let rows: Vec<BreakerRow> = read(|| async {
-                Ok(sqlx::query_as(
+            let rows: Vec<BreakerRow> = read(|| self.single(|pool| async move {
+                sqlx::query_as(
                     "-- breakers.breakers\nSELECT b.id, b.topic, b.environment, b.fingerprint, b.opened_at, \
                      b.apns_status, b.reason, b.next_probe_at, b.probes, \
                      (SELECT COUNT(*) FROM chunks c WHERE c.holder = -(1000 + b.id)) AS parked \
                      FROM breakers b ORDER BY b.id",
                 )
-                .fetch_all(self.reader())
-                .await?)
-            })
+                .fetch_all(&pool)
+                .await
+            }))
             .await?;
             rows.into_iter().map(Breaker::try_from).collect()
         }

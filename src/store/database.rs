@@ -45,7 +45,7 @@ on_both! {
         }
 
         async fn server(&self) -> Result<String, StoreError> {
-            read(|| async { Ok(Self::version(self.reader()).await?) }).await
+            read(|| self.single(Self::version)).await
         }
 
         async fn close(&self) {

@@ -315,11 +315,14 @@ on_both! {
         }
 
         async fn addresses(&self, devices: &[DeviceSeq]) -> Result<Vec<Address>, StoreError> {
-            read(|| async {
-                let mut conn = self.reader().acquire().await?;
-                audience::read_addresses(&mut (&mut *conn).into(), devices).await
+            let rows = read(|| {
+                self.single(|pool| async move {
+                    let mut conn = pool.acquire().await?;
+                    audience::address_rows(&mut (&mut *conn).into(), devices).await
+                })
             })
-            .await
+            .await?;
+            audience::addresses_from(&rows, devices)
         }
     }
 

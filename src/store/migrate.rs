@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use sqlx::{AssertSqlSafe, SqlSafeStr, migrate::Migrator};
+use sqlx::{AssertSqlSafe, MySql, Pool, SqlSafeStr, SqlStr, migrate::Migrator};
 use uuid::Uuid;
 
 use super::{
@@ -68,6 +68,11 @@ fn named(step: &sqlx::migrate::Migration) -> Migration {
     Migration { version: step.version, name: step.description.replace(' ', "_") }
 }
 
+/// What is executed of a step: its text under its number, for logs.
+fn text(step: &sqlx::migrate::Migration) -> SqlStr {
+    AssertSqlSafe(format!("-- migrate.{:04}\n{}", step.version, step.sql.as_str())).into_sql_str()
+}
+
 on_both! {
     impl Base {
         /// What was applied; `None` if there is no table that says so.
@@ -82,14 +87,14 @@ on_both! {
                      WHERE table_schema = DATABASE() AND table_name = 'schema_migrations'"
                 }
             })
-            .fetch_one(self.reader())
+            .fetch_one(&self.pool())
             .await?;
             if exists == 0 {
                 return Ok(None);
             }
             let rows: Vec<(i64, Vec<u8>)> =
                 sqlx::query_as("-- migrate.applied\nSELECT version, checksum FROM schema_migrations")
-                    .fetch_all(self.reader())
+                    .fetch_all(&self.pool())
                     .await?;
             Ok(Some(rows.into_iter().collect()))
         }
@@ -97,7 +102,7 @@ on_both! {
         async fn min_reader(&self) -> Result<i64, Failure> {
             let value: Option<Vec<u8>> =
                 sqlx::query_scalar("-- migrate.min_reader\nSELECT value FROM service_facts WHERE name = 'min_reader'")
-                    .fetch_optional(self.reader())
+                    .fetch_optional(&self.pool())
                     .await?;
             let Some(value) = value else { return Ok(1) };
             std::str::from_utf8(&value).ok().and_then(|text| text.parse().ok()).ok_or_else(|| {
@@ -156,7 +161,7 @@ impl SqliteStore {
                 .await?;
         let steps = lacking(&SQLITE, &rows.into_iter().collect())?;
         for step in &steps {
-            sqlx::raw_sql(AssertSqlSafe(step.sql.as_str()).into_sql_str()).execute(&mut *tx).await?;
+            sqlx::raw_sql(text(step)).execute(&mut *tx).await?;
             let Migration { version, name } = named(step);
             sqlx::query("-- migrate.record\nINSERT INTO schema_migrations (version, name, checksum, applied_at) VALUES (?, ?, ?, ?)")
                 .bind(version)
@@ -174,8 +179,12 @@ impl SqliteStore {
 impl MysqlStore {
     const MIGRATIONS: &Migrator = &MYSQL;
 
-    /// Applies what is pending, under a lease that is kept alive beside the work.
+    /// Applies what is pending, under a lease that is kept alive beside the work. Where nothing is, nothing is written:
+    /// the account that serves need not be allowed to create tables.
     pub(super) async fn apply_pending(&self) -> Result<Vec<Migration>, StoreError> {
+        if self.pending_steps().await?.is_empty() {
+            return Ok(Vec::new());
+        }
         for statement in [
             "-- migrate.table\nCREATE TABLE IF NOT EXISTS schema_migrations \
              (version BIGINT NOT NULL PRIMARY KEY, name VARCHAR(128) NOT NULL, checksum VARBINARY(64) NOT NULL, \
@@ -185,7 +194,7 @@ impl MysqlStore {
              ENGINE=InnoDB DEFAULT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin",
             "-- migrate.lock_row\nINSERT IGNORE INTO schema_lock (id, holder, beat) VALUES (1, NULL, 0)",
         ] {
-            self.again_if_locked(|| sqlx::raw_sql(statement).execute(self.reader())).await?;
+            self.again_if_locked(|pool| async move { sqlx::raw_sql(statement).execute(&pool).await }).await?;
         }
         let me = Uuid::new_v4();
         self.take_lease(me).await?;
@@ -195,10 +204,11 @@ impl MysqlStore {
             lost = self.keep_lease(me) => Err(lost),
         };
         let released = self
-            .again_if_locked(|| {
+            .again_if_locked(|pool| async move {
                 sqlx::query("-- migrate.release\nUPDATE schema_lock SET holder = NULL WHERE id = 1 AND holder = ?")
                     .bind(me.as_bytes().to_vec())
-                    .execute(self.reader())
+                    .execute(&pool)
+                    .await
             })
             .await;
         let done = done?;
@@ -210,18 +220,15 @@ impl MysqlStore {
         let applied = self.applied().await?.unwrap_or_default();
         let steps = lacking(&MYSQL, &applied)?;
         for step in &steps {
-            self.again_if_locked(|| {
-                sqlx::raw_sql(AssertSqlSafe(step.sql.as_str()).into_sql_str()).execute(self.reader())
-            })
-            .await?;
-            let Migration { version, name } = named(step);
-            self.again_if_locked(|| {
+            self.again_if_locked(|pool| async move { sqlx::raw_sql(text(step)).execute(&pool).await }).await?;
+            let Migration { version, name } = &named(step);
+            self.again_if_locked(|pool| async move {
                 sqlx::query("-- migrate.record\nINSERT IGNORE INTO schema_migrations (version, name, checksum, applied_at) VALUES (?, ?, ?, ?)")
                     .bind(version)
-                    .bind(name.clone())
+                    .bind(name)
                     .bind(step.checksum.to_vec())
                     .bind(self.clock.now().as_millis())
-                    .execute(self.reader())
+                    .execute(&pool).await
             })
             .await?;
         }
@@ -234,23 +241,25 @@ impl MysqlStore {
         loop {
             let (holder, beat): (Option<Vec<u8>>, i64) =
                 sqlx::query_as("-- migrate.watch\nSELECT holder, beat FROM schema_lock WHERE id = 1")
-                    .fetch_one(self.reader())
+                    .fetch_one(&self.pool())
                     .await?;
             let since = match &seen {
                 Some((same_holder, same_beat, since)) if *same_holder == holder && *same_beat == beat => *since,
                 _ => Instant::now(),
             };
             if holder.is_none() || since.elapsed() >= LEASE {
+                let seen_holder = &holder;
                 let taken = self
-                    .again_if_locked(|| {
+                    .again_if_locked(|pool| async move {
                         sqlx::query(
                             "-- migrate.take\nUPDATE schema_lock SET holder = ?, beat = beat + 1 \
                              WHERE id = 1 AND holder <=> ? AND beat = ?",
                         )
                         .bind(me.as_bytes().to_vec())
-                        .bind(holder.clone())
+                        .bind(seen_holder)
                         .bind(beat)
-                        .execute(self.reader())
+                        .execute(&pool)
+                        .await
                     })
                     .await?;
                 if taken.rows_affected() == 1 {
@@ -272,7 +281,7 @@ impl MysqlStore {
             let moved =
                 sqlx::query("-- migrate.beat\nUPDATE schema_lock SET beat = beat + 1 WHERE id = 1 AND holder = ?")
                     .bind(me.as_bytes().to_vec())
-                    .execute(self.reader())
+                    .execute(&self.pool())
                     .await;
             match moved {
                 Ok(moved) if moved.rows_affected() == 1 => {}
@@ -287,13 +296,13 @@ impl MysqlStore {
 
     async fn again_if_locked<T, F, Fut>(&self, mut once: F) -> Result<T, StoreError>
     where
-        F: FnMut() -> Fut,
+        F: FnMut(Pool<MySql>) -> Fut,
         Fut: Future<Output = Result<T, sqlx::Error>>,
     {
         let mut tries = 0;
         loop {
             tries += 1;
-            match once().await.map_err(StoreError::from) {
+            match once(self.pool()).await.map_err(StoreError::from) {
                 Err(StoreError::Unavailable(_)) if tries < 5 => sql::pause(tries).await,
                 done => return done,
             }

@@ -4,6 +4,7 @@
 //! with the durability of the database's own commit. No pool, transaction, row or SQL crosses this border. Two
 //! implementations, one conformance suite (`tests/it/store/`), which is the contract.
 
+pub mod address;
 pub mod intake;
 pub mod retention;
 
@@ -96,8 +97,16 @@ pub struct Settings {
     pub url: crate::domain::secret::Secret<String>,
     /// The most connections to MySQL.
     pub max_connections: u32,
-    /// How long a statement may wait for a connection before [`StoreError::Unavailable`].
+    /// How long a statement may wait for a connection before [`StoreError::Unavailable`]: at most
+    /// [`Self::LONGEST_ACQUIRE`].
     pub acquire_timeout: Duration,
+    /// A statement that takes longer is logged with its name; `None`: none is.
+    pub slow_statement: Option<Duration>,
+}
+
+impl Settings {
+    /// Whoever waits longer could not notice in time that the host is to blame.
+    pub const LONGEST_ACQUIRE: Duration = Duration::from_secs(5);
 }
 
 /// Who opens the store.
@@ -122,9 +131,13 @@ pub async fn open(settings: &Settings, role: Role, clock: Arc<dyn Clock>) -> Res
     }
 }
 
-/// sqlx writes no line a statement: the verbs have spans of their own.
-fn quiet<O: sqlx::ConnectOptions>(options: O) -> O {
-    options.disable_statement_logging()
+/// sqlx writes a line for a slow statement alone, which `telemetry` makes shorter.
+fn quiet<O: sqlx::ConnectOptions>(options: O, slow: Option<Duration>) -> O {
+    let options = options.disable_statement_logging();
+    match slow {
+        Some(limit) => options.log_slow_statements(log::LevelFilter::Warn, limit),
+        None => options,
+    }
 }
 
 /// One running `serve`, by the number of its row.

@@ -1,7 +1,7 @@
 //! The dictionary of reasons: the compact outcomes of chunks hold numbers, this tells what they mean.
 //!
 //! Promises: a number is given out only after the row that explains it is committed, and never changes its meaning;
-//! so it may be remembered for as long as the process lives.
+//! so it may be remembered for as long as the same database is spoken to.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -53,6 +53,11 @@ impl Reasons {
             }
         }
         unknown.into_iter().map(|(apns_status, reason)| Cause { apns_status, reason }).collect()
+    }
+
+    /// Forgets all: another host may have lost the newest rows, and give their numbers another meaning.
+    pub(super) fn forget(&self) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = Known::default();
     }
 
     /// Remembers what was read from the dictionary, after it was committed.

@@ -46,21 +46,21 @@ on_both! {
             if DIALECT == Kind::Sqlite {
                 return Ok(None);
             }
-            let millis: i64 = read(|| async {
-                Ok(sqlx::query_scalar("-- replicas.time\nSELECT CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED)")
-                    .fetch_one(self.reader())
-                    .await?)
-            })
+            let millis: i64 = read(|| self.single(|pool| async move {
+                sqlx::query_scalar("-- replicas.time\nSELECT CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED)")
+                    .fetch_one(&pool)
+                    .await
+            }))
             .await?;
             Ok(Some(Timestamp::from_millis(millis)))
         }
 
         async fn replicas(&self) -> Result<Vec<Replica>, StoreError> {
-            let rows: Vec<ReplicaRow> = read(|| async {
-                Ok(sqlx::query_as("-- replicas.replicas\nSELECT id, name, version, beat, started_at FROM replicas ORDER BY id")
-                    .fetch_all(self.reader())
-                    .await?)
-            })
+            let rows: Vec<ReplicaRow> = read(|| self.single(|pool| async move {
+                sqlx::query_as("-- replicas.replicas\nSELECT id, name, version, beat, started_at FROM replicas ORDER BY id")
+                    .fetch_all(&pool)
+                    .await
+            }))
             .await?;
             Ok(rows.into_iter().map(Replica::from).collect())
         }

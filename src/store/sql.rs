@@ -123,7 +123,7 @@ where
             Err(Failure::Store(error)) => return Err(error),
         };
         let again = is_lock_lost(&error)
-            || (is_cut(&error) && tries <= 3)
+            || ((is_cut(&error) || is_read_only(&error)) && tries <= 3)
             || (repeat == Repeat::DuplicatesToo && is_duplicate(&error));
         if !again {
             return Err(error.into());
@@ -162,8 +162,8 @@ async fn within<T>(limit: Duration, work: impl Future<Output = Result<T, Failure
 async fn commit<DB: Database>(tx: Transaction<'static, DB>) -> Result<(), Failure> {
     match tokio::time::timeout(COMMIT_DEADLINE, tx.commit()).await {
         Ok(Ok(())) => Ok(()),
-        // Also how Galera says that another node's transaction won.
-        Ok(Err(error)) if is_lock_lost(&error) => Err(Failure::Sql(error)),
+        // Also how Galera says that another node's transaction won. A server that has become read-only rolls back.
+        Ok(Err(error)) if is_lock_lost(&error) || is_read_only(&error) => Err(Failure::Sql(error)),
         Ok(Err(error)) => Err(Failure::Store(StoreError::CommitUnknown(without_values(error)))),
         Err(_) => Err(Failure::Store(StoreError::CommitUnknown("no answer before the deadline".into()))),
     }
@@ -176,7 +176,7 @@ pub(super) async fn pause(tries: u32) {
 }
 
 /// The number that the database gave its error: MySQL's, or SQLite's extended result code.
-fn number(error: &sqlx::Error) -> Option<(super::Kind, u32)> {
+pub(super) fn number(error: &sqlx::Error) -> Option<(super::Kind, u32)> {
     let database = error.as_database_error()?;
     if let Some(mysql) = database.try_downcast_ref::<sqlx::mysql::MySqlDatabaseError>() {
         return Some((super::Kind::Mysql, mysql.number().into()));
@@ -202,15 +202,20 @@ pub(super) fn is_duplicate(error: &sqlx::Error) -> bool {
 }
 
 /// The connection broke.
-fn is_cut(error: &sqlx::Error) -> bool {
+pub(super) fn is_cut(error: &sqlx::Error) -> bool {
     matches!(error, sqlx::Error::Io(_) | sqlx::Error::WorkerCrashed)
-        // Connection killed (MySQL's ways to say so).
-        || matches!(number(error), Some((super::Kind::Mysql, 1927 | 4031)))
+        // Shutdown under way, connection killed (MySQL's ways to say so).
+        || matches!(number(error), Some((super::Kind::Mysql, 1053 | 1927 | 4031)))
+}
+
+/// The server takes no writes (any more): `read_only` or `super_read_only`, the engine's own, the transaction's.
+pub(super) fn is_read_only(error: &sqlx::Error) -> bool {
+    matches!(number(error), Some((super::Kind::Mysql, 1290 | 1836 | 1792)))
 }
 
 /// The database is away or refuses everybody: not the statement's fault.
 fn is_away(error: &sqlx::Error) -> bool {
-    if is_cut(error) || is_lock_lost(error) {
+    if is_cut(error) || is_lock_lost(error) || is_read_only(error) {
         return true;
     }
     match error {
@@ -219,9 +224,8 @@ fn is_away(error: &sqlx::Error) -> bool {
             Some((super::Kind::Mysql, code)) => matches!(
                 code,
                 // Disk full, too many connections (2), out of resources, access denied (2), unknown database,
-                // Galera's "not ready", shutdown (2), query killed, read-only (3), connection lost while authenticating.
-                1021 | 1040 | 1203 | 1041 | 1044 | 1045 | 1049 | 1047 | 1053 | 1079 | 1317 | 1290 | 1836 | 1792 | 1158
-                    ..=1161
+                // Galera's "not ready", shutdown, query killed, connection lost while authenticating.
+                1021 | 1040 | 1203 | 1041 | 1044 | 1045 | 1049 | 1047 | 1079 | 1317 | 1158..=1161
             ),
             // Disk full, I/O error, read-only, cannot open.
             Some((super::Kind::Sqlite, code)) => matches!(code & 0xff, 8 | 10 | 13 | 14),

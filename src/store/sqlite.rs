@@ -15,7 +15,7 @@ use sqlx::{
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous},
 };
 
-use super::{Role, Settings, StoreError};
+use super::{Role, Settings, StoreError, sql::Failure};
 use crate::domain::clock::Clock;
 
 /// How long a statement waits for another process that is writing.
@@ -77,7 +77,7 @@ impl SqliteStore {
             .synchronous(SqliteSynchronous::Full)
             .foreign_keys(true)
             .busy_timeout(BUSY_TIMEOUT);
-        let options = super::quiet(options);
+        let options = super::quiet(options, settings.slow_statement);
         let pool = |most| {
             SqlitePoolOptions::new()
                 .max_connections(most)
@@ -104,14 +104,24 @@ impl SqliteStore {
         self.readers.begin_with("BEGIN DEFERRED").await
     }
 
-    /// For a single read.
-    pub(super) fn reader(&self) -> &Pool<Sqlite> {
-        &self.readers
+    /// A single read.
+    pub(super) async fn single<T, F, Fut>(&self, once: F) -> Result<T, Failure>
+    where
+        F: FnOnce(Pool<Sqlite>) -> Fut,
+        Fut: Future<Output = Result<T, sqlx::Error>>,
+    {
+        Ok(once(self.readers.clone()).await?)
+    }
+
+    /// The connections for reading, for migrations.
+    pub(super) fn pool(&self) -> Pool<Sqlite> {
+        self.readers.clone()
     }
 
     /// The library's name and version.
-    pub(super) async fn version(pool: &Pool<Sqlite>) -> Result<String, sqlx::Error> {
-        let version: String = sqlx::query_scalar("-- database.server\nSELECT sqlite_version()").fetch_one(pool).await?;
+    pub(super) async fn version(pool: Pool<Sqlite>) -> Result<String, sqlx::Error> {
+        let version: String =
+            sqlx::query_scalar("-- database.server\nSELECT sqlite_version()").fetch_one(&pool).await?;
         Ok(format!("SQLite {version}"))
     }
 

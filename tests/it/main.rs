@@ -26,6 +26,7 @@ mod layers;
 mod lost;
 mod million;
 mod mistakes;
+mod mysql;
 mod ownership;
 mod pace;
 mod process;

@@ -34,7 +34,12 @@ pub(crate) fn later(seconds: u64) -> Timestamp {
 }
 
 pub(crate) fn settings(url: &str) -> Settings {
-    Settings { url: Secret::new(url.to_owned()), max_connections: 8, acquire_timeout: Duration::from_secs(10) }
+    Settings {
+        url: Secret::new(url.to_owned()),
+        max_connections: 8,
+        acquire_timeout: Duration::from_secs(10),
+        slow_statement: None,
+    }
 }
 
 /// Opens the store as the command line does; several may be open.

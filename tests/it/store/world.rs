@@ -53,8 +53,9 @@ impl Raw {
     pub(crate) async fn run(&mut self, sql: &str) -> u64 {
         let sql = AssertSqlSafe(sql.to_owned());
         match self {
-            Self::Sqlite(conn) => sqlx::query(sql).execute(conn).await.unwrap().rows_affected(),
-            Self::Mysql(conn) => sqlx::query(sql).execute(conn).await.unwrap().rows_affected(),
+            // Not prepared: MySQL prepares neither BEGIN nor COMMIT.
+            Self::Sqlite(conn) => sqlx::raw_sql(sql).execute(conn).await.unwrap().rows_affected(),
+            Self::Mysql(conn) => sqlx::raw_sql(sql).execute(conn).await.unwrap().rows_affected(),
         }
     }
 
@@ -87,8 +88,12 @@ pub(crate) struct Phone {
 }
 
 pub(crate) async fn open(url: &str, role: Role, clock: Arc<dyn Clock>) -> Arc<dyn Store> {
-    let settings =
-        Settings { url: Secret::new(url.to_owned()), max_connections: 8, acquire_timeout: Duration::from_secs(30) };
+    let settings = Settings {
+        url: Secret::new(url.to_owned()),
+        max_connections: 8,
+        acquire_timeout: Duration::from_secs(30),
+        slow_statement: None,
+    };
     store::open(&settings, role, clock).await.unwrap()
 }
 

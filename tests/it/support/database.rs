@@ -150,7 +150,7 @@ impl Server {
                 drop_left_behind(&server).await.map_err(|error| format!("the server in TEST_DATABASE_URL: {error}"))?;
                 Ok(Self::Named(url))
             }
-            None => PrivateServer::try_start().await.map(Self::Private),
+            None => PrivateServer::try_start(&[]).await.map(Self::Private),
         }
     }
 }
@@ -163,6 +163,7 @@ pub(crate) struct PrivateServer {
     port: u16,
     process: Option<Process>,
     program: PathBuf,
+    options: Vec<String>,
     // Last, so that it is removed after the process.
     folder: Folder,
 }
@@ -170,10 +171,15 @@ pub(crate) struct PrivateServer {
 impl PrivateServer {
     /// Starts one with empty data and waits until it answers: about two seconds.
     pub(crate) async fn start() -> Self {
-        Self::try_start().await.unwrap_or_else(|why| panic!("{why}"))
+        Self::start_with(&[]).await
     }
 
-    async fn try_start() -> Result<Self, String> {
+    /// The same, with more options of the server: `--read-only=ON`.
+    pub(crate) async fn start_with(options: &[String]) -> Self {
+        Self::try_start(options).await.unwrap_or_else(|why| panic!("{why}"))
+    }
+
+    async fn try_start(options: &[String]) -> Result<Self, String> {
         let program = find_program(&["mariadbd", "mysqld"]).ok_or(ADVICE)?;
         let folder = Folder::new("server");
         initialise(&program, folder.path()).await?;
@@ -184,7 +190,8 @@ impl PrivateServer {
         )
         .map_err(|error| error.to_string())?;
 
-        let mut server = Self { url: String::new(), port: 0, process: None, program, folder };
+        let options = options.to_vec();
+        let mut server = Self { url: String::new(), port: 0, process: None, program, options, folder };
         let mut why = String::new();
         // Another process may take the free port before the server does: then it ends, and another port is tried.
         for _ in 0..3 {
@@ -207,6 +214,77 @@ impl PrivateServer {
 
     pub(crate) fn port(&self) -> u16 {
         self.port
+    }
+
+    /// Where it is, for an account with every privilege.
+    pub(crate) fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// One number, asked with every privilege.
+    pub(crate) async fn number(&self, question: &str) -> i64 {
+        let mut connection = MySqlConnection::connect(&self.url).await.expect("the test server answers");
+        let question = AssertSqlSafe(question.to_owned());
+        sqlx::query_scalar(question).fetch_one(&mut connection).await.expect("an answer")
+    }
+
+    /// The first row of what is asked, with every privilege: its first two columns as texts.
+    pub(crate) async fn row(&self, question: &str) -> (String, String) {
+        use sqlx::Row as _;
+
+        let mut connection = MySqlConnection::connect(&self.url).await.expect("the test server answers");
+        let question = AssertSqlSafe(question.to_owned());
+        let row = sqlx::raw_sql(question).fetch_one(&mut connection).await.expect("a row");
+        let text = |column| String::from_utf8(row.try_get_unchecked(column).unwrap()).unwrap();
+        (text(0), text(1))
+    }
+
+    /// Runs statements one by one, with every privilege.
+    pub(crate) async fn execute(&self, statements: &[&str]) {
+        let mut connection = MySqlConnection::connect(&self.url).await.expect("the test server answers");
+        for statement in statements {
+            run(&mut connection, (*statement).to_owned()).await.unwrap_or_else(|error| panic!("{statement}: {error}"));
+        }
+        let _ = connection.close().await;
+    }
+
+    /// Becomes a replica of `primary`, which has logged everything since its start.
+    pub(crate) async fn follow(&self, primary: &Self) {
+        let (command, word, more) = if self.is_mariadb().await {
+            ("CHANGE MASTER", "MASTER", "")
+        } else {
+            ("CHANGE REPLICATION SOURCE", "SOURCE", ", GET_SOURCE_PUBLIC_KEY=1")
+        };
+        self.execute(&[
+            &format!(
+                "{command} TO {word}_HOST='127.0.0.1', {word}_PORT={}, {word}_USER='sonnette', \
+                 {word}_PASSWORD='sonnette', {word}_LOG_FILE='log.000001', {word}_LOG_POS=4{more}",
+                primary.port
+            ),
+            "START REPLICA",
+        ])
+        .await;
+    }
+
+    /// Waits until it has everything that `primary`, which writes no more, has logged.
+    pub(crate) async fn catch_up(&self, primary: &Self) {
+        let (status, wait) = if self.is_mariadb().await {
+            ("SHOW MASTER STATUS", "MASTER_POS_WAIT")
+        } else {
+            ("SHOW BINARY LOG STATUS", "SOURCE_POS_WAIT")
+        };
+        let (file, position) = primary.row(status).await;
+        let waited = self.number(&format!("SELECT {wait}('{file}', {position}, 60)")).await;
+        assert!(waited >= 0, "the replica did not catch up");
+    }
+
+    /// Is a replica no longer, and takes writes.
+    pub(crate) async fn promote(&self) {
+        self.execute(&["STOP REPLICA", "SET GLOBAL read_only = OFF"]).await;
+    }
+
+    async fn is_mariadb(&self) -> bool {
+        self.row("SELECT VERSION(), ''").await.0.contains("MariaDB")
     }
 
     /// SIGKILL, as by a crash: returns once the process is gone. Does nothing if it is not running.
@@ -258,7 +336,8 @@ impl PrivateServer {
             // Many servers on one machine run out of the kernel's asynchronous requests.
             .arg("--innodb-use-native-aio=0")
             // `loose`: only MySQL knows these.
-            .args(["--loose-mysqlx=OFF", "--loose-performance-schema=OFF"]);
+            .args(["--loose-mysqlx=OFF", "--loose-performance-schema=OFF"])
+            .args(&self.options);
         self.process = Some(spawn_logged(&mut command, &folder.join("server.log"))?);
 
         let started = Instant::now();

@@ -1,0 +1,368 @@
+//! Which host is spoken to, and when to turn to another.
+//!
+//! Promises: a host that is read-only is never turned to, and at the start only if no other answers that can be written to; the one that is spoken to stays for as
+//! long as it answers and can be written to, whatever the order in the URL; after a turn no statement goes to a connection
+//! made before it. Hosts are looked at only when something went wrong, all at once, by one task for all, and at most every
+//! [`LOOK_EVERY`].
+
+use std::{
+    sync::{
+        Arc, PoisonError, RwLock,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use futures_util::future::join_all;
+use sqlx::{
+    Connection, MySql, MySqlPool, Row, Transaction,
+    mysql::{MySqlConnection, MySqlPoolOptions},
+};
+
+use crate::store::{
+    Kind, StoreError,
+    address::Host,
+    reasons::Reasons,
+    sql::{self, is_cut, is_read_only},
+};
+
+/// How long a host may take to show that it can be written to.
+const LOOK: Duration = Duration::from_secs(2);
+
+/// The shortest time between two looks.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+
+/// How long a transaction may take to begin, once there is a connection.
+const BEGIN: Duration = Duration::from_secs(2);
+
+/// A pool on which nothing was answered for so long is stuck, though the host answers others: it has moved, or a network
+/// between us has forgotten our connections.
+const STUCK: Duration = Duration::from_secs(8);
+
+/// All hosts, and the pool of connections to one of them.
+#[derive(Debug)]
+pub(super) struct Hosts {
+    all: Vec<Host>,
+    pools: MySqlPoolOptions,
+    current: RwLock<Current>,
+    /// When the last look ended.
+    looked: tokio::sync::Mutex<Option<Instant>>,
+    /// What is remembered of the database's content, and may not be true of another host's.
+    reasons: Arc<Reasons>,
+    /// Moves when the pool is not to be waited for any longer: its host was left, or nobody is there.
+    left: tokio::sync::watch::Sender<()>,
+    /// The last look found nobody to speak to.
+    lost: AtomicBool,
+    started: Instant,
+    /// When something was last answered, in milliseconds since `started`.
+    answered: AtomicU64,
+}
+
+#[derive(Debug, Clone)]
+struct Current {
+    pool: MySqlPool,
+    host: usize,
+    /// Grows with every new pool.
+    turn: u64,
+}
+
+/// What a look at a host found.
+enum Seen {
+    Writable,
+    ReadOnly,
+    /// It lives, and takes no more connections.
+    Busy,
+    Gone(String),
+}
+
+impl Hosts {
+    /// Looks at all hosts and takes the first that can be written to, else the first that answers.
+    ///
+    /// # Errors
+    /// [`StoreError::Settings`] if none answers and all say something that the configuration can cure, else
+    /// [`StoreError::Unavailable`].
+    pub(super) async fn open(
+        hosts: Vec<Host>,
+        pools: MySqlPoolOptions,
+        patience: Duration,
+        reasons: Arc<Reasons>,
+    ) -> Result<Self, StoreError> {
+        let mut refused = Vec::new();
+        let mut to_be_cured = true;
+        let mut found: Option<usize> = None;
+        for (number, host) in hosts.iter().enumerate() {
+            match look(host, patience).await {
+                Ok(true) => {
+                    found = Some(number);
+                    break;
+                }
+                Ok(false) => {
+                    tracing::warn!(host = %host, "the database's host {host} is read-only");
+                    found = found.or(Some(number));
+                }
+                Err(Unreached { said, cure, .. }) => {
+                    to_be_cured &= cure;
+                    refused.push(said);
+                }
+            }
+        }
+        let Some(number) = found else {
+            let refused = refused.join("; ");
+            return Err(if to_be_cured {
+                StoreError::Settings(refused)
+            } else {
+                StoreError::Unavailable(refused.into())
+            });
+        };
+        for said in refused {
+            tracing::warn!("a host of the database is passed over: {said}");
+        }
+        let Some(host) = hosts.get(number) else { return Err(StoreError::Settings("names no host".to_owned())) };
+        let pool = pools.clone().connect_lazy_with(host.options.clone());
+        Ok(Self {
+            current: RwLock::new(Current { pool, host: number, turn: 0 }),
+            all: hosts,
+            pools,
+            looked: tokio::sync::Mutex::new(None),
+            reasons,
+            left: tokio::sync::watch::Sender::new(()),
+            lost: AtomicBool::new(false),
+            started: Instant::now(),
+            answered: AtomicU64::new(0),
+        })
+    }
+
+    fn current(&self) -> Current {
+        self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Begins a transaction by `statement`, on another host if this one is gone or does not take it.
+    pub(super) async fn begin(&self, statement: &'static str) -> Result<Transaction<'static, MySql>, sqlx::Error> {
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            let mut left = self.left.subscribe();
+            let current = self.present().await?;
+            let begun = tokio::select! {
+                biased;
+                begun = self.begin_on(&current.pool, statement) => begun,
+                // What it had begun, if anything, is rolled back.
+                _ = left.changed() => Err(gone("the database's host was left")),
+            };
+            let error = match begun {
+                Ok(tx) => {
+                    self.heard();
+                    return Ok(tx);
+                }
+                Err(error) => error,
+            };
+            if !self.turned_after(&current, &error).await || tries > 2 {
+                return Err(error);
+            }
+        }
+    }
+
+    async fn begin_on(
+        &self,
+        pool: &MySqlPool,
+        statement: &'static str,
+    ) -> Result<Transaction<'static, MySql>, sqlx::Error> {
+        // The time to wait for a connection is the pool's own affair: behind others, that is no sign of a dead host.
+        let limit = self.pools.get_acquire_timeout() + BEGIN;
+        match tokio::time::timeout(limit, pool.begin_with(statement)).await {
+            Ok(begun) => begun,
+            Err(_) => Err(sqlx::Error::PoolTimedOut),
+        }
+    }
+
+    /// The pool as it is now.
+    pub(super) fn pool(&self) -> MySqlPool {
+        self.current().pool
+    }
+
+    /// Runs a single read on the pool, and has the hosts looked at if it fails because of its host.
+    pub(super) async fn read<T, F, Fut>(&self, once: F) -> Result<T, sqlx::Error>
+    where
+        F: FnOnce(MySqlPool) -> Fut,
+        Fut: Future<Output = Result<T, sqlx::Error>>,
+    {
+        let mut left = self.left.subscribe();
+        let current = self.present().await?;
+        let done = tokio::select! {
+            biased;
+            done = once(current.pool.clone()) => done,
+            _ = left.changed() => Err(gone("the database's host was left")),
+        };
+        match &done {
+            Ok(_) => self.heard(),
+            Err(error) => _ = self.turned_after(&current, error).await,
+        }
+        done
+    }
+
+    pub(super) async fn close(&self) {
+        self.current().pool.close().await;
+    }
+
+    fn heard(&self) {
+        let now = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.answered.store(now, Ordering::Relaxed);
+    }
+
+    fn is_stuck(&self) -> bool {
+        let answered = Duration::from_millis(self.answered.load(Ordering::Relaxed));
+        self.started.elapsed().saturating_sub(answered) > STUCK
+    }
+
+    /// The pool to be used now, after another look if the last one found nobody and was not just now: of several hosts
+    /// one may be back, or have been promoted, any moment. A host that is alone is waited for by its pool.
+    async fn present(&self) -> Result<Current, sqlx::Error> {
+        let before = self.current();
+        if self.all.len() < 2 || !self.lost.load(Ordering::Relaxed) {
+            return Ok(before);
+        }
+        let mut looked = self.looked.lock().await;
+        let just_now = looked.is_some_and(|at| at.elapsed() < LOOK_EVERY);
+        if self.current().turn == before.turn && !before.pool.is_closed() && !just_now {
+            self.look_around(&before, true).await;
+            *looked = Some(Instant::now());
+        }
+        if self.lost.load(Ordering::Relaxed) {
+            return Err(gone("no host of the database can be written to"));
+        }
+        Ok(self.current())
+    }
+
+    /// After this error of this pool: whether there is a new pool, so that what was not committed may be tried again.
+    async fn turned_after(&self, before: &Current, error: &sqlx::Error) -> bool {
+        let cut = is_cut(error);
+        let host_is_to_blame = cut
+            || is_read_only(error)
+            || matches!(error, sqlx::Error::PoolTimedOut | sqlx::Error::Tls(_) | sqlx::Error::PoolClosed);
+        if !host_is_to_blame {
+            return false;
+        }
+        let failed_at = Instant::now();
+        let mut looked = self.looked.lock().await;
+        let current = self.current();
+        if current.turn != before.turn {
+            return true;
+        }
+        // Closed, and nobody made a new one: the service is ending.
+        if before.pool.is_closed() || looked.is_some_and(|at| at > failed_at) {
+            return false;
+        }
+        if let Some(wait) = looked.and_then(|at| LOOK_EVERY.checked_sub(at.elapsed())) {
+            tokio::time::sleep(wait).await;
+        }
+        let turned = self.look_around(&current, cut).await;
+        *looked = Some(Instant::now());
+        turned
+    }
+
+    async fn look_around(&self, current: &Current, cut: bool) -> bool {
+        let seen = join_all(self.all.iter().map(|host| async move {
+            match look(host, LOOK).await {
+                Ok(true) => Seen::Writable,
+                Ok(false) => Seen::ReadOnly,
+                Err(unreached) if unreached.busy => Seen::Busy,
+                Err(unreached) => Seen::Gone(unreached.said),
+            }
+        }))
+        .await;
+        // From the one that was spoken to, around. Another one that is read-only may lag behind: who owns a device is
+        // not to be asked there.
+        let mut around = (0..seen.len()).map(|step| (current.host + step) % seen.len());
+        let writable = around.find(|number| matches!(seen.get(*number), Some(Seen::Writable)));
+        let stays = matches!(seen.get(current.host), Some(Seen::ReadOnly | Seen::Busy)).then_some(current.host);
+        let was_lost = self.lost.swap(writable.or(stays).is_none(), Ordering::Relaxed);
+        let Some(number) = writable.or(stays) else {
+            for seen in seen.iter().filter(|_| !was_lost) {
+                if let Seen::Gone(said) = seen {
+                    tracing::warn!("a host of the database is out of reach: {said}");
+                }
+            }
+            // A host that is alone is waited for by its pool.
+            if self.all.len() > 1 {
+                self.left.send_replace(());
+            }
+            return false;
+        };
+        // The same host as before: anew only if what there is of connections is dead.
+        if number == current.host && !cut && !self.is_stuck() {
+            return false;
+        }
+        let Some(host) = self.all.get(number) else { return false };
+        if number != current.host {
+            let was = match seen.get(current.host) {
+                Some(Seen::Gone(said)) => said.as_str(),
+                _ => "it is read-only",
+            };
+            tracing::warn!(host = %host, "turned to the database's host {host}; the one before cannot be used: {was}");
+            self.reasons.forget();
+        }
+        let pool = self.pools.clone().connect_lazy_with(host.options.clone());
+        let new = Current { pool, host: number, turn: current.turn + 1 };
+        *self.current.write().unwrap_or_else(PoisonError::into_inner) = new;
+        // Marks it: whoever waits for one of its connections is told at once, and what comes back to it is closed.
+        // Not waited for, because what hangs may hang for long.
+        drop(current.pool.close());
+        self.left.send_replace(());
+        self.heard();
+        true
+    }
+}
+
+fn gone(why: &'static str) -> sqlx::Error {
+    std::io::Error::new(std::io::ErrorKind::NotConnected, why).into()
+}
+
+/// Why a host cannot be used, and whether the configuration can cure it.
+struct Unreached {
+    said: String,
+    cure: bool,
+    busy: bool,
+}
+
+/// Whether a host can be written to.
+async fn look(host: &Host, patience: Duration) -> Result<bool, Unreached> {
+    let asked = tokio::time::timeout(patience, async {
+        let mut connection = MySqlConnection::connect_with(&host.options).await?;
+        super::pin_session(&mut connection).await?;
+        let writable = is_writable(&mut connection).await?;
+        // Best effort: the answer is there.
+        _ = connection.close().await;
+        Ok(writable)
+    });
+    match asked.await {
+        Ok(Ok(writable)) => Ok(writable),
+        Ok(Err(error)) => {
+            let advice = host.advice(&error);
+            // Too many connections: the server's limit (2), the account's.
+            let busy = matches!(sql::number(&error), Some((Kind::Mysql, 1040 | 1203 | 1226)));
+            let cure = advice.is_some();
+            let said = advice.unwrap_or_else(|| format!("{host}: {}", sql::without_values(error)));
+            Err(Unreached { said, cure, busy })
+        }
+        Err(_) => Err(Unreached { said: format!("{host}: no answer within {patience:?}"), cure: false, busy: false }),
+    }
+}
+
+/// Whether the server takes writes from an ordinary account: an account with more rights than it needs would be let
+/// through, and write past a replication.
+async fn is_writable(connection: &mut MySqlConnection) -> Result<bool, sqlx::Error> {
+    // What MySQL, MariaDB and hosted versions of them call it; the values are words on some and numbers on others.
+    let rows = sqlx::query(
+        "-- database.writable\nSHOW GLOBAL VARIABLES WHERE Variable_name IN ('read_only', 'super_read_only', \
+         'innodb_read_only', 'transaction_read_only', 'tx_read_only')",
+    )
+    .fetch_all(connection)
+    .await?;
+    for row in rows {
+        let value: String = row.try_get(1)?;
+        if !matches!(value.as_str(), "OFF" | "0") {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
