@@ -58,7 +58,7 @@ async fn sessions_are_read_committed_and_strict_whatever_the_server_says() {
     let opened = open().await.unwrap();
     let mut other = Raw::open(database.url()).await;
     other.run("BEGIN").await;
-    other.run("UPDATE breakers SET probes = probes + 1").await;
+    other.run("UPDATE breakers SET fingerprint = 'f2'").await;
     let again = tokio::time::timeout(Duration::from_secs(4), open()).await.expect("it does not wait");
     assert_eq!(again.unwrap(), opened);
     other.run("ROLLBACK").await;
