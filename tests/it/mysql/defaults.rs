@@ -5,7 +5,15 @@ use std::{
     time::Duration,
 };
 
-use crate::support::{database::PrivateServer, scratch::Process};
+use sonnette::{
+    domain::{clock::Timestamp, outcome::Fault, topic::Environment},
+    store::StoreError,
+};
+
+use crate::{
+    store::{NOW, store, world::Raw},
+    support::{database::PrivateServer, scratch::Process},
+};
 
 /// The conformance suite itself, in a process of its own, on such a server.
 #[tokio::test]
@@ -34,4 +42,28 @@ async fn whatever_the_servers_modes_time_zone_isolation_and_character_set_the_st
     let status = suite.wait(Duration::from_secs(300)).await.expect("it ends");
     let said = said.await.unwrap();
     assert!(status.success() && !said.contains(" 0 passed"), "{said}");
+}
+
+#[tokio::test]
+async fn sessions_are_read_committed_and_strict_whatever_the_server_says() {
+    let options = ["--sql-mode=", "--transaction-isolation=SERIALIZABLE"];
+    let server = PrivateServer::start_with(&options.map(str::to_owned)).await;
+    let database = server.database().await;
+    let store = store(&database).await;
+
+    // READ COMMITTED: a read waits for nobody's row lock. SERIALIZABLE would.
+    let topic = "fr.ocpizza.livreur".parse().unwrap();
+    let fault = Fault { status: 403, reason: "InvalidProviderToken".into() };
+    let open = || store.open_breaker(&topic, Environment::Production, "f1", &fault, NOW, Timestamp::from_seconds(0));
+    let opened = open().await.unwrap();
+    let mut other = Raw::open(database.url()).await;
+    other.run("BEGIN").await;
+    other.run("UPDATE breakers SET fingerprint = 'f2'").await;
+    let again = tokio::time::timeout(Duration::from_secs(4), open()).await.expect("it does not wait");
+    assert_eq!(again.unwrap(), opened);
+    other.run("ROLLBACK").await;
+
+    // Strict: what does not fit is refused, not cut.
+    let joined = store.join(&"x".repeat(10_000), "1", NOW).await;
+    assert!(matches!(joined, Err(StoreError::Statement(_))), "{joined:?}");
 }

@@ -110,6 +110,11 @@ async fn a_host_that_hangs_is_left_within_seconds() {
     let store = opened(&account.url_of(&[&first, &second])).await;
     futures_util::future::join_all((0..8).map(|_| store.probe(NOW))).await;
     first.freeze();
+    // The signal may take a moment, and what is under way then may well be told to come back.
+    eventually("it stands still", async || {
+        tokio::time::timeout(Duration::from_millis(500), first.number("SELECT 1")).await.is_err()
+    })
+    .await;
     store.probe(NOW).await.expect("this very write is made on the other host");
     assert_eq!(probes(&second, &account).await, 1);
     first.thaw();
