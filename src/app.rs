@@ -45,6 +45,9 @@ pub enum AppError {
     /// The schema lacks migrations, and `database.migrate` is off.
     #[error("the schema lacks {0} migration(s): run `sonnette migrate`, or set `database.migrate = true`")]
     Behind(usize),
+    /// The system.
+    #[error("no threads could be started")]
+    Threads(#[source] std::io::Error),
     /// A provider key.
     #[error("the key of `{topic}`, {file}, cannot be used")]
     Key {
@@ -130,7 +133,7 @@ impl App {
     /// What is in the way; nothing is left running then.
     pub async fn start(config: &Config, clock: Arc<dyn Clock>, options: Options) -> Result<Self, AppError> {
         // Built, without effects.
-        let tasks = Tasks::new();
+        let tasks = Tasks::with_background().map_err(AppError::Threads)?;
         let apps = credentials(config)?;
         let way = apns_settings(config)?;
         let catalogue = Arc::new(catalogue(config)?);

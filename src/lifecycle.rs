@@ -6,18 +6,23 @@
 
 use std::{
     future::Future,
+    io,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
 };
 
+use tokio::runtime::{Builder, Runtime};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 /// The tasks of one running service. Cloning shares them.
 #[derive(Debug, Clone, Default)]
 pub struct Tasks {
     tracker: TaskTracker,
+    background: Option<Arc<Background>>,
+    /// Whether this handle spawns there.
+    behind: bool,
     stop: CancellationToken,
     abort: CancellationToken,
     failed: Arc<AtomicBool>,
@@ -28,6 +33,22 @@ impl Tasks {
     #[must_use]
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// No tasks yet, and threads of their own for those that may keep a thread busy: see [`Self::in_background`].
+    ///
+    /// # Errors
+    /// If the system gives no threads.
+    pub fn with_background() -> io::Result<Self> {
+        let runtime = Builder::new_multi_thread().thread_name("background").enable_all().build()?;
+        Ok(Self { background: Some(Arc::new(Background(Some(runtime)))), ..Self::default() })
+    }
+
+    /// The same tasks; what is spawned through this handle runs on threads of its own, if there are such. A task that
+    /// computes for a millisecond keeps no urgent one waiting there: the system shares out processors in smaller pieces.
+    #[must_use]
+    pub fn in_background(&self) -> Self {
+        Self { behind: true, ..self.clone() }
     }
 
     /// Spawns a task that lives until [`Self::stopping`]. If it ends earlier, everything is stopped.
@@ -52,7 +73,10 @@ impl Tasks {
 
     fn launch(&self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
         tracing::trace!(task = name, "task begins");
-        self.tracker.spawn(task);
+        match self.background.as_deref().filter(|_| self.behind).and_then(|background| background.0.as_ref()) {
+            Some(runtime) => drop(self.tracker.spawn_on(task, runtime.handle())),
+            None => drop(self.tracker.spawn(task)),
+        }
     }
 
     /// Cancelled once the service is to stop: begin nothing new.
@@ -88,6 +112,19 @@ impl Tasks {
     #[must_use]
     pub fn failed(&self) -> bool {
         self.failed.load(Ordering::Relaxed)
+    }
+}
+
+/// Threads for what is not urgent.
+#[derive(Debug)]
+struct Background(Option<Runtime>);
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        // Dropped inside of another runtime, which must not wait.
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
     }
 }
 

@@ -35,7 +35,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{RwLock, mpsc};
 
 use self::{
     backoff::BusyDevices,
@@ -53,7 +53,7 @@ use crate::{
     lifecycle::Tasks,
     store::{
         Claimed, Lease, ReplicaId, Store, StoreError,
-        intake::{Cancelled, Handed, Handover, Identity, Roster},
+        intake::{Cancelled, Handed, Handover, Identity, Roster, Wake},
     },
 };
 
@@ -144,7 +144,7 @@ impl Dispatcher {
                 reader: Reader::start(Arc::clone(&store), Arc::clone(&clock), tasks),
                 cancelled: handover.cancelled.clone(),
             },
-            settler: Settler::start(Arc::clone(&store), Arc::clone(&clock), identity.clone(), tasks),
+            settler: Settler::start(Arc::clone(&store), Arc::clone(&clock), identity.clone(), &tasks.in_background()),
             busy: BusyDevices::new(Arc::clone(&clock)),
             slots: Slots::default(),
             pace,
@@ -155,17 +155,18 @@ impl Dispatcher {
             store: Arc::clone(&store),
             clock,
             identity: identity.clone(),
-            claiming: tokio::sync::Mutex::new(()),
+            claiming: RwLock::new(()),
             roster: handover.roster.clone(),
             sender,
             board,
-            in_memory: Arc::new(InMemory::new(Arc::clone(&handover.wake))),
+            in_memory: Arc::new(InMemory::new(&handover.wake)),
             cancelled: handover.cancelled.clone(),
             settings,
             unspent,
+            background: tasks.in_background(),
             tasks: tasks.clone(),
         };
-        tasks.spawn("dispatch", desk.run(handover, again));
+        desk.start(handover, again);
         Ok(Self { store, identity, heart })
     }
 
@@ -195,18 +196,20 @@ struct Room {
     wanted: AtomicBool,
     /// With so many left, the claim that stopped goes on.
     enough_left: AtomicUsize,
-    wake: Arc<Notify>,
+    lane: Lane,
+    wake: Arc<Wake>,
 }
 
 impl InMemory {
-    fn new(wake: Arc<Notify>) -> Self {
-        let room = |wake| Room {
+    fn new(wake: &Arc<Wake>) -> Self {
+        let room = |lane| Room {
             held: AtomicUsize::new(0),
             wanted: AtomicBool::new(false),
             enough_left: AtomicUsize::new(0),
-            wake,
+            lane,
+            wake: Arc::clone(wake),
         };
-        Self { transactional: room(Arc::clone(&wake)), bulk: room(wake) }
+        Self { transactional: room(Lane::Transactional), bulk: room(Lane::Bulk) }
     }
 
     const fn of(&self, lane: Lane) -> &Room {
@@ -227,7 +230,7 @@ impl Room {
     fn leave(&self, targets: usize) {
         let left = self.held.fetch_sub(targets, Ordering::Relaxed).saturating_sub(targets);
         if left <= self.enough_left.load(Ordering::Relaxed) && self.wanted.swap(false, Ordering::Relaxed) {
-            self.wake.notify_one();
+            self.wake.of(self.lane).notify_one();
         }
     }
 }
@@ -262,7 +265,7 @@ impl Drop for Weight {
 struct Desk {
     store: Arc<dyn Store>,
     /// Held from before a claim's commit until its chunks are on the roster: the sweep must not look in between.
-    claiming: tokio::sync::Mutex<()>,
+    claiming: RwLock<()>,
     clock: Arc<dyn Clock>,
     identity: Identity,
     roster: Roster,
@@ -274,58 +277,61 @@ struct Desk {
     unspent: mpsc::Sender<Probe>,
     cancelled: Cancelled,
     tasks: Tasks,
+    /// For what is not urgent.
+    background: Tasks,
 }
 
 impl Desk {
-    /// Sends until the service stops. Cut only where it holds nothing.
-    async fn run(self, handover: Handover, again: mpsc::Receiver<Probe>) {
+    /// Sends until the service stops: four tasks, so that what is handed over never waits for a claim, nor urgent claims
+    /// for bulk ones.
+    fn start(self, handover: Handover, again: mpsc::Receiver<Probe>) {
         let Handover { mut handed, wake, .. } = handover;
-        let stop = self.tasks.stopping().clone();
-        let upkeep = self.upkeep(again);
-        tokio::pin!(upkeep);
-        // Sending what is handed over must never wait for a claim: two loops, side by side.
-        let hand = async {
+        let desk = Arc::new(self);
+        let hand = Arc::clone(&desk);
+        desk.spawn(&desk.tasks, "dispatch.hand", async move {
             while let Some(Handed { lease, replica, entry, permit }) = handed.recv().await {
-                self.launch(Work { lease, replica, _entry: entry, _permit: permit, weight: None, probe: None });
+                hand.launch(Work { lease, replica, _entry: entry, _permit: permit, weight: None, probe: None });
             }
-        };
-        tokio::pin!(hand);
-        let claim = async {
-            loop {
-                // Registered before the look, so that what comes in between is not missed.
-                let woken = wake.notified();
-                let full = self.claim().await;
-                if full {
-                    continue;
-                }
-                tokio::select! {
-                    () = woken => {}
-                    () = self.clock.sleep(self.settings.poll_every) => {}
-                }
-            }
-        };
-        tokio::pin!(claim);
-        tokio::select! {
-            // Losing a claim in its middle would leave chunks that are ours and not in memory; they are given back
-            // when this replica leaves.
-            () = stop.cancelled() => {}
-            () = &mut hand => {}
-            () = &mut claim => {}
-            () = &mut upkeep => {}
-        }
-    }
-
-    /// Takes what is due, urgent first. True if there may be more.
-    async fn claim(&self) -> bool {
-        let mut more = false;
+        });
         for lane in Lane::ALL {
-            more |= self.claim_in(lane).await;
+            let (tasks, name) = match lane {
+                Lane::Transactional => (&desk.tasks, "dispatch.claim"),
+                Lane::Bulk => (&desk.background, "dispatch.claim_bulk"),
+            };
+            let (claimer, wake) = (Arc::clone(&desk), Arc::clone(&wake));
+            desk.spawn(tasks, name, async move {
+                loop {
+                    // Registered before the look, so that what comes in between is not missed.
+                    let woken = wake.of(lane).notified();
+                    if claimer.claim(lane).await {
+                        continue;
+                    }
+                    tokio::select! {
+                        () = woken => {}
+                        () = claimer.clock.sleep(claimer.settings.poll_every) => {}
+                    }
+                }
+            });
         }
-        more
+        let upkeep = Arc::clone(&desk);
+        desk.spawn(&desk.tasks, "dispatch.upkeep", async move { upkeep.upkeep(again).await });
     }
 
-    /// Each lane has an allowance of its own: bulk that waits in memory never keeps urgent work out.
-    async fn claim_in(&self, lane: Lane) -> bool {
+    /// Spawns a task that is dropped when the service stops. Losing a claim in its middle leaves chunks that are ours and
+    /// not in memory; they are given back when this replica leaves.
+    fn spawn(&self, tasks: &Tasks, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
+        let stop = tasks.stopping().clone();
+        tasks.spawn(name, async move {
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = task => {}
+            }
+        });
+    }
+
+    /// Takes what is due in a lane. True if there may be more. Each lane has an allowance of its own: bulk that waits in
+    /// memory never keeps urgent work out.
+    async fn claim(&self, lane: Lane) -> bool {
         let lane_room = self.in_memory.of(lane);
         // What one takes into memory others cannot send.
         let alone = self.sender.guard.pulse.living() <= 1.0;
@@ -338,7 +344,7 @@ impl Desk {
         if max == 0 {
             return false;
         }
-        let _claiming = self.claiming.lock().await;
+        let _claiming = self.claiming.read().await;
         let replica = self.identity.get();
         let now = self.clock.now();
         match self.store.claim(&[lane], max, &self.board.passable(), &self.board.all(), replica, now).await {
@@ -365,7 +371,11 @@ impl Desk {
 
     fn launch(&self, work: Work) {
         let (sender, unspent) = (Arc::clone(&self.sender), self.unspent.clone());
-        self.tasks.spawn_brief("dispatch.chunk", async move {
+        let tasks = match work.lease.notification.lane {
+            Lane::Transactional => &self.tasks,
+            Lane::Bulk => &self.background,
+        };
+        tasks.spawn_brief("dispatch.chunk", async move {
             if let Some(probe) = sender.run(work).await {
                 // Full: the breaker's next interval will do.
                 _ = unspent.try_send(probe);
@@ -415,7 +425,7 @@ impl Desk {
     }
 
     async fn probe(&self, probe: Probe) {
-        let _claiming = self.claiming.lock().await;
+        let _claiming = self.claiming.read().await;
         let replica = self.identity.get();
         match self.store.claim_probe(probe.breaker, replica, self.clock.now()).await {
             Ok(Some(lease)) => self.take(lease, replica, Some(probe)),
@@ -428,7 +438,7 @@ impl Desk {
 
     /// Gives back what the database says is ours and what is not in memory: an answer was lost on the way.
     async fn sweep(&self) -> Result<(), StoreError> {
-        let _claiming = self.claiming.lock().await;
+        let _claiming = self.claiming.write().await;
         let replica = self.identity.get();
         let lost: Vec<_> =
             self.store.owned(replica).await?.into_iter().filter(|key| !self.roster.holds(key.notification)).collect();

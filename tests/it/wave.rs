@@ -51,7 +51,7 @@ on_both_stores! {
         let (mut world, clock) = started(database).await;
         let shop = Crowd::once_accepted(&world, &clock, 0..2).await;
         // This process has seen nothing yet.
-        world.restart().await;
+        world.restart_on(&clock).await;
         answers(&world, 0, 400, "BadDeviceToken");
         let bad = world.send(json!({ "user_ids": ["user-0"] })).await;
         waits(&world, &clock, &bad, "backoff").await;
@@ -175,7 +175,7 @@ on_both_stores! {
         let (mut world, clock) = started(database).await;
         let shop = Crowd::once_accepted(&world, &clock, 0..6).await;
         // This process has seen nothing yet.
-        world.restart().await;
+        world.restart_on(&clock).await;
         for number in 0..3 {
             answers(&world, number, 400, "BadDeviceToken");
         }
@@ -206,12 +206,12 @@ on_both_stores! {
         let before = requests(&world);
         let first = world.send(json!({ "device_ids": shop.ids[..5] })).await;
         until("five are refused", || async { (requests(&world) == before + 5).then_some(()) }).await;
-        world.restart().await;
+        world.restart_on(&clock).await;
         assert_eq!(world.notification(&first).await["counts"]["pending"], 5);
         let second = shop.send(&world).await;
         waits(&world, &clock, &second, "breaker").await;
         let before = requests(&world);
-        world.restart().await;
+        world.restart_on(&clock).await;
         for _ in 0..5 {
             tick(&world, &clock).await;
         }

@@ -139,6 +139,28 @@ impl World {
     pub(crate) async fn restart(&mut self) {
         let app = self.app.take().expect("the service runs");
         assert!(app.shutdown(PATIENCE).await, "the service stops in good order");
+        self.start_again().await;
+    }
+
+    /// The same on a clock that moves only when told: it moves while the service stops, should that take longer. What
+    /// the database has refused, on a busy machine, is tried again after a pause of that clock.
+    pub(crate) async fn restart_on(&mut self, clock: &ManualClock) {
+        let app = self.app.take().expect("the service runs");
+        let stopped = app.shutdown(PATIENCE);
+        tokio::pin!(stopped);
+        loop {
+            tokio::select! {
+                stopped = &mut stopped => {
+                    assert!(stopped, "the service stops in good order");
+                    break;
+                }
+                () = tokio::time::sleep(Duration::from_millis(200)) => clock.advance(Duration::from_millis(250)),
+            }
+        }
+        self.start_again().await;
+    }
+
+    async fn start_again(&mut self) {
         let app = App::start(&self.config, Arc::clone(&self.clock), Options::default()).await.unwrap();
         let key = {
             self.app = Some(app);
