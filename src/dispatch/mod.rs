@@ -13,6 +13,7 @@
 //! | `pulse.rs` | heartbeats and take-overs |
 //! | [`breakers`] | credentials that APNs refuses |
 //! | `wave.rs` | whether refused tokens are bad, or a mistake of ours |
+//! | `yielding.rs` | how a broadcast leaves the way free for urgent pushes |
 //! | `backoff.rs` | devices that APNs wants left alone for a while |
 
 mod backoff;
@@ -24,6 +25,7 @@ mod send;
 mod settle;
 mod slots;
 mod wave;
+mod yielding;
 
 use std::{
     collections::BTreeMap,
@@ -46,6 +48,7 @@ use self::{
     send::{Probe, Sender, Work},
     settle::Settler,
     slots::Slots,
+    yielding::Traffic,
 };
 use crate::{
     apns::Gateway,
@@ -147,6 +150,7 @@ impl Dispatcher {
             settler: Settler::start(Arc::clone(&store), Arc::clone(&clock), identity.clone(), &tasks.in_background()),
             busy: BusyDevices::new(Arc::clone(&clock)),
             slots: Slots::default(),
+            traffic: Traffic::new(),
             pace,
             stopping: tasks.stopping().clone(),
         });
@@ -281,6 +285,18 @@ struct Desk {
     background: Tasks,
 }
 
+/// Spawns a task that is dropped when the service stops. Losing a claim in its middle leaves chunks that are ours and
+/// not in memory; they are given back when this replica leaves.
+fn spawn(tasks: &Tasks, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
+    let stop = tasks.stopping().clone();
+    tasks.spawn(name, async move {
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = task => {}
+        }
+    });
+}
+
 impl Desk {
     /// Sends until the service stops: four tasks, so that what is handed over never waits for a claim, nor urgent claims
     /// for bulk ones.
@@ -288,7 +304,7 @@ impl Desk {
         let Handover { mut handed, wake, .. } = handover;
         let desk = Arc::new(self);
         let hand = Arc::clone(&desk);
-        desk.spawn(&desk.tasks, "dispatch.hand", async move {
+        spawn(&desk.tasks, "dispatch.hand", async move {
             while let Some(Handed { lease, replica, entry, permit }) = handed.recv().await {
                 hand.launch(Work { lease, replica, _entry: entry, _permit: permit, weight: None, probe: None });
             }
@@ -299,7 +315,7 @@ impl Desk {
                 Lane::Bulk => (&desk.background, "dispatch.claim_bulk"),
             };
             let (claimer, wake) = (Arc::clone(&desk), Arc::clone(&wake));
-            desk.spawn(tasks, name, async move {
+            spawn(tasks, name, async move {
                 loop {
                     // Registered before the look, so that what comes in between is not missed.
                     let woken = wake.of(lane).notified();
@@ -314,19 +330,7 @@ impl Desk {
             });
         }
         let upkeep = Arc::clone(&desk);
-        desk.spawn(&desk.tasks, "dispatch.upkeep", async move { upkeep.upkeep(again).await });
-    }
-
-    /// Spawns a task that is dropped when the service stops. Losing a claim in its middle leaves chunks that are ours and
-    /// not in memory; they are given back when this replica leaves.
-    fn spawn(&self, tasks: &Tasks, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
-        let stop = tasks.stopping().clone();
-        tasks.spawn(name, async move {
-            tokio::select! {
-                () = stop.cancelled() => {}
-                () = task => {}
-            }
-        });
+        spawn(&desk.tasks, "dispatch.upkeep", async move { upkeep.upkeep(again).await });
     }
 
     /// Takes what is due in a lane. True if there may be more. Each lane has an allowance of its own: bulk that waits in

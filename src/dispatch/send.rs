@@ -24,6 +24,7 @@ use super::{
     settle::{Progress, Settlement, Settler},
     slots::{self, Slot, Slots},
     wave::{Opinion, Refused},
+    yielding::{Room, Traffic},
 };
 use crate::{
     apns::{Gateway, Head, Push},
@@ -34,7 +35,7 @@ use crate::{
             Target, conclude, postpone,
         },
         device::{Address, DeviceSeq, DeviceToken},
-        notification::Notification,
+        notification::{Lane, Notification},
         outcome::{Busy, Fault, Outcome, Reply, own},
         push::{ApnsId, OnUnknown, Recipient},
         topic::Environment,
@@ -51,6 +52,7 @@ pub(super) struct Sender {
     pub(super) settler: Settler,
     pub(super) busy: BusyDevices,
     pub(super) slots: Slots,
+    pub(super) traffic: Traffic,
     pub(super) pace: Pace,
     pub(super) stopping: CancellationToken,
 }
@@ -154,6 +156,8 @@ struct Attempted {
     environment: Option<Environment>,
     readdressed: Option<Box<Address>>,
     went: Went,
+    /// How long APNs took to answer.
+    took: Option<Duration>,
     /// A probe's answer: the breaker may close.
     proves: bool,
     /// The token was refused before, in this delivery, and that came to no judgement.
@@ -176,6 +180,7 @@ impl Attempted {
             environment: None,
             readdressed: None,
             went: Went::No,
+            took: None,
             proves: false,
             hearing: None,
         }
@@ -220,6 +225,9 @@ impl Sender {
     }
 
     async fn send(&self, work: &mut Work, spent: &mut bool) {
+        if work.lease.notification.lane == Lane::Transactional {
+            self.traffic.urgent(self.guard.clock.monotonic());
+        }
         let head = Arc::new(head(&work.lease.notification));
         let mut addresses: HashMap<DeviceSeq, Address> =
             std::mem::take(&mut work.lease.addresses).into_iter().map(|a| (a.seq, a)).collect();
@@ -404,8 +412,15 @@ impl Sender {
         let mut open = Open { unsettled: 0, settling: 0, settled_at: self.guard.clock.monotonic() };
         // A probe is one push; the others wait for what it says.
         let mut room = if work.probe.is_some() { 1 } else { slots::IN_FLIGHT };
+        // Of a large bulk chunk: how much of that may be in flight.
+        let mut yielding = slot.as_ref().filter(|slot| slot.is_taken()).map(|_| Room::new());
         loop {
-            while running.len() + ended.len() + open.all() < room && !self.stopping.is_cancelled() {
+            let in_flight =
+                yielding.as_ref().map_or(room, |room| room.now(&self.traffic, self.guard.clock.monotonic()));
+            while running.len() < in_flight
+                && running.len() + ended.len() + open.all() < room
+                && !self.stopping.is_cancelled()
+            {
                 let Some(position) = rest.next() else { break };
                 if let Some(attempt) = attempt_at(work, addresses, position, read_at) {
                     running.push(self.attempt(Arc::clone(&notification), Arc::clone(head), attempt));
@@ -442,6 +457,9 @@ impl Sender {
             match next {
                 Next::Ended(mut attempted) => {
                     round.spent |= attempted.went != Went::No;
+                    if let Some((room, took)) = yielding.as_mut().zip(attempted.took) {
+                        room.learn(&self.traffic, took, self.guard.clock.monotonic());
+                    }
                     if work.probe.is_some() {
                         room = beside(&mut running, &mut ended, self.judge_probe(work, &attempted, &mut round)).await;
                     } else if let Some((environment, fault)) = &attempted.fault {
@@ -484,12 +502,18 @@ impl Sender {
             round.over |= settlement != Settlement::Done;
         }
         drop(running);
+        self.close(work, &mut round, learned).await;
+        round
+    }
+
+    /// Ends a round: nothing is in flight, and all but what was learned last is durable.
+    async fn close(&self, work: &mut Work, round: &mut Round, learned: Learned) {
         for state in work.lease.chunk.states.iter_mut().filter(|s| s.is_open()) {
-            // Nothing is in flight: what was marked and not tried was not written.
+            // What was marked and not tried was not written.
             state.marked = false;
         }
         if round.over {
-            return round;
+            return;
         }
         if work.lease.chunk.is_done() {
             // The end and what was learned of devices in one commit.
@@ -498,7 +522,6 @@ impl Sender {
         } else if !learned.is_empty() {
             round.over = self.settle(work, Disposition::Keep, learned).await != Settlement::Done;
         }
-        round
     }
 
     /// What a probe's end says of the breaker. Returns how many pushes may be in flight now.
@@ -634,6 +657,7 @@ impl Sender {
         if let (Some(sent_at), Some(answer)) = (reply.sent_at, &reply.answer) {
             let took = self.guard.clock.now().since(sent_at);
             names::apns_answered(facts.environment.as_str(), answer.status, took.as_secs_f64());
+            attempted.took = Some(took);
         }
         let topic = &notification.topic;
         if let (Outcome::Accepted, Some(device)) = (&reply.outcome, facts.known()) {

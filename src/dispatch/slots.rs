@@ -32,7 +32,14 @@ pub(super) struct Slots(Mutex<HashMap<Topic, Arc<Semaphore>>>);
 
 /// Leave to send a large chunk, until it is dropped.
 #[derive(Debug)]
-pub(super) struct Slot(#[expect(dead_code, reason = "held for its drop")] Option<OwnedSemaphorePermit>);
+pub(super) struct Slot(Option<OwnedSemaphorePermit>);
+
+impl Slot {
+    /// Whether it is one of a large bulk chunk.
+    pub(super) const fn is_taken(&self) -> bool {
+        self.0.is_some()
+    }
+}
 
 impl Slots {
     /// Waits until a chunk with so many due targets may be sent: the urgent lane does not. Cancelling it loses the
