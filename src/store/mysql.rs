@@ -170,7 +170,7 @@ async fn pin_session(connection: &mut MySqlConnection) -> Result<(), sqlx::Error
     if galera.fetch_optional(&mut *connection).await?.is_some() {
         connection.execute("SET SESSION wsrep_sync_wait = 3").await?;
     }
-    Ok(())
+    super::replicas::end_what_stands_still(connection).await
 }
 
 /// What may stand behind the `?`. sqlx would ignore anything else, and a misspelt `ssl-mode` must not pass in silence.

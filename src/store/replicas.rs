@@ -1,6 +1,7 @@
 //! Who is alive: counters that move, and what happens to the work of one whose counter does not.
 
 use async_trait::async_trait;
+use sqlx::{Executor, MySqlConnection};
 
 use super::{
     Kind, Replica, ReplicaId, Replicas, StoreError,
@@ -12,6 +13,17 @@ use crate::domain::{clock::Timestamp, delivery::SMALL_CHUNK};
 /// What the epoch of a small chunk grows by when its replica ends and leaves it behind: from then on it is known for good
 /// that of what is open nobody knows whether it was written. A larger chunk bears marks. Any other change counts one.
 pub(super) const A_DEATH: i64 = 1 << 40;
+
+/// A replica that hangs in the middle of a transaction holds its locks: nobody could take its work over, nor go on with
+/// what it touched. So the server ends what stands still.
+pub(super) async fn end_what_stands_still(connection: &mut MySqlConnection) -> Result<(), sqlx::Error> {
+    // Differs: MariaDB can tell who stands still in a transaction. MySQL ends every connection that has been idle for so
+    // long, which the pool expects: it tries one that idled for 5 s before it uses it.
+    let knows = sqlx::query("SHOW VARIABLES WHERE Variable_name = 'idle_transaction_timeout'");
+    let knows = knows.fetch_optional(&mut *connection).await?.is_some();
+    let end = if knows { "SET SESSION idle_transaction_timeout = 3" } else { "SET SESSION wait_timeout = 8" };
+    connection.execute(end).await.map(drop)
+}
 
 on_both! {
     #[async_trait]
