@@ -320,10 +320,12 @@ fn check(
     ledger: &HashMap<(u64, String), Arrived>,
 ) {
     let (mut suppressed, mut unknown) = (0, 0);
+    let seen: BTreeSet<u64> = ledger.keys().map(|(number, _)| *number).collect();
     for (number, id) in asked {
         let [targeted, accepted, withheld, unanswered] = ends[id];
         suppressed += withheld;
         unknown += unanswered;
+        assert!(withheld == 0 || !seen.contains(number), "notification {number} is called suppressed, and arrived");
         let lost = if report.passed_on.contains_key(number) {
             targeted != 1 || accepted + withheld + unanswered != 1
         } else {
