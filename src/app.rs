@@ -183,7 +183,7 @@ impl App {
             &tasks,
         )
         .await?;
-        let keeper = Keeper::new(Arc::clone(&store), Arc::clone(&clock), identity, retention(config));
+        let keeper = Keeper::new(Arc::clone(&store), Arc::clone(&clock), identity.clone(), retention(config));
         let stopping = tasks.stopping().clone();
         tasks.spawn("ops.keeper", async move {
             // A step that is cut is rolled back, or was committed.
@@ -196,6 +196,7 @@ impl App {
             Arc::clone(&store),
             Arc::clone(&gateway) as Arc<dyn Gateway>,
             Arc::clone(&clock),
+            identity,
             warnings,
             telemetry::prometheus(),
         ));

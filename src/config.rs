@@ -153,7 +153,7 @@ pub struct Apns {
     pub ca_file: Option<PathBuf>,
     /// After this a push that was written counts as unanswered.
     pub request_timeout_seconds: u64,
-    /// The most connections for each key and environment.
+    /// The most connections for each key and environment, of all replicas together; each has at least one.
     pub max_connections: usize,
 }
 

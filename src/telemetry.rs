@@ -155,6 +155,12 @@ pub mod names {
     pub const DATABASE_UP: &str = "sonnette_database_up";
     /// Replicas that are alive.
     pub const REPLICAS: &str = "sonnette_replicas";
+    /// Pieces of work that this replica has taken on.
+    pub const REPLICA_CHUNKS: &str = "sonnette_replica_chunks";
+    /// Their devices whose outcome is open.
+    pub const REPLICA_DEVICES: &str = "sonnette_replica_devices";
+    /// When this replica joined, in seconds since the epoch.
+    pub const REPLICA_STARTED: &str = "sonnette_replica_started_timestamp_seconds";
     /// Rows that retention has deleted, by table; `payloads` were emptied.
     pub const RETENTION_DELETED: &str = "sonnette_retention_deleted_total";
     /// For how long things may have been due and not been deleted: since the last complete round began.

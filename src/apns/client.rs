@@ -50,7 +50,7 @@ pub struct Settings {
     pub extra_roots_pem: Option<Vec<u8>>,
     /// A request without an answer for so long is unknown.
     pub request_deadline: Duration,
-    /// The most connections for one credential and environment.
+    /// The most connections for one credential and environment, of all processes that share them together.
     pub max_connections: usize,
     /// A connection is replaced after so many requests. Stream ids end at 2^30.
     pub max_requests_per_connection: u64,
@@ -252,6 +252,12 @@ impl Gateway for ApnsGateway {
 
     fn fingerprint(&self, topic: &Topic, environment: Environment) -> Option<&Fingerprint> {
         self.route(topic, environment).map(|r| &r.fingerprint)
+    }
+
+    fn share_out(&self, place: usize, of: usize) {
+        for pool in &self.pools {
+            pool.share_out(place, of);
+        }
     }
 
     fn report(&self) -> Vec<RouteReport> {

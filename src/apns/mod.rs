@@ -160,6 +160,10 @@ pub trait Gateway: Send + Sync {
     /// The credential of this app in this environment.
     fn fingerprint(&self, topic: &Topic, environment: Environment) -> Option<&Fingerprint>;
 
+    /// This process is number `place`, from 0, of `of` that share the connections there may be: it takes its part of them,
+    /// at least one, and lets those beyond it go once nothing is in flight on them.
+    fn share_out(&self, place: usize, of: usize);
+
     /// How everything stands.
     fn report(&self) -> Vec<RouteReport>;
 

@@ -20,7 +20,7 @@ use std::{
     collections::VecDeque,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -92,6 +92,7 @@ pub(super) struct Spec {
     pub(super) address: Address,
     pub(super) tls: Arc<ClientConfig>,
     pub(super) request_deadline: Duration,
+    /// Of all processes together.
     pub(super) max_connections: usize,
     /// A connection is replaced after so many.
     pub(super) max_requests: u64,
@@ -112,6 +113,8 @@ pub(super) struct Pool {
     /// For those who outlive a call: connections and tasks.
     this: Weak<Self>,
     spec: Spec,
+    /// Of the connections there may be, this process's.
+    part: AtomicUsize,
     minter: Arc<Minter>,
     clock: Arc<dyn Clock>,
     tracker: TaskTracker,
@@ -214,6 +217,7 @@ impl Pool {
         let abort = abort.child_token();
         Arc::new_cyclic(|this| Self {
             this: Weak::clone(this),
+            part: AtomicUsize::new(spec.max_connections),
             spec,
             minter: Arc::new(minter),
             clock,
@@ -358,7 +362,7 @@ impl Pool {
                 _ => counted += 1,
             }
         }
-        if counted < self.spec.max_connections {
+        if counted < self.part.load(Ordering::Relaxed) {
             self.connect_soon(state);
         }
     }
@@ -540,6 +544,24 @@ impl Pool {
                 }
             }
         }
+    }
+
+    /// The connections there may be are shared with other processes. Those beyond our part, the youngest, take nothing new.
+    pub(super) fn share_out(&self, place: usize, of: usize) {
+        let (all, of) = (self.spec.max_connections, of.max(1));
+        let part = (all / of + usize::from(place < all % of)).max(1);
+        if self.part.swap(part, Ordering::Relaxed) == part {
+            return;
+        }
+        let mut state = self.state();
+        let now = self.clock.monotonic();
+        let kept = state.members.iter().filter(|m| m.usable && !m.expiring);
+        let beyond: Vec<u64> = kept.skip(part).map(|m| m.connection.id).collect();
+        for id in beyond {
+            state.retire(id, now, false);
+            state.close_if_done(id);
+        }
+        self.settle(&mut state);
     }
 
     pub(super) fn report(&self) -> Report {

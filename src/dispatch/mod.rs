@@ -125,7 +125,8 @@ impl Dispatcher {
     ) -> Result<Self, StoreError> {
         let heart = Tasks::new();
         let name = settings.name.clone();
-        let pulse = Pulse::start(Arc::clone(&store), Arc::clone(&clock), identity.clone(), name, &heart).await?;
+        let (beaten, sent) = (Arc::clone(&store), Arc::clone(&gateway));
+        let pulse = Pulse::start(beaten, sent, Arc::clone(&clock), identity.clone(), name, &heart).await?;
         let (beating, stopping) = (heart.stopping().clone(), tasks.stopping().clone());
         tasks.spawn("dispatch.heart", async move {
             // A heart that stops by itself takes the service with it: nothing would be sent any more.

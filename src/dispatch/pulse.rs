@@ -4,7 +4,7 @@
 //! our own monotonic time, while our own commits succeed, is dead: its work is given back. A replica that could not
 //! bump its own counter for [`TRUSTED_FOR`] (it hung, it was stopped, its database is gone) writes nothing more to
 //! APNs until it has: by then others may have taken over. One that finds itself declared dead joins anew, and what it
-//! held is no longer its own.
+//! held is no longer its own. The connections to APNs are shared out among those that live.
 
 use std::{
     collections::HashMap,
@@ -16,6 +16,7 @@ use std::{
 };
 
 use crate::{
+    apns::Gateway,
     domain::clock::Clock,
     lifecycle::Tasks,
     store::{Kind, ReplicaId, Store, StoreError, intake::Identity},
@@ -66,6 +67,7 @@ impl Pulse {
     /// locked by us.
     pub(super) async fn start(
         store: Arc<dyn Store>,
+        gateway: Arc<dyn Gateway>,
         clock: Arc<dyn Clock>,
         identity: Identity,
         name: String,
@@ -82,7 +84,8 @@ impl Pulse {
                 }
             }
         }
-        let heart = Heart { store, pulse: pulse.clone(), name, others: HashMap::new(), observed_at: at };
+        let mut heart = Heart { store, gateway, pulse: pulse.clone(), name, others: HashMap::new(), observed_at: at };
+        heart.observe().await?;
         let stop = tasks.stopping().clone();
         tasks.spawn("dispatch.pulse", async move {
             // Losing a beat loses nothing.
@@ -97,6 +100,7 @@ impl Pulse {
 
 struct Heart {
     store: Arc<dyn Store>,
+    gateway: Arc<dyn Gateway>,
     pulse: Pulse,
     name: String,
     /// What each counter showed, and since when on our own clock.
@@ -143,6 +147,8 @@ impl Heart {
         let me = self.pulse.identity.get();
         let replicas = self.store.replicas().await?;
         self.pulse.living.store(u32::try_from(replicas.len()).unwrap_or(u32::MAX), Ordering::Relaxed);
+        let before_us = replicas.iter().filter(|r| r.id < me).count();
+        self.gateway.share_out(before_us, replicas.len());
         let now = self.pulse.clock.monotonic();
         if now.saturating_sub(self.observed_at) > 3 * EVERY {
             self.others.clear();

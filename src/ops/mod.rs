@@ -18,7 +18,10 @@ use crate::{
         clock::{Clock, Timestamp},
         notification::Lane,
     },
-    store::{Breaker, QueueDepth, Replica, SchemaState, Store, StoreError, retention::Sizes},
+    store::{
+        Breaker, Holding, QueueDepth, Replica, ReplicaId, SchemaState, Store, StoreError, intake::Identity,
+        retention::Sizes,
+    },
     telemetry::names,
 };
 
@@ -108,6 +111,8 @@ pub struct Health {
     store: Arc<dyn Store>,
     gateway: Arc<dyn Gateway>,
     clock: Arc<dyn Clock>,
+    /// Which replica this is.
+    identity: Identity,
     /// What was suspicious about the configuration at start.
     warnings: Vec<String>,
     prometheus: PrometheusHandle,
@@ -125,6 +130,7 @@ struct Seen {
     breakers: Vec<Breaker>,
     depth: Vec<QueueDepth>,
     replicas: Vec<Replica>,
+    holdings: Vec<Holding>,
     /// Whatever was due then has been deleted.
     house_kept_at: Option<Timestamp>,
 }
@@ -136,12 +142,13 @@ impl Health {
         store: Arc<dyn Store>,
         gateway: Arc<dyn Gateway>,
         clock: Arc<dyn Clock>,
+        identity: Identity,
         warnings: Vec<String>,
         prometheus: PrometheusHandle,
     ) -> Self {
         let since = clock.now();
         let (last, measured_at) = (Mutex::new(None), Mutex::new(None));
-        Self { store, gateway, clock, warnings, prometheus, last, since, measured_at }
+        Self { store, gateway, clock, identity, warnings, prometheus, last, since, measured_at }
     }
 
     /// How everything stands, at most a second old.
@@ -223,6 +230,7 @@ impl Health {
                     Self::judge(&seen, now, &mut checks);
                     checks.push(self.judge_house(&seen, now));
                     gauges(&seen, &routes, now);
+                    replica_gauges(&seen, self.identity.get());
                     let kept_at = seen.house_kept_at.unwrap_or(self.since);
                     metrics::gauge!(names::RETENTION_BEHIND).set(now.since(kept_at).as_secs_f64());
                 }
@@ -270,6 +278,7 @@ impl Health {
             breakers: self.store.breakers().await?,
             depth: self.store.depth(now).await?,
             replicas: self.store.replicas().await?,
+            holdings: self.store.holdings().await?,
             house_kept_at: self.store.house_kept_at().await?,
         })
     }
@@ -354,6 +363,24 @@ impl Health {
             "replicas that share this database",
             Some(seen.replicas.len().to_string()),
         ));
+        for replica in &seen.replicas {
+            let (chunks, devices) = seen.held_by(replica.id);
+            checks.push(pass(
+                "replicas:work",
+                Some(replica.name.clone()),
+                now,
+                &format!("replica {} of version {}, since {}", replica.id.0, replica.version, replica.started_at),
+                Some(format!("{chunks} pieces of work, {devices} devices")),
+            ));
+        }
+    }
+}
+
+impl Seen {
+    /// Pieces of work and open devices.
+    fn held_by(&self, replica: ReplicaId) -> (u64, u64) {
+        let held = self.holdings.iter().find(|holding| holding.replica == replica);
+        held.map_or((0, 0), |holding| (holding.chunks, holding.devices))
     }
 }
 
@@ -461,6 +488,17 @@ fn gauges(seen: &Seen, routes: &[RouteReport], now: Timestamp) {
         }
     }
     metrics::gauge!(names::REPLICAS).set(seen.replicas.len() as f64);
+}
+
+/// Of this replica alone: whoever collects asks each.
+#[expect(clippy::cast_precision_loss, reason = "gauges are floats; counts and seconds stay far below 2^52")]
+fn replica_gauges(seen: &Seen, this: ReplicaId) {
+    let (chunks, devices) = seen.held_by(this);
+    metrics::gauge!(names::REPLICA_CHUNKS).set(chunks as f64);
+    metrics::gauge!(names::REPLICA_DEVICES).set(devices as f64);
+    if let Some(replica) = seen.replicas.iter().find(|replica| replica.id == this) {
+        metrics::gauge!(names::REPLICA_STARTED).set(replica.started_at.as_seconds() as f64);
+    }
 }
 
 #[expect(clippy::cast_precision_loss, reason = "gauges are floats; bytes stay far below 2^52")]

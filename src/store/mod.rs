@@ -383,6 +383,17 @@ pub struct Replica {
     pub started_at: Timestamp,
 }
 
+/// What a replica has taken on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Holding {
+    /// Whose.
+    pub replica: ReplicaId,
+    /// Pieces of work.
+    pub chunks: u64,
+    /// Their devices whose outcome is open, as far as that has been settled.
+    pub devices: u64,
+}
+
 /// A breaker as all replicas see it.
 #[derive(Debug, Clone)]
 pub struct Breaker {
@@ -617,6 +628,8 @@ pub trait Replicas: Send + Sync {
     async fn time(&self) -> Result<Option<Timestamp>, StoreError>;
     /// All replicas.
     async fn replicas(&self) -> Result<Vec<Replica>, StoreError>;
+    /// What each replica has taken on; one that has nothing is not listed.
+    async fn holdings(&self) -> Result<Vec<Holding>, StoreError>;
     /// Declares a replica dead if its counter still shows `beat`: its work is given back. False if it moved.
     async fn bury(&self, replica: ReplicaId, beat: i64) -> Result<bool, StoreError>;
     /// Leaves in good order; whatever is still owned is given back.

@@ -134,5 +134,5 @@ async fn pin_session(connection: &mut MySqlConnection) -> Result<(), sqlx::Error
     if galera.fetch_optional(&mut *connection).await?.is_some() {
         connection.execute("SET SESSION wsrep_sync_wait = 3").await?;
     }
-    Ok(())
+    super::replicas::end_what_stands_still(connection).await
 }

@@ -1,9 +1,10 @@
 //! Who is alive: counters that move, and what happens to the work of one whose counter does not.
 
 use async_trait::async_trait;
+use sqlx::{Executor, MySqlConnection};
 
 use super::{
-    Kind, Replica, ReplicaId, Replicas, StoreError,
+    Holding, Kind, Replica, ReplicaId, Replicas, StoreError,
     rows::ReplicaRow,
     sql::{Failure, Repeat, committed, on_both, read},
 };
@@ -12,6 +13,25 @@ use crate::domain::{clock::Timestamp, delivery::SMALL_CHUNK};
 /// What the epoch of a small chunk grows by when its replica ends and leaves it behind: from then on it is known for good
 /// that of what is open nobody knows whether it was written. A larger chunk bears marks. Any other change counts one.
 pub(super) const A_DEATH: i64 = 1 << 40;
+
+/// Differs: MySQL adds up to a decimal number.
+const HOLDINGS_ON_SQLITE: &str = "-- replicas.holdings\nSELECT holder, COUNT(*), \
+    SUM(targeted - accepted - failed - unregistered - expired - cancelled - suppressed - unanswered) \
+    FROM chunks WHERE holder > 0 GROUP BY holder";
+const HOLDINGS_ON_MYSQL: &str = "-- replicas.holdings\nSELECT holder, COUNT(*), CAST(\
+    SUM(targeted - accepted - failed - unregistered - expired - cancelled - suppressed - unanswered) AS SIGNED) \
+    FROM chunks WHERE holder > 0 GROUP BY holder";
+
+/// A replica that hangs in the middle of a transaction holds its locks: nobody could take its work over, nor go on with
+/// what it touched. So the server ends what stands still.
+pub(super) async fn end_what_stands_still(connection: &mut MySqlConnection) -> Result<(), sqlx::Error> {
+    // Differs: MariaDB can tell who stands still in a transaction. MySQL ends every connection that has been idle for so
+    // long, which the pool expects: it tries one that idled for 5 s before it uses it.
+    let knows = sqlx::query("SHOW VARIABLES WHERE Variable_name = 'idle_transaction_timeout'");
+    let knows = knows.fetch_optional(&mut *connection).await?.is_some();
+    let end = if knows { "SET SESSION idle_transaction_timeout = 3" } else { "SET SESSION wait_timeout = 8" };
+    connection.execute(end).await.map(drop)
+}
 
 on_both! {
     #[async_trait]
@@ -63,6 +83,24 @@ on_both! {
             }))
             .await?;
             Ok(rows.into_iter().map(Replica::from).collect())
+        }
+
+        async fn holdings(&self) -> Result<Vec<Holding>, StoreError> {
+            let rows: Vec<(i64, i64, i64)> = read(|| async {
+                let text = match DIALECT {
+                    Kind::Sqlite => HOLDINGS_ON_SQLITE,
+                    Kind::Mysql => HOLDINGS_ON_MYSQL,
+                };
+                Ok(sqlx::query_as(text).fetch_all(self.reader()).await?)
+            })
+            .await?;
+            let count = |number| u64::try_from(number).unwrap_or(0);
+            let holding = |(id, chunks, devices)| Holding {
+                replica: ReplicaId(id),
+                chunks: count(chunks),
+                devices: count(devices),
+            };
+            Ok(rows.into_iter().map(holding).collect())
         }
 
         async fn bury(&self, replica: ReplicaId, beat: i64) -> Result<bool, StoreError> {

@@ -19,7 +19,7 @@ use sonnette::{
         credential::{self, Credential},
     },
     domain::{
-        clock::{Clock, ManualClock},
+        clock::{Clock, ManualClock, Timer, Timestamp},
         notification::Lane,
         outcome::{Outcome, Reply},
         topic::Environment,
@@ -30,7 +30,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::support::{
     apns_server::{MANY, ONE, Order, Script, Server, issued_at},
-    gateway::{Client, START, client, client_with, count, outcome, outcomes, push, push_until, topic},
+    gateway::{Client, START, client, client_with, count, gateway_on, outcome, outcomes, push, push_until, topic},
     waiting::{until, within},
 };
 
@@ -1053,4 +1053,77 @@ async fn a_server_that_hangs_up_at_once_is_not_hammered() {
     }
     // 1 + 2 + 4 + 8 + 16 + 32 s and a minute, a quarter less at most.
     assert!((4..=9).contains(&server.connections()), "{} connections in two minutes", server.connections());
+}
+
+/// A clock that leaps two seconds ahead once it is armed and has been asked for the time: as a process sees it that is
+/// stopped there.
+#[derive(Debug)]
+struct Leaping {
+    within: ManualClock,
+    armed: AtomicBool,
+}
+
+impl Clock for Leaping {
+    fn now(&self) -> Timestamp {
+        let now = self.within.now();
+        if self.armed.swap(false, Ordering::SeqCst) {
+            self.within.advance(Duration::from_secs(2));
+        }
+        now
+    }
+
+    fn monotonic(&self) -> Duration {
+        self.within.monotonic()
+    }
+
+    fn sleep(&self, duration: Duration) -> Timer {
+        self.within.sleep(duration)
+    }
+}
+
+/// Opens once, and then arms the clock: the next to ask that is the task that hands the push over.
+struct Once {
+    clock: Arc<Leaping>,
+    open: AtomicBool,
+}
+
+#[async_trait]
+impl Fence for Once {
+    fn is_open(&self) -> bool {
+        let open = self.open.swap(false, Ordering::SeqCst);
+        self.clock.armed.store(open, Ordering::SeqCst);
+        open
+    }
+
+    fn open_until(&self) -> Option<Duration> {
+        self.is_open().then_some(Duration::MAX)
+    }
+
+    async fn renew(&self) -> bool {
+        false
+    }
+}
+
+#[tokio::test]
+async fn a_process_that_was_stopped_between_handing_a_push_over_and_writing_it_does_not_write_it() {
+    let mut server = Server::start(MANY).await;
+    let clock = Arc::new(Leaping { within: ManualClock::new(START), armed: AtomicBool::new(false) });
+    let dyn_clock: Arc<dyn Clock> = Arc::<Leaping>::clone(&clock);
+    let gateway = gateway_on(&dyn_clock, &credential::generate().unwrap(), server.port, &server.ca_pem, |_| {});
+    let send = |number, fence: Arc<dyn Fence>| {
+        let gateway = Arc::clone(&gateway);
+        tokio::spawn(async move { gateway.send(&push(number, Lane::Transactional), &*fence).await })
+    };
+    let first = send(1, Arc::new(NoFence));
+    server.next().await.answer(200, "");
+    assert_eq!(outcome(first).await, Outcome::Accepted);
+
+    let once = Once { clock, open: AtomicBool::new(true) };
+    assert_eq!(outcome(send(2, Arc::new(once))).await, Outcome::Fenced, "its fence is asked anew");
+    let third = send(3, Arc::new(NoFence));
+    let got = server.next().await;
+    assert_eq!(got.path, "/3/device/00000003", "the second never left");
+    got.answer(200, "");
+    assert_eq!(outcome(third).await, Outcome::Accepted);
+    assert_eq!(server.connections(), 2, "what had not left went with its connection");
 }

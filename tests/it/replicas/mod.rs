@@ -3,6 +3,7 @@
 //! `REPLICAS` (how many, such as `2,3,5`), `REPLICAS_NOTIFICATIONS` and `REPLICAS_DEVICES` set the sizes; `make replicas`
 //! is the long run.
 
+mod agree;
 mod death;
 
 use std::{

@@ -52,6 +52,18 @@ pub(crate) fn client_of(
     adjust: impl FnOnce(&mut Settings),
 ) -> Client {
     let clock = Arc::new(ManualClock::new(now));
+    let dyn_clock: Arc<dyn Clock> = Arc::<ManualClock>::clone(&clock);
+    Client { gateway: gateway_on(&dyn_clock, p8, port, ca_pem, adjust), clock }
+}
+
+/// The gateway on any clock.
+pub(crate) fn gateway_on(
+    clock: &Arc<dyn Clock>,
+    p8: &Secret<String>,
+    port: u16,
+    ca_pem: &[u8],
+    adjust: impl FnOnce(&mut Settings),
+) -> Arc<ApnsGateway> {
     let credential = Credential::new(TEAM.parse().unwrap(), KEY_ID.parse().unwrap(), p8).unwrap();
     let url = format!("https://localhost:{port}");
     let mut settings = Settings {
@@ -66,10 +78,8 @@ pub(crate) fn client_of(
         environments: vec![Environment::Sandbox, Environment::Production],
         credential: Arc::new(credential),
     };
-    let dyn_clock: Arc<dyn Clock> = Arc::<ManualClock>::clone(&clock);
-    let gateway =
-        ApnsGateway::new(&settings, &[app], &dyn_clock, &TaskTracker::new(), &CancellationToken::new()).unwrap();
-    Client { gateway: Arc::new(gateway), clock }
+    let gateway = ApnsGateway::new(&settings, &[app], clock, &TaskTracker::new(), &CancellationToken::new());
+    Arc::new(gateway.unwrap())
 }
 
 pub(crate) fn client(server: &Server) -> Client {
