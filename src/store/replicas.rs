@@ -86,14 +86,12 @@ on_both! {
         }
 
         async fn holdings(&self) -> Result<Vec<Holding>, StoreError> {
-            let rows: Vec<(i64, i64, i64)> = read(|| async {
-                let text = match DIALECT {
-                    Kind::Sqlite => HOLDINGS_ON_SQLITE,
-                    Kind::Mysql => HOLDINGS_ON_MYSQL,
-                };
-                Ok(sqlx::query_as(text).fetch_all(self.reader()).await?)
-            })
-            .await?;
+            let text = match DIALECT {
+                Kind::Sqlite => HOLDINGS_ON_SQLITE,
+                Kind::Mysql => HOLDINGS_ON_MYSQL,
+            };
+            let rows: Vec<(i64, i64, i64)> =
+                read(|| self.single(|pool| async move { sqlx::query_as(text).fetch_all(&pool).await })).await?;
             let count = |number| u64::try_from(number).unwrap_or(0);
             let holding = |(id, chunks, devices)| Holding {
                 replica: ReplicaId(id),
