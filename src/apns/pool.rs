@@ -26,7 +26,10 @@ use std::{
 };
 
 use rustls::ClientConfig;
-use tokio::sync::{Notify, oneshot};
+use tokio::{
+    runtime::Handle,
+    sync::{Notify, oneshot},
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
@@ -118,6 +121,8 @@ pub(super) struct Pool {
     minter: Arc<Minter>,
     clock: Arc<dyn Clock>,
     tracker: TaskTracker,
+    /// Where connections live, whoever asks for one first.
+    runtime: Handle,
     /// Ends attempts to connect.
     stop: CancellationToken,
     /// Ends connections.
@@ -222,6 +227,7 @@ impl Pool {
             minter: Arc::new(minter),
             clock,
             tracker,
+            runtime: Handle::current(),
             stop: abort.child_token(),
             abort,
             stopped: AtomicBool::new(false),
@@ -292,7 +298,7 @@ impl Pool {
             None => {
                 state.next_given_up = Some(until);
                 if let Some(this) = self.this.upgrade() {
-                    self.tracker.spawn(this.give_up());
+                    self.tracker.spawn_on(this.give_up(), &self.runtime);
                 }
             }
         }
@@ -380,7 +386,7 @@ impl Pool {
             && let Some(this) = self.this.upgrade()
         {
             state.connecting = true;
-            self.tracker.spawn(this.connect());
+            self.tracker.spawn_on(this.connect(), &self.runtime);
         }
     }
 
@@ -484,7 +490,7 @@ impl Pool {
             abort: self.abort.clone(),
         };
         let owner: Arc<dyn Owner> = Arc::<Self>::clone(self);
-        self.tracker.spawn(drive::drive(duty, opened, owner));
+        self.tracker.spawn_on(drive::drive(duty, opened, owner), &self.runtime);
     }
 
     /// What became of one stream.

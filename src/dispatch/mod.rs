@@ -52,7 +52,12 @@ use self::{
 };
 use crate::{
     apns::Gateway,
-    domain::{clock::Clock, delivery::CHUNK_TARGETS, notification::Lane, topic::Topic},
+    domain::{
+        clock::Clock,
+        delivery::{CHUNK_TARGETS, ChunkKey},
+        notification::Lane,
+        topic::Topic,
+    },
     lifecycle::Tasks,
     store::{
         Claimed, Lease, ReplicaId, Store, StoreError,
@@ -443,14 +448,22 @@ impl Desk {
 
     /// Gives back what the database says is ours and what is not in memory: an answer was lost on the way.
     async fn sweep(&self) -> Result<(), StoreError> {
-        let _claiming = self.claiming.write().await;
         let replica = self.identity.get();
-        let lost: Vec<_> =
-            self.store.owned(replica).await?.into_iter().filter(|key| !self.roster.holds(key.notification)).collect();
+        if self.lost(replica).await?.is_empty() {
+            return Ok(());
+        }
+        // Once more, when no claim is between its commit and the roster. Claims wait for that, so it is seldom asked.
+        let _claiming = self.claiming.write().await;
+        let lost = self.lost(replica).await?;
         if !lost.is_empty() {
             tracing::warn!(chunks = lost.len(), "chunks that were lost on the way are given back");
             self.store.disown(&lost, replica).await?;
         }
         Ok(())
+    }
+
+    async fn lost(&self, replica: ReplicaId) -> Result<Vec<ChunkKey>, StoreError> {
+        let owned = self.store.owned(replica).await?;
+        Ok(owned.into_iter().filter(|key| !self.roster.holds(key.notification)).collect())
     }
 }

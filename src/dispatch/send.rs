@@ -428,8 +428,9 @@ impl Sender {
             }
             // Once what was answered is settled.
             let more = rest.len() > 0 && open.all() > 0 && room > 0 && !self.stopping.is_cancelled();
-            if rest.len() == 0 && running.len() <= slots::STRAGGLERS {
-                drop(slot.take());
+            let is_straggling = rest.len() == 0 && running.len() <= slots::STRAGGLERS;
+            if is_straggling {
+                drop(slot.take_if(|_| open.all() <= slots::UNSETTLED));
                 if let Some(weight) = &mut work.weight {
                     weight.shrink(STRAGGLING_WEIGHT);
                 }
@@ -457,9 +458,7 @@ impl Sender {
             match next {
                 Next::Ended(mut attempted) => {
                     round.spent |= attempted.went != Went::No;
-                    if let Some((room, took)) = yielding.as_mut().zip(attempted.took) {
-                        room.learn(&self.traffic, took, self.guard.clock.monotonic());
-                    }
+                    self.give_way(yielding.as_mut(), &attempted);
                     if work.probe.is_some() {
                         room = beside(&mut running, &mut ended, self.judge_probe(work, &attempted, &mut round)).await;
                     } else if let Some((environment, fault)) = &attempted.fault {
@@ -489,7 +488,7 @@ impl Sender {
             }
             let goes_on = !running.is_empty() || !judged.is_empty() || more;
             let now = self.guard.clock.monotonic();
-            if goes_on && open.is_to_be_settled() && (pause || open.is_due(now)) {
+            if goes_on && open.is_to_be_settled() && (pause || (is_straggling && slot.is_some()) || open.is_due(now)) {
                 open = Open { unsettled: 0, settling: open.unsettled, settled_at: now };
                 // A copy: the chunk goes on meanwhile.
                 let chunk = work.lease.chunk.clone();
@@ -504,6 +503,13 @@ impl Sender {
         drop(running);
         self.close(work, &mut round, learned).await;
         round
+    }
+
+    /// Learns from an answer how much may be in flight beside urgent pushes.
+    fn give_way(&self, room: Option<&mut Room>, attempted: &Attempted) {
+        if let (Some(room), Some(environment), Some(took)) = (room, attempted.environment, attempted.took) {
+            room.learn(&self.traffic, environment, took, self.guard.clock.monotonic());
+        }
     }
 
     /// Ends a round: nothing is in flight, and all but what was learned last is durable.
@@ -657,7 +663,8 @@ impl Sender {
         if let (Some(sent_at), Some(answer)) = (reply.sent_at, &reply.answer) {
             let took = self.guard.clock.now().since(sent_at);
             names::apns_answered(facts.environment.as_str(), answer.status, took.as_secs_f64());
-            attempted.took = Some(took);
+            // A refusal may come sooner than an acceptance.
+            attempted.took = (reply.outcome == Outcome::Accepted).then_some(took);
         }
         let topic = &notification.topic;
         if let (Outcome::Accepted, Some(device)) = (&reply.outcome, facts.known()) {

@@ -23,8 +23,11 @@ const AT_ONCE: usize = 4;
 /// The most pushes of a large chunk in flight, or answered and not settled.
 pub(super) const IN_FLIGHT: usize = 500;
 
-/// With no more than these left unanswered, a chunk lets the next one begin.
+/// With no more than these left unanswered, and no more than [`UNSETTLED`] not settled, a chunk lets the next one begin.
 pub(super) const STRAGGLERS: usize = 25;
+
+/// Each of [`AT_ONCE`] chunks may follow one that has so many left: they settle before their followers have got far.
+pub(super) const UNSETTLED: usize = 100;
 
 /// The slots of each app.
 #[derive(Debug, Default)]

@@ -10,6 +10,7 @@ use std::{
 };
 
 use super::{fence::millis, slots::IN_FLIGHT};
+use crate::domain::topic::Environment;
 
 /// So long after the last urgent push broadcasts have all the room again.
 const QUIET: Duration = Duration::from_secs(5);
@@ -31,6 +32,13 @@ const STEP: usize = 8;
 pub(super) struct Traffic {
     /// When the last urgent chunk came, in ms of the monotonic clock; 0: none yet.
     urgent_at: AtomicU64,
+    production: Way,
+    sandbox: Way,
+}
+
+/// The way to one of APNs' environments.
+#[derive(Debug)]
+struct Way {
     /// The quickest answer lately, in ms, and since when that is looked for.
     quickest: AtomicU64,
     since: AtomicU64,
@@ -38,7 +46,7 @@ pub(super) struct Traffic {
 
 impl Traffic {
     pub(super) const fn new() -> Self {
-        Self { urgent_at: AtomicU64::new(0), quickest: AtomicU64::new(u64::MAX), since: AtomicU64::new(0) }
+        Self { urgent_at: AtomicU64::new(0), production: Way::new(), sandbox: Way::new() }
     }
 
     /// An urgent chunk is about to be sent.
@@ -50,6 +58,19 @@ impl Traffic {
     fn is_urgent(&self, now: Duration) -> bool {
         let at = self.urgent_at.load(Ordering::Relaxed);
         at != 0 && now.saturating_sub(Duration::from_millis(at)) < QUIET
+    }
+
+    const fn way(&self, environment: Environment) -> &Way {
+        match environment {
+            Environment::Production => &self.production,
+            Environment::Sandbox => &self.sandbox,
+        }
+    }
+}
+
+impl Way {
+    const fn new() -> Self {
+        Self { quickest: AtomicU64::new(u64::MAX), since: AtomicU64::new(0) }
     }
 
     /// An answer took so long; whether it has waited in a queue.
@@ -73,9 +94,12 @@ impl Room {
     }
 
     /// Learns from an answer: room that makes answers slow is given back, half of it each time that all was answered.
-    pub(super) fn learn(&mut self, traffic: &Traffic, took: Duration, now: Duration) {
-        let room =
-            if traffic.has_waited(took, now) { self.0.saturating_sub(500) } else { self.0 + STEP * 1_000_000 / self.0 };
+    pub(super) fn learn(&mut self, traffic: &Traffic, environment: Environment, took: Duration, now: Duration) {
+        let room = if traffic.way(environment).has_waited(took, now) {
+            self.0.saturating_sub(500)
+        } else {
+            self.0 + STEP * 1_000_000 / self.0
+        };
         self.0 = room.clamp(LEAST * 1_000, IN_FLIGHT * 1_000);
     }
 
@@ -94,7 +118,7 @@ mod tests {
     }
 
     fn answers(room: &mut Room, traffic: &Traffic, count: usize, took: Duration, now: Duration) {
-        (0..count).for_each(|_| room.learn(traffic, took, now));
+        (0..count).for_each(|_| room.learn(traffic, Environment::Production, took, now));
     }
 
     #[test]
@@ -118,6 +142,15 @@ mod tests {
             answers(&mut room, &traffic, 2_000, ms(2 * away + 4), ms(11));
             assert_eq!(room.now(&traffic, ms(11)), LEAST, "{away} ms");
         }
+    }
+
+    #[test]
+    fn a_sandbox_farther_away_is_not_taken_for_a_queue() {
+        let (traffic, mut room) = (Traffic::new(), Room::new());
+        traffic.urgent(ms(10));
+        answers(&mut room, &traffic, 1, ms(1), ms(10));
+        (0..40_000).for_each(|_| room.learn(&traffic, Environment::Sandbox, ms(50), ms(10)));
+        assert_eq!(room.now(&traffic, ms(11)), IN_FLIGHT);
     }
 
     #[test]

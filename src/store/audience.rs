@@ -397,6 +397,7 @@ pub(super) async fn highest(conn: &mut Conn<'_>) -> Result<i64, Failure> {
     Ok(rows.first().map(|row| row.int_or_null(0)).transpose()?.flatten().unwrap_or(0))
 }
 
+/// Devices by number, in whose order they come.
 async fn find_by_seq(conn: &mut Conn<'_>, devices: &[DeviceSeq]) -> Result<HashMap<DeviceSeq, Found>, Failure> {
     let mut found = HashMap::with_capacity(devices.len());
     for piece in devices.chunks(LIST) {
@@ -404,8 +405,11 @@ async fn find_by_seq(conn: &mut Conn<'_>, devices: &[DeviceSeq]) -> Result<HashM
         statement.push(COLUMNS).push(", topic, push_type FROM devices WHERE ");
         numbered(&mut statement, piece);
         for row in &conn.fetch(statement).await? {
-            let one = found_from(row)?;
-            found.insert(one.address.seq, one);
+            // Others that stand between them are not looked at.
+            if piece.binary_search(&DeviceSeq(row.int(0)?)).is_ok() {
+                let one = found_from(row)?;
+                found.insert(one.address.seq, one);
+            }
         }
     }
     Ok(found)

@@ -133,8 +133,6 @@ const ALL_ENDED: &str = " AND n.audience_complete = 1 AND NOT EXISTS \
 const DUE: &str = " AND (n.cancelled_at IS NOT NULL OR n.due_at <= ";
 const ONE_TRIED: &str = " AND EXISTS (SELECT 1 FROM chunks c WHERE c.notification_id = n.id AND ";
 const NONE_TRIED: &str = " AND NOT EXISTS (SELECT 1 FROM chunks c WHERE c.notification_id = n.id AND ";
-/// Of a chunk. Behind the version of its states stands the first of their times: without one nothing was tried.
-const TRIED: &str = "SUBSTR(states, 2, 8) <> X'0000000000000000'";
 
 fn filtered(statement: &mut Statement, filter: &NotificationFilter, now: Timestamp) {
     if let Some(topic) = &filter.topic {
@@ -168,10 +166,10 @@ fn filtered(statement: &mut Statement, filter: &NotificationFilter, now: Timesta
             statement.push(OPEN).push(" AND n.cancelled_at IS NULL AND n.due_at > ").bind(now);
         }
         Some(NotificationStatus::Queued) => {
-            statement.push(OPEN).push(DUE).bind(now).push(")").push(NONE_TRIED).push(TRIED).push(")");
+            statement.push(OPEN).push(DUE).bind(now).push(")").push(NONE_TRIED).push(queue::chunk::TRIED).push(")");
         }
         Some(NotificationStatus::Sending) => {
-            statement.push(OPEN).push(DUE).bind(now).push(")").push(ONE_TRIED).push(TRIED).push(")");
+            statement.push(OPEN).push(DUE).bind(now).push(")").push(ONE_TRIED).push(queue::chunk::TRIED).push(")");
         }
     }
 }
@@ -230,7 +228,7 @@ async fn views(conn: &mut Conn<'_>, asked: Vec<Asked>, now: Timestamp) -> Result
              CAST(SUM(expired) AS SIGNED), CAST(SUM(cancelled) AS SIGNED), CAST(SUM(suppressed) AS SIGNED), \
              CAST(SUM(unanswered) AS SIGNED), CAST(SUM(holder IS NOT NULL) AS SIGNED), CAST(COALESCE(SUM(",
         );
-        statement.push(TRIED).push(
+        statement.push(queue::chunk::TRIED).push(
             "), 0) AS SIGNED), MAX(ended_at), \
              CAST(SUM(CASE WHEN holder = -1 THEN 1 ELSE 0 END) AS SIGNED), \
              MIN(CASE WHEN holder = -1 THEN waiting_since END), MIN(holder), \

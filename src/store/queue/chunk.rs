@@ -174,6 +174,12 @@ fn inserted_states(chunk: &Chunk, reasons: &Reasons) -> Result<Vec<u8>, StoreErr
     Ok(states(chunk, reasons)?.unwrap_or_else(|| encode_untried(chunk.targets.len())))
 }
 
+/// Whether anything of a chunk was tried. Behind the version of its states stands the first of their times.
+pub(in crate::store) const TRIED: &str = "SUBSTR(states, 2, 8) <> X'0000000000000000'";
+
+/// Whether nothing was.
+pub(super) const NEVER_TRIED: &str = "(states IS NULL OR SUBSTR(states, 2, 8) = X'0000000000000000')";
+
 /// The columns of a chunk of which nothing has been tried yet, behind `targeted`.
 const UNTRIED: [Usual; 9] = [
     (9, Value::Int(0), "0"),
