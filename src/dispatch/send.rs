@@ -24,7 +24,7 @@ use super::{
     settle::{Progress, Settlement, Settler},
     slots::{self, Slot, Slots},
     wave::{Opinion, Refused},
-    yielding::{Room, Traffic},
+    yielding::Traffic,
 };
 use crate::{
     apns::{Gateway, Head, Push},
@@ -119,6 +119,9 @@ const BLOCKED_PAUSE: Duration = Duration::from_secs(1);
 
 /// Progress of a large chunk is settled at least this often while it is sent.
 const SETTLE_EVERY: Duration = Duration::from_millis(25);
+
+/// A chunk that leaves the way free for urgent pushes looks at least this often whether it still has to.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// A device's `last_accepted_at` is right to within this time.
 const ACCEPTED_WITHIN: Duration = Duration::from_secs(24 * 3600);
@@ -412,11 +415,9 @@ impl Sender {
         let mut open = Open { unsettled: 0, settling: 0, settled_at: self.guard.clock.monotonic() };
         // A probe is one push; the others wait for what it says.
         let mut room = if work.probe.is_some() { 1 } else { slots::IN_FLIGHT };
-        // Of a large bulk chunk: how much of that may be in flight.
-        let mut yielding = slot.as_ref().filter(|slot| slot.is_taken()).map(|_| Room::new());
+        let gives_way = slot.as_ref().is_some_and(Slot::is_taken);
         loop {
-            let in_flight =
-                yielding.as_ref().map_or(room, |room| room.now(&self.traffic, self.guard.clock.monotonic()));
+            let in_flight = if gives_way { self.traffic.room(self.guard.clock.monotonic()) } else { room };
             while running.len() < in_flight
                 && running.len() + ended.len() + open.all() < room
                 && !self.stopping.is_cancelled()
@@ -451,6 +452,8 @@ impl Sender {
                     Some(attempted) = running.next(), if !running.is_empty() => Next::Ended(attempted),
                     Some(attempted) = judged.next(), if !judged.is_empty() => Next::Ended(attempted),
                     () = self.guard.clock.sleep(SETTLE_EVERY), if open.is_to_be_settled() => Next::Pause,
+                    // No answer says that it is quiet again.
+                    () = self.guard.clock.sleep(LOOK_EVERY), if gives_way && running.len() >= in_flight && rest.len() > 0 => continue,
                     else => break,
                 }
             };
@@ -458,7 +461,7 @@ impl Sender {
             match next {
                 Next::Ended(mut attempted) => {
                     round.spent |= attempted.went != Went::No;
-                    self.give_way(yielding.as_mut(), &attempted);
+                    self.look_at_traffic(gives_way, &attempted);
                     if work.probe.is_some() {
                         room = beside(&mut running, &mut ended, self.judge_probe(work, &attempted, &mut round)).await;
                     } else if let Some((environment, fault)) = &attempted.fault {
@@ -505,10 +508,10 @@ impl Sender {
         round
     }
 
-    /// Learns from an answer how much may be in flight beside urgent pushes.
-    fn give_way(&self, room: Option<&mut Room>, attempted: &Attempted) {
-        if let (Some(room), Some(environment), Some(took)) = (room, attempted.environment, attempted.took) {
-            room.learn(&self.traffic, environment, took, self.guard.clock.monotonic());
+    /// Learns from an answer how much of a broadcast may be in flight beside urgent pushes.
+    fn look_at_traffic(&self, gives_way: bool, attempted: &Attempted) {
+        if let (true, Some(environment), Some(took)) = (gives_way, attempted.environment, attempted.took) {
+            self.traffic.answered(environment, took, self.guard.clock.monotonic());
         }
     }
 

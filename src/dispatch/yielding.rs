@@ -1,11 +1,11 @@
 //! How a broadcast leaves the way free for urgent pushes.
 //!
-//! Promise: while urgent pushes come, a large bulk chunk has no more in flight than APNs, or the way to it, answers about
+//! Promise: while urgent pushes come, large bulk chunks have no more in flight than APNs, or the way to it, answers about
 //! as quickly as it answers one alone. What is in flight beyond that waits in queues that nobody can overtake: in sockets
 //! and at the other end. With no urgent push for [`QUIET`] nothing is held back.
 
 use std::{
-    sync::atomic::{AtomicU64, Ordering},
+    sync::atomic::{AtomicU64, AtomicUsize, Ordering},
     time::Duration,
 };
 
@@ -42,6 +42,8 @@ struct Way {
     /// The quickest answer lately, in ms, and since when that is looked for.
     quickest: AtomicU64,
     since: AtomicU64,
+    /// How many pushes of a large bulk chunk may be in flight beside urgent ones, in thousandths.
+    room: AtomicUsize,
 }
 
 impl Traffic {
@@ -54,23 +56,36 @@ impl Traffic {
         self.urgent_at.store(millis(now).max(1), Ordering::Relaxed);
     }
 
-    /// Whether urgent chunks have come lately.
-    fn is_urgent(&self, now: Duration) -> bool {
-        let at = self.urgent_at.load(Ordering::Relaxed);
-        at != 0 && now.saturating_sub(Duration::from_millis(at)) < QUIET
+    /// How many pushes of a large bulk chunk may be in flight now.
+    pub(super) fn room(&self, now: Duration) -> usize {
+        let urgent_at = self.urgent_at.load(Ordering::Relaxed);
+        if urgent_at == 0 || now.saturating_sub(Duration::from_millis(urgent_at)) >= QUIET {
+            return IN_FLIGHT;
+        }
+        let room = |way: &Way| way.room.load(Ordering::Relaxed) / 1_000;
+        room(&self.production).min(room(&self.sandbox))
     }
 
-    const fn way(&self, environment: Environment) -> &Way {
-        match environment {
+    /// Learns from an answer to a bulk push: room that makes answers slow is given back, half of it each time that all of
+    /// it was answered.
+    pub(super) fn answered(&self, environment: Environment, took: Duration, now: Duration) {
+        let way = match environment {
             Environment::Production => &self.production,
             Environment::Sandbox => &self.sandbox,
-        }
+        };
+        let waited = way.has_waited(took, now);
+        let change = |room: usize| {
+            let changed = if waited { room.saturating_sub(500) } else { room + STEP * 1_000_000 / room };
+            Some(changed.clamp(LEAST * 1_000, IN_FLIGHT * 1_000))
+        };
+        // It never refuses.
+        _ = way.room.fetch_update(Ordering::Relaxed, Ordering::Relaxed, change);
     }
 }
 
 impl Way {
     const fn new() -> Self {
-        Self { quickest: AtomicU64::new(u64::MAX), since: AtomicU64::new(0) }
+        Self { quickest: AtomicU64::new(u64::MAX), since: AtomicU64::new(0), room: AtomicUsize::new(IN_FLIGHT * 1_000) }
     }
 
     /// An answer took so long; whether it has waited in a queue.
@@ -84,31 +99,6 @@ impl Way {
     }
 }
 
-/// How many pushes of a large bulk chunk may be in flight: that many thousandths.
-#[derive(Debug)]
-pub(super) struct Room(usize);
-
-impl Room {
-    pub(super) const fn new() -> Self {
-        Self(LEAST * 1_000)
-    }
-
-    /// Learns from an answer: room that makes answers slow is given back, half of it each time that all was answered.
-    pub(super) fn learn(&mut self, traffic: &Traffic, environment: Environment, took: Duration, now: Duration) {
-        let room = if traffic.way(environment).has_waited(took, now) {
-            self.0.saturating_sub(500)
-        } else {
-            self.0 + STEP * 1_000_000 / self.0
-        };
-        self.0 = room.clamp(LEAST * 1_000, IN_FLIGHT * 1_000);
-    }
-
-    /// How many now.
-    pub(super) fn now(&self, traffic: &Traffic, now: Duration) -> usize {
-        if traffic.is_urgent(now) { self.0 / 1_000 } else { IN_FLIGHT }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -117,51 +107,53 @@ mod tests {
         Duration::from_millis(millis)
     }
 
-    fn answers(room: &mut Room, traffic: &Traffic, count: usize, took: Duration, now: Duration) {
-        (0..count).for_each(|_| room.learn(traffic, Environment::Production, took, now));
+    fn answers(traffic: &Traffic, count: usize, took: Duration, now: Duration) {
+        (0..count).for_each(|_| traffic.answered(Environment::Production, took, now));
     }
 
     #[test]
     fn a_broadcast_has_all_the_room_while_nothing_urgent_comes() {
-        let (traffic, mut room) = (Traffic::new(), Room::new());
-        answers(&mut room, &traffic, 1, ms(1), ms(10));
-        answers(&mut room, &traffic, 1_000, ms(80), ms(10));
-        assert_eq!(room.now(&traffic, ms(10)), IN_FLIGHT);
+        let traffic = Traffic::new();
+        answers(&traffic, 1, ms(1), ms(10));
+        answers(&traffic, 1_000, ms(80), ms(10));
+        assert_eq!(traffic.room(ms(10)), IN_FLIGHT);
         traffic.urgent(ms(10));
-        assert_eq!(room.now(&traffic, ms(11)), LEAST);
-        assert_eq!(room.now(&traffic, ms(10) + QUIET), IN_FLIGHT);
+        assert_eq!(traffic.room(ms(11)), LEAST);
+        assert_eq!(traffic.room(ms(10) + QUIET), IN_FLIGHT);
     }
 
     #[test]
-    fn room_grows_while_answers_are_as_quick_as_one_alone_however_far_away_apns_is() {
+    fn room_is_left_while_answers_are_as_quick_as_one_alone_however_far_away_apns_is() {
         for away in [0, 1, 50, 300] {
-            let (traffic, mut room) = (Traffic::new(), Room::new());
+            let traffic = Traffic::new();
             traffic.urgent(ms(10));
-            answers(&mut room, &traffic, 40_000, ms(away), ms(10));
-            assert_eq!(room.now(&traffic, ms(11)), IN_FLIGHT, "{away} ms");
-            answers(&mut room, &traffic, 2_000, ms(2 * away + 4), ms(11));
-            assert_eq!(room.now(&traffic, ms(11)), LEAST, "{away} ms");
+            answers(&traffic, 1_000, ms(away), ms(10));
+            assert_eq!(traffic.room(ms(11)), IN_FLIGHT, "{away} ms");
+            answers(&traffic, 2_000, ms(2 * away + 4), ms(11));
+            assert_eq!(traffic.room(ms(11)), LEAST, "{away} ms");
+            answers(&traffic, 40_000, ms(away), ms(12));
+            assert_eq!(traffic.room(ms(12)), IN_FLIGHT, "{away} ms, won back");
         }
     }
 
     #[test]
     fn a_sandbox_farther_away_is_not_taken_for_a_queue() {
-        let (traffic, mut room) = (Traffic::new(), Room::new());
+        let traffic = Traffic::new();
         traffic.urgent(ms(10));
-        answers(&mut room, &traffic, 1, ms(1), ms(10));
-        (0..40_000).for_each(|_| room.learn(&traffic, Environment::Sandbox, ms(50), ms(10)));
-        assert_eq!(room.now(&traffic, ms(11)), IN_FLIGHT);
+        answers(&traffic, 1, ms(1), ms(10));
+        (0..2_000).for_each(|_| traffic.answered(Environment::Sandbox, ms(50), ms(10)));
+        assert_eq!(traffic.room(ms(11)), IN_FLIGHT);
     }
 
     #[test]
     fn a_way_that_has_become_longer_is_not_taken_for_a_queue_for_ever() {
-        let (traffic, mut room) = (Traffic::new(), Room::new());
-        answers(&mut room, &traffic, 1, ms(1), ms(10));
-        answers(&mut room, &traffic, 1_000, ms(80), ms(10));
+        let traffic = Traffic::new();
+        answers(&traffic, 1, ms(1), ms(10));
+        answers(&traffic, 1_000, ms(80), ms(10));
         let later = ms(10) + REMEMBERED;
         traffic.urgent(later);
-        assert_eq!(room.now(&traffic, later), LEAST);
-        answers(&mut room, &traffic, 40_000, ms(80), later);
-        assert_eq!(room.now(&traffic, later), IN_FLIGHT);
+        assert_eq!(traffic.room(later), LEAST);
+        answers(&traffic, 40_000, ms(80), later);
+        assert_eq!(traffic.room(later), IN_FLIGHT);
     }
 }
