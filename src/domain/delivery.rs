@@ -1060,6 +1060,12 @@ mod tests {
             let untried = encode_untried(targets);
             let pending = vec![State::PENDING; targets];
             assert_eq!(decode_states(&untried, targets, |_| None).unwrap(), pending);
+            assert_eq!(
+                (&untried[1..9], &untried[untried.len() - 2..]),
+                (&[0; 8][..], &[0x10, 0][..]),
+                "as SQL finds it"
+            );
+            assert!(!encoded(&pending).ends_with(&[0x10, 0]), "as nothing else is written");
             let accepted = State { status: DeliveryStatus::Accepted, attempts: 1, at: Some(NOW), ..State::PENDING };
             assert_eq!(untried.len(), encoded(&vec![accepted; targets]).len());
         }
