@@ -37,7 +37,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::sync::{RwLock, mpsc};
+use tokio::sync::{Notify, RwLock, mpsc};
 
 use self::{
     backoff::BusyDevices,
@@ -61,7 +61,7 @@ use crate::{
     lifecycle::Tasks,
     store::{
         Claimed, Lease, ReplicaId, Store, StoreError,
-        intake::{Cancelled, Handed, Handover, Identity, Roster, Wake},
+        intake::{Cancelled, Handed, Handover, Identity, Roster},
     },
 };
 
@@ -206,20 +206,18 @@ struct Room {
     wanted: AtomicBool,
     /// With so many left, the claim that stopped goes on.
     enough_left: AtomicUsize,
-    lane: Lane,
-    wake: Arc<Wake>,
+    wake: Arc<Notify>,
 }
 
 impl InMemory {
-    fn new(wake: &Arc<Wake>) -> Self {
-        let room = |lane| Room {
+    fn new(wake: &Arc<Notify>) -> Self {
+        let room = || Room {
             held: AtomicUsize::new(0),
             wanted: AtomicBool::new(false),
             enough_left: AtomicUsize::new(0),
-            lane,
             wake: Arc::clone(wake),
         };
-        Self { transactional: room(Lane::Transactional), bulk: room(Lane::Bulk) }
+        Self { transactional: room(), bulk: room() }
     }
 
     const fn of(&self, lane: Lane) -> &Room {
@@ -240,7 +238,7 @@ impl Room {
     fn leave(&self, targets: usize) {
         let left = self.held.fetch_sub(targets, Ordering::Relaxed).saturating_sub(targets);
         if left <= self.enough_left.load(Ordering::Relaxed) && self.wanted.swap(false, Ordering::Relaxed) {
-            self.wake.of(self.lane).notify_one();
+            self.wake.notify_one();
         }
     }
 }
@@ -304,8 +302,7 @@ fn spawn(tasks: &Tasks, name: &'static str, task: impl Future<Output = ()> + Sen
 }
 
 impl Desk {
-    /// Sends until the service stops: four tasks, so that what is handed over never waits for a claim, nor urgent claims
-    /// for bulk ones.
+    /// Sends until the service stops: three tasks, so that what is handed over never waits for a claim.
     fn start(self, handover: Handover, again: mpsc::Receiver<Probe>) {
         let Handover { mut handed, wake, .. } = handover;
         let desk = Arc::new(self);
@@ -315,26 +312,25 @@ impl Desk {
                 hand.launch(Work { lease, replica, _entry: entry, _permit: permit, weight: None, probe: None });
             }
         });
-        for lane in Lane::ALL {
-            let (tasks, name) = match lane {
-                Lane::Transactional => (&desk.tasks, "dispatch.claim"),
-                Lane::Bulk => (&desk.background, "dispatch.claim_bulk"),
-            };
-            let (claimer, wake) = (Arc::clone(&desk), Arc::clone(&wake));
-            spawn(tasks, name, async move {
-                loop {
-                    // Registered before the look, so that what comes in between is not missed.
-                    let woken = wake.of(lane).notified();
-                    if claimer.claim(lane).await {
-                        continue;
-                    }
-                    tokio::select! {
-                        () = woken => {}
-                        () = claimer.clock.sleep(claimer.settings.poll_every) => {}
-                    }
+        let claimer = Arc::clone(&desk);
+        spawn(&desk.background, "dispatch.claim", async move {
+            loop {
+                // Registered before the look, so that what comes in between is not missed.
+                let woken = wake.notified();
+                // One lane after the other: of two claims at once one may skip what the other locks for a moment.
+                let mut more = false;
+                for lane in Lane::ALL {
+                    more |= claimer.claim(lane).await;
                 }
-            });
-        }
+                if more {
+                    continue;
+                }
+                tokio::select! {
+                    () = woken => {}
+                    () = claimer.clock.sleep(claimer.settings.poll_every) => {}
+                }
+            }
+        });
         let upkeep = Arc::clone(&desk);
         spawn(&desk.tasks, "dispatch.upkeep", async move { upkeep.upkeep(again).await });
     }

@@ -24,7 +24,7 @@ use crate::{
     domain::{
         clock::Clock,
         device::{Device, Registration},
-        notification::{Audience, Lane, Notification, NotificationId, NotificationView},
+        notification::{Audience, Notification, NotificationId, NotificationView},
     },
     lifecycle::Tasks,
 };
@@ -181,38 +181,13 @@ pub struct Handed {
     pub permit: Option<OwnedSemaphorePermit>,
 }
 
-/// Wakes whoever claims: one for each lane. A wake that nobody waits for is remembered.
-#[derive(Debug, Default)]
-pub struct Wake {
-    transactional: Notify,
-    bulk: Notify,
-}
-
-impl Wake {
-    /// Who claims in this lane.
-    #[must_use]
-    pub const fn of(&self, lane: Lane) -> &Notify {
-        match lane {
-            Lane::Transactional => &self.transactional,
-            Lane::Bulk => &self.bulk,
-        }
-    }
-
-    /// There may be work in either.
-    pub fn all(&self) {
-        for lane in Lane::ALL {
-            self.of(lane).notify_one();
-        }
-    }
-}
-
 /// The receiving end, for the sender.
 #[derive(Debug)]
 pub struct Handover {
     /// Chunks, in the order of their commits.
     pub handed: mpsc::UnboundedReceiver<Handed>,
     /// Notified when something was accepted that nobody owns yet.
-    pub wake: Arc<Wake>,
+    pub wake: Arc<Notify>,
     /// What is in memory.
     pub roster: Roster,
     /// What must not leave any more.
@@ -267,7 +242,7 @@ impl Intake {
         let (notifications, submitted) = mpsc::channel(settings.waiting);
         let (registrations, registered) = mpsc::channel(settings.waiting);
         let (leases, handed) = mpsc::unbounded_channel();
-        let wake = Arc::new(Wake::default());
+        let wake = Arc::new(Notify::new());
         let handover = Handover { handed, wake, roster: Roster::default(), cancelled: Cancelled::default() };
         let committer = Arc::new(Committer {
             store,
@@ -371,7 +346,7 @@ struct Committer {
     settings: Settings,
     room: Arc<Semaphore>,
     leases: mpsc::UnboundedSender<Handed>,
-    wake: Arc<Wake>,
+    wake: Arc<Notify>,
     roster: Roster,
     cancelled: Cancelled,
 }
@@ -432,7 +407,7 @@ impl Committer {
                                     rest.1.push(waiting);
                                 }
                             }
-                            self.wake.all();
+                            self.wake.notify_one();
                             (submissions, on_the_way) = rest;
                             if submissions.is_empty() {
                                 return;
@@ -493,7 +468,7 @@ impl Committer {
         let noted = match accepted {
             Accepted::New { view, leases } => {
                 if leases.is_empty() && view.counts.pending > 0 || !view.audience_complete {
-                    self.wake.all();
+                    self.wake.notify_one();
                 }
                 let id = entry.id;
                 for lease in leases {
@@ -522,7 +497,7 @@ impl Committer {
                 Ok(view) => {
                     if view.as_ref().is_some_and(|view| view.done_at.is_none()) {
                         self.cancelled.add(id);
-                        self.wake.all();
+                        self.wake.notify_one();
                     }
                     return Ok(view);
                 }
