@@ -535,17 +535,22 @@ impl Driver<'_> {
             }
         }
         if let Stage::Answered { head, stream, read } = &mut flight.stage
-            && read_more(head.status, stream, read, &mut cx).is_ready()
+            && let Poll::Ready(is_whole) = read_more(head.status, stream, read, &mut cx)
         {
-            self.answer(place);
+            self.answer(place, is_whole);
         }
     }
 
-    /// The answer has been read.
-    fn answer(&mut self, place: usize) {
+    /// The answer has been read, or has broken off.
+    fn answer(&mut self, place: usize, is_whole: bool) {
         let Some(flight) = self.flights.get_mut(place) else { return };
         let Stage::Answered { head, read, .. } = std::mem::replace(&mut flight.stage, Stage::Over) else { return };
         let reply = response::read(head.status.as_u16(), &head.headers, &read, flight.sent_at, self.now);
+        if !is_whole && tells_nothing(&reply) {
+            let sent_at = flight.sent_at;
+            self.finish(place, Ended::Unknown { sent_at }, Note::Unused);
+            return;
+        }
         let verdict = reply.answer.as_ref().map_or(Verdict::Keep, response::verdict);
         if self.skew_measured_at.is_none_or(|at| self.passed.saturating_sub(at) >= SKEW_EVERY)
             && head.headers.contains_key(header::DATE)
@@ -693,7 +698,7 @@ impl Driver<'_> {
             let Some(flight) = self.flights.get(place) else { continue };
             match &flight.stage {
                 // The status alone has a meaning.
-                Stage::Answered { .. } => self.answer(place),
+                Stage::Answered { .. } => self.answer(place, false),
                 Stage::Waiting { is_whole: true, .. } => {
                     let (sent_at, late) = (flight.sent_at, flight.late);
                     self.finish(place, Ended::Unknown { sent_at }, late);
@@ -753,13 +758,13 @@ impl Driver<'_> {
                 (None, Stage::Waiting { mut response, is_whole, .. }) => match Pin::new(&mut response).poll(&mut cx) {
                     Poll::Ready(Ok(answer)) => {
                         let (head, _) = answer.into_parts();
-                        answered(&head, b"", sent_at, duty.clock.now())
+                        broken_off(&head, b"", sent_at, duty.clock.now())
                     }
                     Poll::Ready(Err(error)) if never_processed(&error) => given_back,
                     _ if is_whole => Ended::Unknown { sent_at },
                     _ => given_back,
                 },
-                (None, Stage::Answered { head, read, .. }) => answered(&head, &read, sent_at, duty.clock.now()),
+                (None, Stage::Answered { head, read, .. }) => broken_off(&head, &read, sent_at, duty.clock.now()),
                 (None, Stage::Over) => Ended::Unsent,
             };
             if let Some(reply) = reply {
@@ -774,8 +779,15 @@ impl Driver<'_> {
     }
 }
 
-fn answered(head: &Parts, body: &[u8], sent_at: Timestamp, now: Timestamp) -> Ended {
-    Ended::Answered(response::read(head.status.as_u16(), &head.headers, body, sent_at, now))
+/// What an answer says that broke off.
+fn broken_off(head: &Parts, body: &[u8], sent_at: Timestamp, now: Timestamp) -> Ended {
+    let reply = response::read(head.status.as_u16(), &head.headers, body, sent_at, now);
+    if tells_nothing(&reply) { Ended::Unknown { sent_at } } else { Ended::Answered(reply) }
+}
+
+/// Of an answer that broke off: a 400 without its reason may be about the connection (`IdleTimeout`).
+fn tells_nothing(reply: &crate::domain::outcome::Reply) -> bool {
+    reply.answer.as_ref().is_some_and(|answer| answer.status == 400 && answer.reason.is_none())
 }
 
 /// Whether the peer itself says that it did nothing with the request.
@@ -783,8 +795,9 @@ fn never_processed(error: &h2::Error) -> bool {
     error.is_remote() && (error.is_go_away() || (error.is_reset() && error.reason() == Some(H2Reason::REFUSED_STREAM)))
 }
 
-/// Reads an answer's body, as far as it comes within the bound. Ready: that is all. An acceptance needs none.
-fn read_more(status: StatusCode, stream: &mut RecvStream, read: &mut BytesMut, cx: &mut Context<'_>) -> Poll<()> {
+/// Reads an answer's body, as far as it comes within the bound. An acceptance needs none. Ready: that is all, or false: it
+/// has broken off.
+fn read_more(status: StatusCode, stream: &mut RecvStream, read: &mut BytesMut, cx: &mut Context<'_>) -> Poll<bool> {
     while status != StatusCode::OK && read.len() < MAX_BODY_BYTES {
         match stream.poll_data(cx) {
             Poll::Ready(Some(Ok(mut piece))) => {
@@ -792,11 +805,12 @@ fn read_more(status: StatusCode, stream: &mut RecvStream, read: &mut BytesMut, c
                 piece.truncate(MAX_BODY_BYTES - read.len());
                 read.extend_from_slice(&piece);
             }
-            Poll::Ready(Some(Err(_)) | None) => break,
+            Poll::Ready(Some(Err(_))) => return Poll::Ready(false),
+            Poll::Ready(None) => break,
             Poll::Pending => return Poll::Pending,
         }
     }
-    Poll::Ready(())
+    Poll::Ready(true)
 }
 
 #[cfg(test)]
