@@ -37,7 +37,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::sync::{Notify, RwLock, mpsc};
+use tokio::sync::{Mutex, Notify, mpsc};
 
 use self::{
     backoff::BusyDevices,
@@ -165,7 +165,7 @@ impl Dispatcher {
             store: Arc::clone(&store),
             clock,
             identity: identity.clone(),
-            claiming: RwLock::new(()),
+            claiming: Mutex::new(()),
             roster: handover.roster.clone(),
             sender,
             board,
@@ -273,7 +273,7 @@ impl Drop for Weight {
 struct Desk {
     store: Arc<dyn Store>,
     /// Held from before a claim's commit until its chunks are on the roster: the sweep must not look in between.
-    claiming: RwLock<()>,
+    claiming: Mutex<()>,
     clock: Arc<dyn Clock>,
     identity: Identity,
     roster: Roster,
@@ -350,7 +350,7 @@ impl Desk {
         if max == 0 {
             return false;
         }
-        let _claiming = self.claiming.read().await;
+        let _claiming = self.claiming.lock().await;
         let replica = self.identity.get();
         let now = self.clock.now();
         match self.store.claim(&[lane], max, &self.board.passable(), &self.board.all(), replica, now).await {
@@ -431,7 +431,7 @@ impl Desk {
     }
 
     async fn probe(&self, probe: Probe) {
-        let _claiming = self.claiming.read().await;
+        let _claiming = self.claiming.lock().await;
         let replica = self.identity.get();
         match self.store.claim_probe(probe.breaker, replica, self.clock.now()).await {
             Ok(Some(lease)) => self.take(lease, replica, Some(probe)),
@@ -449,7 +449,7 @@ impl Desk {
             return Ok(());
         }
         // Once more, when no claim is between its commit and the roster. Claims wait for that, so it is seldom asked.
-        let _claiming = self.claiming.write().await;
+        let _claiming = self.claiming.lock().await;
         let lost = self.lost(replica).await?;
         if !lost.is_empty() {
             tracing::warn!(chunks = lost.len(), "chunks that were lost on the way are given back");
