@@ -27,6 +27,11 @@ use crate::{
     },
 };
 
+/// The id of one of [`with_devices`].
+pub(crate) fn device_id(number: usize) -> String {
+    uuid::Uuid::from_u128(number as u128).to_string()
+}
+
 pub(crate) fn device_token(number: usize) -> String {
     format!("{number:064x}")
 }

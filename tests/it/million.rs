@@ -13,13 +13,13 @@ use futures_util::{StreamExt, stream};
 use serde_json::{Value, json};
 
 use crate::{
-    broadcast::{accepted, broadcast, device_token, with_devices},
+    broadcast::{accepted, broadcast, device_id, device_token, with_devices},
     support::{
         client::Client,
         database::{TestDatabase, on_both_stores},
         scratch::Folder,
         service::{Service, SimulatorProcess, run},
-        world::{TOPIC, keys_folder, until},
+        world::{TOPIC, keys_folder, patiently, until},
     },
 };
 
@@ -40,24 +40,8 @@ fn devices() -> usize {
     std::env::var("MILLION_DEVICES").map_or(50_000, |text| text.parse().expect("a number in MILLION_DEVICES"))
 }
 
-fn device_id(number: usize) -> String {
-    uuid::Uuid::from_u128(number as u128).to_string()
-}
-
 fn is_deleted(number: usize) -> bool {
     number % ONE_OF == 1
-}
-
-/// Waits as long as a million devices may take.
-async fn patiently<T, F: Future<Output = Option<T>>>(what: &str, mut look: impl FnMut() -> F) -> T {
-    let deadline = Instant::now() + Duration::from_secs(1_800);
-    loop {
-        if let Some(found) = look().await {
-            return found;
-        }
-        assert!(Instant::now() < deadline, "waited in vain until {what}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
 }
 
 async fn requests(sim: &SimulatorProcess) -> usize {

@@ -16,16 +16,16 @@ use sonnette::domain::clock::Timestamp;
 use sqlx::{AssertSqlSafe, Connection, MySqlConnection};
 use tokio_util::sync::CancellationToken;
 
-use super::{device_id, patiently, size};
+use super::size;
 use crate::{
-    broadcast::{device_token, with_devices},
+    broadcast::{device_id, device_token, with_devices},
     store::{execute, number},
     support::{
         client::Client,
         cluster::{Cluster, Member},
         database::{TestDatabase, mysql_database},
         service::Service,
-        world::{TOPIC, until},
+        world::{TOPIC, patiently, until},
     },
 };
 

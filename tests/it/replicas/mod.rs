@@ -19,34 +19,18 @@ use sonnette::{
 };
 
 use crate::{
-    broadcast::{accepted, broadcast, with_devices},
+    broadcast::{accepted, broadcast, device_id, with_devices},
     support::{
         client::Client,
         cluster::{Cluster, Member},
         database::mysql_database,
-        world::{TOPIC, World, until},
+        world::{TOPIC, World, patiently, until},
     },
 };
 
 /// Reads a size from the environment.
 fn size(name: &str, default: usize) -> usize {
     std::env::var(name).map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("a number in {name}")))
-}
-
-fn device_id(number: usize) -> String {
-    uuid::Uuid::from_u128(number as u128).to_string()
-}
-
-/// Waits as long as the long run may take.
-async fn patiently<T, F: Future<Output = Option<T>>>(what: &str, mut look: impl FnMut() -> F) -> T {
-    let deadline = Instant::now() + Duration::from_secs(1_800);
-    loop {
-        if let Some(found) = look().await {
-            return found;
-        }
-        assert!(Instant::now() < deadline, "waited in vain until {what}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
 }
 
 /// How many deliveries this replica says it has brought to their end.

@@ -231,11 +231,24 @@ impl World {
 }
 
 /// Waits for a condition with a bound; returns what it found.
-pub(crate) async fn until<T, F>(what: &str, mut look: impl FnMut() -> F) -> T
+pub(crate) async fn until<T, F>(what: &str, look: impl FnMut() -> F) -> T
 where
     F: Future<Output = Option<T>>,
 {
-    let deadline = std::time::Instant::now() + PATIENCE;
+    until_within(PATIENCE, what, look).await
+}
+
+/// The same in a long run.
+pub(crate) async fn patiently<T, F: Future<Output = Option<T>>>(what: &str, look: impl FnMut() -> F) -> T {
+    until_within(Duration::from_secs(1_800), what, look).await
+}
+
+async fn until_within<T, F: Future<Output = Option<T>>>(
+    patience: Duration,
+    what: &str,
+    mut look: impl FnMut() -> F,
+) -> T {
+    let deadline = std::time::Instant::now() + patience;
     loop {
         if let Some(found) = look().await {
             return found;
