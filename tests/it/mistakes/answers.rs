@@ -155,8 +155,9 @@ async fn m22_what_apns_puts_off_is_tried_again_later_and_later_and_not_all_at_on
         later_and_later(number, [500, 2_500, 15_000]);
     }
     later_and_later(100, [1_000, 2_000, 4_000]);
-    let first: BTreeSet<u128> = (0..PHONES).map(|number| pauses(number)[0]).collect();
-    assert!(first.len() > 1, "they come back spread, not all after {first:?} ms");
+    // Of all three pauses: the first is a second or so, which a slow machine lets pass in one leap.
+    let ways: BTreeSet<Vec<u128>> = (0..PHONES).map(pauses).collect();
+    assert!(ways.len() > PHONES / 2, "they come back spread, not all after {ways:?} ms");
     for number in [101, 102] {
         assert!(pauses(number)[0] >= 40_000, "as long as APNs says: {:?}", pauses(number));
     }
