@@ -20,6 +20,9 @@ use crate::domain::clock::Clock;
 /// An idle connection is asked whether it still lives only if it was idle for longer than this.
 const TRUSTED_FOR: Duration = Duration::from_secs(5);
 
+/// A connection on which a statement was cut off is used again if it answers within this time; if not, it is closed.
+const RETURNS_WITHIN: Duration = Duration::from_secs(1);
+
 /// What the names in a text stamped by `on_both` mean here.
 pub(super) mod names {
     /// sqlx's database.
@@ -115,6 +118,17 @@ fn pools(settings: &Settings) -> MySqlPoolOptions {
                     connection.ping().await?;
                 }
                 Ok(true)
+            })
+        })
+        .after_release(|connection, _| {
+            Box::pin(async move {
+                // Where a statement was cut off (its caller hung up), two things are left. sqlx may take part of a row for
+                // the length of what comes, and would wait for it for ever. And a transaction may have begun of which sqlx
+                // knows nothing.
+                match tokio::time::timeout(RETURNS_WITHIN, sqlx::raw_sql("ROLLBACK").execute(&mut *connection)).await {
+                    Ok(answer) => answer.map(|_| !connection.is_in_transaction()),
+                    Err(_) => Err(hosts::gone("what was cut off on it did not end")),
+                }
             })
         })
 }

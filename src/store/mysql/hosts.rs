@@ -313,7 +313,7 @@ impl Hosts {
     }
 }
 
-fn gone(why: &'static str) -> sqlx::Error {
+pub(super) fn gone(why: &'static str) -> sqlx::Error {
     std::io::Error::new(std::io::ErrorKind::NotConnected, why).into()
 }
 
