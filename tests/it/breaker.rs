@@ -30,14 +30,14 @@ async fn ten_minutes_of(
     database: TestDatabase,
     reason: &str,
     cure: &str,
-    begin: impl AsyncFnOnce(&mut World),
-    end: impl AsyncFnOnce(&mut World),
+    begin: impl AsyncFnOnce(&mut World, &ManualClock),
+    end: impl AsyncFnOnce(&mut World, &ManualClock),
 ) {
     let clock = Arc::new(ManualClock::new(Timestamp::from_seconds(1_795_000_000)));
     let mut world = World::with(database, Arc::clone(&clock) as _, "").await;
     live(&world, 0..PHONES, Environment::Production, None);
     let crowd = Crowd::once_accepted(&world, &clock, 0..PHONES).await;
-    begin(&mut world).await;
+    begin(&mut world, &clock).await;
     let mut ids = Vec::with_capacity(LISTS + SINGLES);
     for _ in 0..LISTS {
         ids.push(crowd.send(&world).await);
@@ -81,7 +81,7 @@ async fn ten_minutes_of(
     assert_eq!(Crowd::statuses(&world).await, [PHONES, 0, 0], "no device is touched");
     assert_eq!(accepted(&world), PHONES as u64);
 
-    end(&mut world).await;
+    end(&mut world, &clock).await;
     ticking(&world, &clock, "everything has left", || async {
         (accepted(&world) == (PHONES + QUEUED) as u64).then_some(())
     })
@@ -113,19 +113,19 @@ on_both_stores! {
     async fn ten_minutes_of_a_key_that_apns_does_not_know(database) {
         let kept = std::sync::Mutex::new(None);
         ten_minutes_of(database, "InvalidProviderToken", "key_id",
-            async |world| {
+            async |world, _| {
                 *kept.lock().unwrap() = world.sim.keys().list().pop();
                 assert!(world.sim.keys().remove(KEY_ID));
             },
-            async |world| world.sim.keys().register(kept.lock().unwrap().take().unwrap()).unwrap(),
+            async |world, _| world.sim.keys().register(kept.lock().unwrap().take().unwrap()).unwrap(),
         )
         .await;
     }
 
     async fn ten_minutes_of_a_wrong_team(database) {
         ten_minutes_of(database, "InvalidProviderToken", "team_id",
-            async |world| world.sim.keys().set_team(KEY_ID, "ZZZZZ99999").unwrap(),
-            async |world| world.sim.keys().set_team(KEY_ID, TEAM).unwrap(),
+            async |world, _| world.sim.keys().set_team(KEY_ID, "ZZZZZ99999").unwrap(),
+            async |world, _| world.sim.keys().set_team(KEY_ID, TEAM).unwrap(),
         )
         .await;
     }
@@ -133,24 +133,24 @@ on_both_stores! {
     async fn ten_minutes_of_a_topic_that_the_key_may_not_use(database) {
         let only = |topic: &str| Topics::Only(vec![topic.to_owned()]);
         ten_minutes_of(database, "TopicDisallowed", "`topic`",
-            async |world| change_key(world, |key| key.topics = only("fr.ocpizza.shop")),
-            async |world| change_key(world, |key| key.topics = only(TOPIC)),
+            async |world, _| change_key(world, |key| key.topics = only("fr.ocpizza.shop")),
+            async |world, _| change_key(world, |key| key.topics = only(TOPIC)),
         )
         .await;
     }
 
     async fn ten_minutes_of_tokens_of_another_topic(database) {
         ten_minutes_of(database, "DeviceTokenNotForTopic", "`topic`",
-            async |world| live(world, 0..PHONES, Environment::Production, Some("fr.ocpizza.shop")),
-            async |world| live(world, 0..PHONES, Environment::Production, None),
+            async |world, _| live(world, 0..PHONES, Environment::Production, Some("fr.ocpizza.shop")),
+            async |world, _| live(world, 0..PHONES, Environment::Production, None),
         )
         .await;
     }
 
     async fn ten_minutes_of_a_key_of_the_other_environment(database) {
         ten_minutes_of(database, "BadEnvironmentKeyIdInToken", "`environments`",
-            async |world| change_key(world, |key| key.environments = vec![Environment::Sandbox]),
-            async |world| change_key(world, |key| key.environments = Environment::ALL.to_vec()),
+            async |world, _| change_key(world, |key| key.environments = vec![Environment::Sandbox]),
+            async |world, _| change_key(world, |key| key.environments = Environment::ALL.to_vec()),
         )
         .await;
     }
@@ -158,24 +158,24 @@ on_both_stores! {
     async fn ten_minutes_of_a_key_of_the_other_environment_as_it_is_spelled_on_the_wire(database) {
         let reason = "BadEnvironmentKeyInToken";
         ten_minutes_of(database, reason, "`environments`",
-            async |world| {
+            async |world, _| {
                 let action = Action::Answer { status: 403, reason: Some(reason.into()), timestamp_ms: None };
                 world.sim.scripts().add(Script::new(sonnette::sim::ANY_TOKEN, action));
             },
-            async |world| assert_eq!(world.sim.scripts().clear(None), 2),
+            async |world, _| assert_eq!(world.sim.scripts().clear(None), 2),
         )
         .await;
     }
 
     async fn ten_minutes_of_the_sandbox_where_production_should_be(database) {
         ten_minutes_of(database, "BadDeviceToken", "[apns]",
-            async |world| {
+            async |world, clock| {
                 world.config.apns.production = format!("https://{}", world.sim.sandbox());
-                world.restart().await;
+                world.restart_on(clock).await;
             },
-            async |world| {
+            async |world, clock| {
                 world.config.apns.production = format!("https://{}", world.sim.production());
-                world.restart().await;
+                world.restart_on(clock).await;
             },
         )
         .await;
