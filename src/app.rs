@@ -184,14 +184,8 @@ impl App {
         )
         .await?;
         let keeper = Keeper::new(Arc::clone(&store), Arc::clone(&clock), identity.clone(), retention(config));
-        let stopping = tasks.stopping().clone();
-        tasks.spawn("ops.keeper", async move {
-            // A step that is cut is rolled back, or was committed.
-            tokio::select! {
-                () = keeper.run() => {}
-                () = stopping.cancelled() => {}
-            }
-        });
+        // A step that is cut is rolled back, or was committed.
+        tasks.spawn_until_stopped("ops.keeper", async move { keeper.run().await });
         let health = Arc::new(Health::new(
             Arc::clone(&store),
             Arc::clone(&gateway) as Arc<dyn Gateway>,
@@ -305,13 +299,7 @@ fn watch(
     if let Some(shared) = shared {
         tasks.spawn("ops.database_clock", ops::clock::follow(Arc::clone(store), shared, stopping.clone()));
     }
-    let (stopping, summing) = (stopping.clone(), Arc::clone(clock));
-    tasks.spawn("telemetry", async move {
-        tokio::select! {
-            () = telemetry::sum_up(summing) => {}
-            () = stopping.cancelled() => {}
-        }
-    });
+    tasks.spawn_until_stopped("telemetry", telemetry::sum_up(Arc::clone(clock)));
 }
 
 fn dispatch_settings(config: &Config) -> dispatch::Settings {

@@ -61,6 +61,17 @@ impl Tasks {
         });
     }
 
+    /// The same for a task that does not look whether it is to stop: it is dropped then, wherever it waits.
+    pub fn spawn_until_stopped(&self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
+        let stop = self.stop.clone();
+        self.spawn(name, async move {
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = task => {}
+            }
+        });
+    }
+
     /// Spawns a task that ends when its work is done. A panic in it stops everything.
     pub fn spawn_brief(&self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
         let tasks = self.clone();

@@ -289,31 +289,21 @@ struct Desk {
     background: Tasks,
 }
 
-/// Spawns a task that is dropped when the service stops. Losing a claim in its middle leaves chunks that are ours and
-/// not in memory; they are given back when this replica leaves.
-fn spawn(tasks: &Tasks, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
-    let stop = tasks.stopping().clone();
-    tasks.spawn(name, async move {
-        tokio::select! {
-            () = stop.cancelled() => {}
-            () = task => {}
-        }
-    });
-}
-
 impl Desk {
     /// Sends until the service stops: three tasks, so that what is handed over never waits for a claim.
     fn start(self, handover: Handover, again: mpsc::Receiver<Probe>) {
         let Handover { mut handed, wake, .. } = handover;
         let desk = Arc::new(self);
         let hand = Arc::clone(&desk);
-        spawn(&desk.tasks, "dispatch.hand", async move {
+        desk.tasks.spawn_until_stopped("dispatch.hand", async move {
             while let Some(Handed { lease, replica, entry, permit }) = handed.recv().await {
                 hand.launch(Work { lease, replica, _entry: entry, _permit: permit, weight: None, probe: None });
             }
         });
         let claimer = Arc::clone(&desk);
-        spawn(&desk.background, "dispatch.claim", async move {
+        // Losing a claim in its middle leaves chunks that are ours and not in memory; they are given back when this replica
+        // leaves.
+        desk.background.spawn_until_stopped("dispatch.claim", async move {
             loop {
                 // Registered before the look, so that what comes in between is not missed.
                 let woken = wake.notified();
@@ -332,7 +322,7 @@ impl Desk {
             }
         });
         let upkeep = Arc::clone(&desk);
-        spawn(&desk.tasks, "dispatch.upkeep", async move { upkeep.upkeep(again).await });
+        desk.tasks.spawn_until_stopped("dispatch.upkeep", async move { upkeep.upkeep(again).await });
     }
 
     /// Takes what is due in a lane. True if there may be more. Each lane has an allowance of its own: bulk that waits in

@@ -59,14 +59,8 @@ impl Pace {
             let lane = || (Semaphore::new(0), AtomicUsize::new(0));
             let limited =
                 Arc::new(Limited { max_per_second: *max_per_second, lanes: [lane(), lane()], asked: Notify::new() });
-            let (clock, pulse, stop) = (Arc::clone(clock), pulse.clone(), tasks.stopping().clone());
-            let given = Arc::clone(&limited);
-            tasks.spawn("dispatch.pace", async move {
-                tokio::select! {
-                    () = given.give(&*clock, &pulse) => {}
-                    () = stop.cancelled() => {}
-                }
-            });
+            let (clock, pulse, given) = (Arc::clone(clock), pulse.clone(), Arc::clone(&limited));
+            tasks.spawn_until_stopped("dispatch.pace", async move { given.give(&*clock, &pulse).await });
             (topic.clone(), limited)
         };
         Self(limits.iter().map(start).collect())

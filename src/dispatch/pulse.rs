@@ -86,14 +86,8 @@ impl Pulse {
         }
         let mut heart = Heart { store, gateway, pulse: pulse.clone(), name, others: HashMap::new(), observed_at: at };
         heart.observe().await?;
-        let stop = tasks.stopping().clone();
-        tasks.spawn("dispatch.pulse", async move {
-            // Losing a beat loses nothing.
-            tokio::select! {
-                () = heart.beat() => {}
-                () = stop.cancelled() => {}
-            }
-        });
+        // Losing a beat loses nothing.
+        tasks.spawn_until_stopped("dispatch.pulse", async move { heart.beat().await });
         Ok(pulse)
     }
 }
