@@ -226,10 +226,10 @@ async fn views(conn: &mut Conn<'_>, asked: Vec<Asked>, now: Timestamp) -> Result
             "-- notifications.sums\nSELECT notification_id, CAST(SUM(targeted) AS SIGNED), \
              CAST(SUM(accepted) AS SIGNED), CAST(SUM(failed) AS SIGNED), CAST(SUM(unregistered) AS SIGNED), \
              CAST(SUM(expired) AS SIGNED), CAST(SUM(cancelled) AS SIGNED), CAST(SUM(suppressed) AS SIGNED), \
-             CAST(SUM(unanswered) AS SIGNED), CAST(SUM(holder IS NOT NULL) AS SIGNED), CAST(COALESCE(SUM(",
+             CAST(SUM(unanswered) AS SIGNED), CAST(SUM(holder IS NOT NULL) AS SIGNED), CAST(SUM(",
         );
         statement.push(queue::chunk::TRIED).push(
-            "), 0) AS SIGNED), MAX(ended_at), \
+            ") AS SIGNED), MAX(ended_at), \
              CAST(SUM(CASE WHEN holder = -1 THEN 1 ELSE 0 END) AS SIGNED), \
              MIN(CASE WHEN holder = -1 THEN waiting_since END), MIN(holder), \
              MIN(CASE WHEN holder < -1000 THEN waiting_since END), CAST(SUM(CASE WHEN holder = 0 AND due_at > ",

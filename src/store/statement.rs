@@ -145,19 +145,22 @@ impl Statement {
         match values.last().cloned() {
             Some(last) => {
                 values.resize(values.len().next_power_of_two(), last);
-                self.row(values, "")
+                self.row(values, &[], "")
             }
             None => self.push("(NULL)"),
         }
     }
 
-    fn row(&mut self, values: impl IntoIterator<Item = Value>, tail: &'static str) -> &mut Self {
+    fn row(&mut self, values: impl IntoIterator<Item = Value>, usual: &[Usual], tail: &'static str) -> &mut Self {
         self.text.push('(');
-        for (at, value) in values.into_iter().enumerate() {
-            if at > 0 {
+        for (column, value) in values.into_iter().enumerate() {
+            if column > 0 {
                 self.text.push(',');
             }
-            self.bind(value);
+            match usual.iter().find(|(number, ..)| *number == column) {
+                Some((_, _, text)) => self.push(text),
+                None => self.bind(value),
+            };
         }
         self.text.push_str(tail);
         self.text.push(')');
@@ -169,11 +172,19 @@ impl Statement {
     where
         R: IntoIterator<Item = Value>,
     {
+        self.rows_with(rows, &[], tail)
+    }
+
+    /// The same for rows that all have the usual values.
+    fn rows_with<R>(&mut self, rows: impl IntoIterator<Item = R>, usual: &[Usual], tail: &'static str) -> &mut Self
+    where
+        R: IntoIterator<Item = Value>,
+    {
         for (at, row) in rows.into_iter().enumerate() {
             if at > 0 {
                 self.text.push(',');
             }
-            self.row(row, tail);
+            self.row(row, usual, tail);
         }
         self
     }
@@ -354,19 +365,7 @@ impl Conn<'_> {
                 .max(1);
             let mut statement = Statement::new(head);
             // The greatest power of two that fits.
-            statement.push(" VALUES ");
-            for (at, row) in rest.by_ref().take(1 << fits.ilog2()).enumerate() {
-                statement.push(if at > 0 { ",(" } else { "(" });
-                for (column, value) in row.into_iter().enumerate() {
-                    statement.push(if column > 0 { "," } else { "" });
-                    match usual.iter().find(|(number, ..)| *number == column) {
-                        Some((_, _, text)) => statement.push(text),
-                        None => statement.bind(value),
-                    };
-                }
-                statement.push(")");
-            }
-            statement.push(tail);
+            statement.push(" VALUES ").rows_with(rest.by_ref().take(1 << fits.ilog2()), usual, "").push(tail);
             self.execute(statement).await?;
         }
         Ok(())

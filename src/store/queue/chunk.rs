@@ -174,14 +174,10 @@ fn inserted_states(chunk: &Chunk, reasons: &Reasons) -> Result<Vec<u8>, StoreErr
     Ok(states(chunk, reasons)?.unwrap_or_else(|| encode_untried(chunk.targets.len())))
 }
 
-/// Whether anything of a chunk was tried: whether its states are other than [`encode_untried`] makes them, which have no
-/// time (it stands behind the version) and end with facts that say nothing.
+/// Whether anything of a chunk was tried, 1 or 0: whether its states are other than [`encode_untried`] makes them, which
+/// have no time (it stands behind the version) and end with facts that say nothing.
 pub(in crate::store) const TRIED: &str =
-    "NOT (SUBSTR(states, 2, 8) = X'0000000000000000' AND SUBSTR(states, -2) = X'1000')";
-
-/// Whether nothing was.
-pub(super) const NEVER_TRIED: &str =
-    "(states IS NULL OR (SUBSTR(states, 2, 8) = X'0000000000000000' AND SUBSTR(states, -2) = X'1000'))";
+    "COALESCE(SUBSTR(states, 2, 8) <> X'0000000000000000' OR SUBSTR(states, -2) <> X'1000', 0)";
 
 /// The columns of a chunk of which nothing has been tried yet, behind `targeted`.
 const UNTRIED: [Usual; 9] = [

@@ -140,7 +140,7 @@ async fn choose(
             " ORDER BY due_at"
         }
         Which::Untried => {
-            statement.push(" AND due_at > ").bind(now).push(" AND ").push(chunk::NEVER_TRIED);
+            statement.push(" AND due_at > ").bind(now).push(" AND NOT ").push(chunk::TRIED);
             " ORDER BY due_at"
         }
         Which::LongestAgo => {
