@@ -79,7 +79,7 @@ async fn ten_minutes_of(
     assert!(gaps.iter().all(|gap| *gap >= 25), "{probed_at:?}");
     assert!(gaps.windows(2).all(|gap| gap[1] + 5 > gap[0]), "rarer and rarer: {probed_at:?}");
     assert_eq!(Crowd::statuses(&world).await, [PHONES, 0, 0], "no device is touched");
-    assert_eq!(accepted(&world), PHONES as u64);
+    assert_eq!(accepted(&world), PHONES as u64, "{:?}", world.sim.ledger().repeats());
 
     end(&mut world, &clock).await;
     ticking(&world, &clock, "everything has left", || async {
