@@ -52,7 +52,10 @@ use super::{
     response::{self, MAX_BODY_BYTES, Verdict},
     wire::Wire,
 };
-use crate::domain::clock::{Clock, Timer, Timestamp};
+use crate::domain::{
+    clock::{Clock, Timer, Timestamp},
+    outcome::Reply,
+};
 
 /// How often a connection's task looks at its timers.
 const TICK: Duration = Duration::from_secs(1);
@@ -697,7 +700,7 @@ impl Driver<'_> {
         for place in late {
             let Some(flight) = self.flights.get(place) else { continue };
             match &flight.stage {
-                // The status alone has a meaning.
+                // The status alone may have a meaning.
                 Stage::Answered { .. } => self.answer(place, false),
                 Stage::Waiting { is_whole: true, .. } => {
                     let (sent_at, late) = (flight.sent_at, flight.late);
@@ -786,7 +789,7 @@ fn broken_off(head: &Parts, body: &[u8], sent_at: Timestamp, now: Timestamp) -> 
 }
 
 /// Of an answer that broke off: a 400 without its reason may be about the connection (`IdleTimeout`).
-fn tells_nothing(reply: &crate::domain::outcome::Reply) -> bool {
+fn tells_nothing(reply: &Reply) -> bool {
     reply.answer.as_ref().is_some_and(|answer| answer.status == 400 && answer.reason.is_none())
 }
 

@@ -391,6 +391,29 @@ async fn a_connection_cut_after_the_request_was_read_leaves_it_unknown() {
     assert_eq!(reply.sent_at, Some(START));
 }
 
+// Its reason may be about the connection (`IdleTimeout`) and not about the push.
+#[tokio::test]
+async fn a_400_that_breaks_off_before_its_reason_leaves_it_unknown() {
+    for falls_silent in [false, true] {
+        let mut server = Server::start(ONE).await;
+        let client = client(&server);
+        let sent = client.send(push(1, Lane::Transactional));
+        let mut got = server.next().await;
+        let head = http::Response::builder().status(400).body(()).unwrap();
+        let _rest = got.respond.send_response(head, false).unwrap();
+        // What stands before an acknowledged frame has been read.
+        for streams in [2, 3] {
+            server.allow(1, streams).await;
+        }
+        if falls_silent {
+            client.clock.advance(Duration::from_secs(20));
+        } else {
+            server.order(1, Order::Cut);
+        }
+        assert_eq!(outcome(sent).await, Outcome::Unknown);
+    }
+}
+
 #[tokio::test]
 async fn a_silent_server_leaves_it_unknown_after_the_deadline_and_the_connection_is_replaced() {
     let mut server = Server::start(ONE).await;
