@@ -264,8 +264,8 @@ impl<'de> Deserialize<'de> for Node {
     }
 }
 
-/// A JSON pointer to a member.
-fn member(of: &str, key: &str) -> String {
+/// A JSON pointer to a member, from the pointer to what it is in.
+pub(crate) fn member(of: &str, key: &str) -> String {
     if key.contains(['~', '/']) {
         return format!("{of}/{}", key.replace('~', "~0").replace('/', "~1"));
     }

@@ -13,7 +13,7 @@ use serde::{
 use serde_json::value::RawValue;
 
 use super::problem::{Fault, Faults, Kind, Place, Problem};
-use crate::domain::{device::Field, spelling};
+use crate::domain::{device::Field, payload::member, spelling};
 
 /// The most fields an object of the API may have; more are not kept.
 const MAX_FIELDS: usize = 200;
@@ -368,14 +368,6 @@ impl<'a> Object<'a> {
             faults.add(member(&self.pointer, &shown), "unknown_field", detail);
         }
     }
-}
-
-/// A JSON pointer to a member.
-fn member(of: &str, name: &str) -> String {
-    if name.contains(['~', '/']) {
-        return format!("{of}/{}", name.replace('~', "~0").replace('/', "~1"));
-    }
-    [of, "/", name].concat()
 }
 
 /// The parameters of a query, taken one by one as the fields of an [`Object`] are.
