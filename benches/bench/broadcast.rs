@@ -32,7 +32,7 @@ const ROWS: usize = 1_000;
 const NEVER: i64 = -(1 << 40);
 
 /// Single notifications a second: alone and beside a broadcast, and more of them alone.
-const RATE: usize = 100;
+pub(crate) const RATE: usize = 100;
 const LARGER_RATE: usize = 500;
 
 /// How long they are posted, at the least: until there are enough to speak of the slowest hundredth.
@@ -120,18 +120,30 @@ pub(crate) struct Broadcast {
 }
 
 impl<'a> Stage<'a> {
-    /// With so many replicas, and more lines of their `[apns]`.
+    /// On a fresh database beside `place` with so many devices; with so many replicas, and more lines behind their `[apns]`.
     pub(crate) async fn set(
         kit: &Kit,
         sink: &'a Sink,
         place: &Database,
         settings: &Settings,
         devices: usize,
-        (replicas, apns): (usize, &str),
+        replicas: (usize, &str),
     ) -> Self {
         let database = place.sibling().await;
         with_devices(&database, devices).await;
-        let serve = kit.replicas(replicas, &database, sink, apns).await;
+        Self::on(kit, sink, database, settings, devices, replicas).await
+    }
+
+    /// On a database that has its devices.
+    pub(crate) async fn on(
+        kit: &Kit,
+        sink: &'a Sink,
+        database: Database,
+        settings: &Settings,
+        devices: usize,
+        (replicas, more): (usize, &str),
+    ) -> Self {
+        let serve = kit.replicas(replicas, &database, sink, more).await;
         // All single notifications go to one of the devices: the simulator can be asked for what arrived there.
         let settings = Settings { devices: 1, ..settings.clone() };
         let api = Api::connect(&serve, kit.api_key(&database), &settings).await;
@@ -139,11 +151,33 @@ impl<'a> Stage<'a> {
         Self { database, serve, api, sink, devices }
     }
 
-    /// What went wrong with the processes' ends.
+    pub(crate) const fn database(&self) -> &Database {
+        &self.database
+    }
+
+    /// Ends the processes: the database, and what went wrong with them.
+    pub(crate) async fn leave(self) -> (Database, Vec<String>) {
+        (self.database, service::stop(self.serve).await)
+    }
+
+    /// The same, and the database goes.
     pub(crate) async fn strike(self) -> Vec<String> {
-        let problems = service::stop(self.serve).await;
-        self.database.drop().await;
+        let (database, problems) = self.leave().await;
+        database.drop().await;
         problems
+    }
+
+    /// [`Self::ways`] by the simulator's record.
+    pub(crate) async fn recorded(
+        &self,
+        rate: usize,
+        posted: &Cell<usize>,
+        enough: impl Fn() -> bool,
+    ) -> Result<Vec<f64>, String> {
+        self.sink.record(true).await;
+        let ways = self.ways(rate, posted, enough).await;
+        self.sink.record(false).await;
+        ways
     }
 
     /// Sends to everybody, and waits until each device is accepted: the simulator has accepted as many pushes then, and
@@ -299,7 +333,7 @@ impl<'a> Stage<'a> {
     }
 }
 
-fn note_ways(batch: &mut Batch, rate: usize, when: &str, ways: Result<Vec<f64>, String>) {
+pub(crate) fn note_ways(batch: &mut Batch, rate: usize, when: &str, ways: Result<Vec<f64>, String>) {
     match ways {
         Ok(ways) => {
             for (name, way) in percentiles(ways) {

@@ -26,6 +26,7 @@ mod load;
 mod registrations;
 mod replicas;
 mod report;
+mod retention;
 mod service;
 mod settings;
 mod wire;
@@ -100,6 +101,7 @@ enum Step<'a> {
     Registrations(&'a Registrations),
     Broadcast(&'a Database),
     Replicas(&'a Database),
+    Retention(&'a Database),
 }
 
 /// Everything. `Ok` has what was found wrong with the results, `Err` why nothing was measured.
@@ -198,6 +200,10 @@ async fn measure(
         steps.extend(databases.iter().filter(|database| !database.is_sqlite()).map(Step::Replicas));
     }
 
+    if settings.retention > 0 {
+        steps.extend(databases.iter().filter(|database| !database.is_sqlite()).map(Step::Retention));
+    }
+
     let mut rounds = Rounds::default();
     for round in 0..settings.rounds {
         println!("round {} of {}", round + 1, settings.rounds);
@@ -237,6 +243,10 @@ async fn measure(
                 }
                 Step::Replicas(database) => {
                     rounds.take(database, replicas::measure(kit, [sink, far], database, settings, round).await);
+                }
+                Step::Retention(_) if round > 0 => {}
+                Step::Retention(database) => {
+                    rounds.take(database, retention::measure(kit, sink, database, settings).await);
                 }
                 // A large one takes minutes.
                 Step::Broadcast(_) if round > 0 && settings.broadcast > broadcast::SMALL => {}

@@ -263,7 +263,7 @@ impl Kit {
         vec![self.replica(database, sink, "").await]
     }
 
-    /// Starts replicas, with more lines of `[apns]`, and waits until each knows of all.
+    /// Starts replicas, with more lines behind `[apns]`, and waits until each knows of all.
     pub(crate) async fn replicas(&self, count: usize, database: &Database, sink: &Sink, more: &str) -> Vec<Serve> {
         let mut replicas = Vec::new();
         for _ in 0..count {

@@ -25,6 +25,8 @@ pub(crate) struct Settings {
     /// `REPLICAS_NOTIFICATIONS`: single notifications through one replica and through two, on MySQL, in each round, and
     /// again with APNs 50 ms away, where broadcasts to `BROADCAST` devices follow; 0 leaves replicas out.
     pub(crate) replicas_notifications: usize,
+    /// `RETENTION`: old notifications that are deleted beside single ones, on MySQL, in the first round; 0 leaves them out.
+    pub(crate) retention: usize,
     /// `STORES`: `mysql`, `sqlite`, or both with a comma; `none` measures the way to APNs alone.
     pub(crate) mysql: bool,
     /// As above.
@@ -51,6 +53,7 @@ impl Settings {
             registrations: number_or_none("REGISTRATIONS", 20_000),
             broadcast: number_or_none("BROADCAST", 100_000),
             replicas_notifications: number_or_none("REPLICAS_NOTIFICATIONS", 10_000),
+            retention: number_or_none("RETENTION", 200_000),
             mysql: stores.contains("mysql"),
             sqlite: stores.contains("sqlite"),
             database_url: variable("BENCH_DATABASE_URL"),
@@ -63,7 +66,7 @@ impl fmt::Display for Settings {
         write!(
             f,
             "ROUNDS={} PUSHES={} NOTIFICATIONS={} DEVICES={} CONCURRENCY={} COMMITS={} REGISTRATIONS={} BROADCAST={} \
-             REPLICAS_NOTIFICATIONS={}",
+             REPLICAS_NOTIFICATIONS={} RETENTION={}",
             self.rounds,
             self.pushes,
             self.notifications,
@@ -72,7 +75,8 @@ impl fmt::Display for Settings {
             self.commits,
             self.registrations,
             self.broadcast,
-            self.replicas_notifications
+            self.replicas_notifications,
+            self.retention
         )
     }
 }
