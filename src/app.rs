@@ -285,7 +285,7 @@ impl App {
     }
 }
 
-/// Starts what goes on beside the work: clocks are compared, and observations summed up.
+/// Starts what goes on beside the work: clocks are compared, the schema is looked at, and observations are summed up.
 fn watch(
     tasks: &Tasks,
     store: &Arc<dyn Store>,
@@ -296,6 +296,7 @@ fn watch(
     let stopping = tasks.stopping();
     let gateway = Arc::clone(gateway) as Arc<dyn Gateway>;
     tasks.spawn("ops.clock", ops::clock::watch(gateway, Arc::clone(clock), stopping.clone()));
+    tasks.spawn("ops.schema", ops::schema::watch(Arc::clone(store), Arc::clone(clock), stopping.clone()));
     if let Some(shared) = shared {
         tasks.spawn("ops.database_clock", ops::clock::follow(Arc::clone(store), shared, stopping.clone()));
     }

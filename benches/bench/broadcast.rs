@@ -32,7 +32,7 @@ const ROWS: usize = 1_000;
 const NEVER: i64 = -(1 << 40);
 
 /// Single notifications a second: alone and beside a broadcast, and more of them alone.
-const RATE: usize = 100;
+pub(crate) const RATE: usize = 100;
 const LARGER_RATE: usize = 500;
 
 /// How long they are posted, at the least: until there are enough to speak of the slowest hundredth.
@@ -47,7 +47,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(200);
 /// All that is measured of broadcasts to `BROADCAST` devices on a fresh database beside `place`.
 pub(crate) async fn measure(kit: &Kit, sink: &Sink, place: &Database, settings: &Settings) -> Batch {
     let mut batch = Batch::default();
-    let stage = Stage::set(kit, sink, place, settings, settings.broadcast).await;
+    let stage = Stage::set(kit, sink, place, settings, settings.broadcast, (1, "")).await;
     let mut size = stage.database.size().await;
     for which in ["first", "second"] {
         let note = |batch: &mut Batch, name: &str, value| batch.note(&format!("{which} broadcast: {name}"), value);
@@ -67,7 +67,7 @@ pub(crate) async fn measure(kit: &Kit, sink: &Sink, place: &Database, settings: 
         for (name, took) in cpu {
             note(&mut batch, &format!("{name}: CPU µs/device"), took / devices);
         }
-        note(&mut batch, "serve: peak memory MiB", service::peak_memory_of(stage.serve.pid()));
+        note(&mut batch, "serve: peak memory MiB", service::peak_memory(&stage.serve));
         let grown = stage.database.size().await;
         for (name, before, after) in
             [("devices' rows", size.devices, grown.devices), ("everything else", size.others, grown.others)]
@@ -91,21 +91,21 @@ pub(crate) async fn peaks(
     settings: &Settings,
     devices: usize,
 ) -> Result<[f64; 2], String> {
-    let stage = Stage::set(kit, sink, place, settings, devices).await;
+    let stage = Stage::set(kit, sink, place, settings, devices, (1, "")).await;
     let mut peaks = [0.0; 2];
     let mut problem = None;
     for peak in &mut peaks {
         problem = problem.or(stage.broadcast(true).await.err());
-        *peak = service::peak_memory_of(stage.serve.pid());
+        *peak = service::peak_memory(&stage.serve);
     }
     let stopped = stage.strike().await;
-    problem.or(stopped).map_or(Ok(peaks), Err)
+    problem.or(stopped.into_iter().next()).map_or(Ok(peaks), Err)
 }
 
 /// A service that is warm, and whom it serves.
-struct Stage<'a> {
+pub(crate) struct Stage<'a> {
     database: Database,
-    serve: Serve,
+    serve: Vec<Serve>,
     api: Api,
     sink: &'a Sink,
     devices: usize,
@@ -113,33 +113,76 @@ struct Stage<'a> {
 
 /// How long a broadcast took: until its `202`, and from there until the simulator had accepted it for each device, and
 /// until the API said so.
-struct Broadcast {
+pub(crate) struct Broadcast {
     answered: Duration,
     delivered: Duration,
-    settled: Duration,
+    pub(crate) settled: Duration,
 }
 
 impl<'a> Stage<'a> {
-    async fn set(kit: &Kit, sink: &'a Sink, place: &Database, settings: &Settings, devices: usize) -> Self {
+    /// On a fresh database beside `place` with so many devices; with so many replicas, and more lines behind their `[apns]`.
+    pub(crate) async fn set(
+        kit: &Kit,
+        sink: &'a Sink,
+        place: &Database,
+        settings: &Settings,
+        devices: usize,
+        replicas: (usize, &str),
+    ) -> Self {
         let database = place.sibling().await;
         with_devices(&database, devices).await;
-        let serve = kit.serve(&database, sink).await;
+        Self::on(kit, sink, database, settings, devices, replicas).await
+    }
+
+    /// On a database that has its devices.
+    pub(crate) async fn on(
+        kit: &Kit,
+        sink: &'a Sink,
+        database: Database,
+        settings: &Settings,
+        devices: usize,
+        (replicas, more): (usize, &str),
+    ) -> Self {
+        let serve = kit.replicas(replicas, &database, sink, more).await;
         // All single notifications go to one of the devices: the simulator can be asked for what arrived there.
         let settings = Settings { devices: 1, ..settings.clone() };
-        let api = Api::connect(serve.address(), kit.api_key(&database), &settings).await;
+        let api = Api::connect(&serve, kit.api_key(&database), &settings).await;
         assert!(load::warm_up(&api, sink).await, "the warm-up did not end");
         Self { database, serve, api, sink, devices }
     }
 
-    async fn strike(self) -> Option<String> {
-        let stopped = self.serve.stop().await;
-        self.database.drop().await;
-        stopped.err()
+    pub(crate) const fn database(&self) -> &Database {
+        &self.database
+    }
+
+    /// Ends the processes: the database, and what went wrong with them.
+    pub(crate) async fn leave(self) -> (Database, Vec<String>) {
+        (self.database, service::stop(self.serve).await)
+    }
+
+    /// The same, and the database goes.
+    pub(crate) async fn strike(self) -> Vec<String> {
+        let (database, problems) = self.leave().await;
+        database.drop().await;
+        problems
+    }
+
+    /// [`Self::ways`] by the simulator's record.
+    pub(crate) async fn recorded(
+        &self,
+        rate: usize,
+        posted: &Cell<usize>,
+        enough: impl Fn() -> bool,
+    ) -> Result<Vec<f64>, String> {
+        self.sink.record(true).await;
+        let ways = self.ways(rate, posted, enough).await;
+        self.sink.record(false).await;
+        ways
     }
 
     /// Sends to everybody, and waits until each device is accepted: the simulator has accepted as many pushes then, and
     /// no other unless it is not `alone`.
-    async fn broadcast(&self, alone: bool) -> Result<Broadcast, String> {
+    pub(crate) async fn broadcast(&self, alone: bool) -> Result<Broadcast, String> {
         let before = self.sink.accepted().await;
         let body = format!(r#"{{"topic":"{TOPIC}","to":{{"everyone":true}},"payload":{PAYLOAD}}}"#);
         let post = (self.api.request(Method::POST, "/v1/notifications"), Bytes::from(body));
@@ -290,7 +333,7 @@ impl<'a> Stage<'a> {
     }
 }
 
-fn note_ways(batch: &mut Batch, rate: usize, when: &str, ways: Result<Vec<f64>, String>) {
+pub(crate) fn note_ways(batch: &mut Batch, rate: usize, when: &str, ways: Result<Vec<f64>, String>) {
     match ways {
         Ok(ways) => {
             for (name, way) in percentiles(ways) {

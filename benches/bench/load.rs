@@ -2,7 +2,6 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    net::SocketAddr,
     ops::Range,
     time::{Duration, Instant},
 };
@@ -93,9 +92,11 @@ pub(crate) struct Api {
 }
 
 impl Api {
-    pub(crate) async fn connect(address: SocketAddr, key: String, settings: &Settings) -> Self {
+    /// Over connections to each of the replicas in turn.
+    pub(crate) async fn connect(replicas: &[Serve], key: String, settings: &Settings) -> Self {
+        let address = replicas.first().expect("at least one replica").address();
         let mut lines = Vec::new();
-        for _ in 0..CONNECTIONS {
+        for address in replicas.iter().map(Serve::address).cycle().take(CONNECTIONS.max(replicas.len())) {
             let stream = TcpStream::connect(address).await.expect("serve listens");
             stream.set_nodelay(true).expect("a socket");
             lines.push(wire::handshake(stream).await);
@@ -104,9 +105,11 @@ impl Api {
         key.set_sensitive(true);
         let (devices, concurrency) = (settings.devices, settings.concurrency);
         let api = Self { lines, url: format!("http://{address}"), key, devices, concurrency };
-        // One request alone, so that `serve` knows the key: a burst with one it has not met since its start is partly
+        // One request after another, so that `serve` knows the key: a burst with one it has not met since its start is partly
         // answered `429 Too many requests with unknown API keys`.
-        api.all(vec![(api.request(Method::GET, "/v1/notifications?limit=1"), Bytes::new())]).await;
+        for mut line in api.lines.clone() {
+            ask(&mut line, api.request(Method::GET, "/v1/notifications?limit=1"), Bytes::new()).await;
+        }
         api
     }
 
@@ -118,9 +121,9 @@ impl Api {
     pub(crate) async fn all(&self, requests: Vec<(Request<()>, Bytes)>) -> Vec<Answer> {
         let mut shares: Vec<Vec<_>> = self.lines.iter().map(|_| Vec::new()).collect();
         for (number, request) in requests.into_iter().enumerate() {
-            shares[number % CONNECTIONS].push(request);
+            shares[number % self.lines.len()].push(request);
         }
-        let window = self.concurrency.div_ceil(CONNECTIONS);
+        let window = self.concurrency.div_ceil(self.lines.len());
         let lines = self.lines.iter().cloned().zip(shares).map(|(mut line, share)| async move {
             let mut answers = Vec::with_capacity(share.len());
             wire::drive(&mut line, share, window, read, |answer| answers.push(answer)).await;
@@ -156,7 +159,7 @@ impl Api {
 
     /// Any of the connections, for a request that is not to wait for others.
     pub(crate) fn line(&self, number: usize) -> SendRequest<Bytes> {
-        self.lines[number % CONNECTIONS].clone()
+        self.lines[number % self.lines.len()].clone()
     }
 
     pub(crate) fn notification(&self, number: usize) -> (Request<()>, Bytes) {
@@ -221,7 +224,7 @@ pub(crate) async fn warm_up(api: &Api, sink: &Sink) -> bool {
 }
 
 /// Sends `NOTIFICATIONS` and waits until each is accepted, delivered and settled.
-pub(crate) async fn batch(api: &Api, serve: &Serve, database: &Database, sink: &Sink, settings: &Settings) -> Batch {
+pub(crate) async fn batch(api: &Api, serve: &[Serve], database: &Database, sink: &Sink, settings: &Settings) -> Batch {
     let mut batch = Batch::default();
     if !warm_up(api, sink).await {
         batch.problems.push("the warm-up did not end".to_owned());
@@ -252,7 +255,7 @@ pub(crate) async fn batch(api: &Api, serve: &Serve, database: &Database, sink: &
     for (name, took) in cpu {
         batch.note(&format!("{name}: CPU µs/notification"), took / count as f64);
     }
-    batch.note("serve: peak memory MiB", service::peak_memory_of(serve.pid()));
+    batch.note("serve: peak memory MiB", service::peak_memory(serve));
 
     if !all_delivered || !all_settled {
         batch.problems.push(format!("not settled after {PATIENCE:?}"));

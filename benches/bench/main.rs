@@ -24,7 +24,9 @@ mod durability;
 mod engine;
 mod load;
 mod registrations;
+mod replicas;
 mod report;
+mod retention;
 mod service;
 mod settings;
 mod wire;
@@ -98,6 +100,8 @@ enum Step<'a> {
     Upserts(&'a Registrations),
     Registrations(&'a Registrations),
     Broadcast(&'a Database),
+    Replicas(&'a Database),
+    Retention(&'a Database),
 }
 
 /// Everything. `Ok` has what was found wrong with the results, `Err` why nothing was measured.
@@ -143,14 +147,15 @@ async fn run(settings: &Settings) -> Result<Vec<String>, String> {
 /// Registers the devices and looks whether commits reach the disk.
 async fn prepare(settings: &Settings, kit: &Kit, sink: &Sink, database: &Database) -> Result<(), String> {
     let serve = kit.serve(database, sink).await;
-    let api = load::Api::connect(serve.address(), kit.api_key(database), settings).await;
-    durability::not_bypassed(serve.pid())?;
+    let pid = serve[0].pid();
+    let api = load::Api::connect(&serve, kit.api_key(database), settings).await;
+    durability::not_bypassed(pid)?;
     if database.is_sqlite() {
-        println!("{}", durability::of_commits(serve.pid(), || api.register(0)).await?);
+        println!("{}", durability::of_commits(pid, || api.register(0)).await?);
     }
     let per_second = api.register_all(0..settings.devices).await;
     println!("{database}: {} devices registered, {per_second:.0}/s", settings.devices);
-    serve.stop().await
+    service::stop(serve).await.pop().map_or(Ok(()), Err)
 }
 
 /// All rounds, with the simulator that answers at once and the one that is far away.
@@ -191,6 +196,14 @@ async fn measure(
     steps.extend(databases.iter().map(Step::Sonnette));
     steps.extend(registrations.iter().flat_map(|both| [Step::Upserts(both), Step::Registrations(both)]));
 
+    if settings.replicas_notifications > 0 {
+        steps.extend(databases.iter().filter(|database| !database.is_sqlite()).map(Step::Replicas));
+    }
+
+    if settings.retention > 0 {
+        steps.extend(databases.iter().filter(|database| !database.is_sqlite()).map(Step::Retention));
+    }
+
     let mut rounds = Rounds::default();
     for round in 0..settings.rounds {
         println!("round {} of {}", round + 1, settings.rounds);
@@ -214,9 +227,9 @@ async fn measure(
                 }
                 Step::Sonnette(database) => {
                     let serve = kit.serve(database, sink).await;
-                    let api = load::Api::connect(serve.address(), kit.api_key(database), settings).await;
+                    let api = load::Api::connect(&serve, kit.api_key(database), settings).await;
                     let mut batch = load::batch(&api, &serve, database, sink, settings).await;
-                    batch.problems.extend(serve.stop().await.err());
+                    batch.problems.extend(service::stop(serve).await);
                     rounds.take(database, batch);
                 }
                 Step::Upserts(registrations) => {
@@ -227,6 +240,13 @@ async fn measure(
                 Step::Registrations(registrations) => {
                     let batch = registrations.through_the_api(kit, sink, settings, round).await;
                     rounds.take(registrations.place(), batch);
+                }
+                Step::Replicas(database) => {
+                    rounds.take(database, replicas::measure(kit, [sink, far], database, settings, round).await);
+                }
+                Step::Retention(_) if round > 0 => {}
+                Step::Retention(database) => {
+                    rounds.take(database, retention::measure(kit, sink, database, settings).await);
                 }
                 // A large one takes minutes.
                 Step::Broadcast(_) if round > 0 && settings.broadcast > broadcast::SMALL => {}

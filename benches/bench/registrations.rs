@@ -9,7 +9,7 @@ use uuid::Uuid;
 use crate::{
     commits::{self, MANY, durable_sqlite},
     load::{Api, Batch, user},
-    service::{Database, Kit, Processors, Sink, TOPIC, device_token},
+    service::{self, Database, Kit, Processors, Sink, TOPIC, device_token},
     settings::Settings,
 };
 
@@ -41,7 +41,7 @@ impl Registrations {
     pub(crate) async fn through_the_api(&self, kit: &Kit, sink: &Sink, settings: &Settings, round: usize) -> Batch {
         let mut batch = Batch::default();
         let serve = kit.serve(&self.served, sink).await;
-        let api = Api::connect(serve.address(), kit.api_key(&self.served), settings).await;
+        let api = Api::connect(&serve, kit.api_key(&self.served), settings).await;
         let count = settings.registrations;
         for kind in KINDS {
             let processors = Processors::start(&serve, &self.served, sink);
@@ -51,7 +51,7 @@ impl Registrations {
                 batch.note(&format!("{name}: CPU µs/registration of a {kind} device"), took / count as f64);
             }
         }
-        batch.problems.extend(serve.stop().await.err());
+        batch.problems.extend(service::stop(serve).await);
         let devices = self.served.number("SELECT COUNT(*) FROM devices").await;
         if devices != (count * (round + 1)) as u64 {
             batch.problems.push(format!("{devices} devices after {} were registered", count * (round + 1)));

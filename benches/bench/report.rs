@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::json;
 
-use crate::{load::Batch, registrations, service::Database, settings::Settings};
+use crate::{load::Batch, registrations, replicas, service::Database, settings::Settings};
 
 /// The names of the clients.
 pub(crate) const H2_1: &str = "h2 loop, 1 connection";
@@ -96,6 +96,10 @@ impl Rounds {
             }
             for (name, above, below) in registrations::ratios(database) {
                 self.ratio(&format!("{database}: {name}"), &above, &below);
+            }
+            for (name, above, below) in replicas::ratios() {
+                let figure = |name: &str| format!("sonnette, {database}: {name}");
+                self.ratio(&format!("{database}: {name}"), &figure(&above), &figure(&below));
             }
             self.compare_broadcasts(database);
         }

@@ -11,7 +11,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::Method;
+use http::{HeaderValue, Method};
 use serde_json::Value;
 use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _, MySqlConnection, mysql::MySqlConnectOptions};
 use tokio::net::TcpStream;
@@ -32,6 +32,9 @@ const SONNETTE: &str = env!("CARGO_BIN_EXE_sonnette");
 
 /// What the address of a file begins with.
 const SQLITE: &str = "sqlite://";
+
+/// Streams of a connection to a simulator that nothing else was said to.
+pub(crate) const STREAMS: usize = 1_000;
 
 /// How long a process may take to start or to end.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -238,7 +241,7 @@ impl Kit {
 
     /// A key of a back-office that also registers.
     pub(crate) fn api_key(&self, database: &Database) -> String {
-        let create = ["api-keys", "create", "--owner", "bench", "--scopes", "register,send,broadcast,read"];
+        let create = ["api-keys", "create", "--owner", "bench", "--scopes", "register,send,broadcast,read,metrics"];
         let make = || sonnette(&create, database);
         self.api_keys.borrow_mut().entry(database.url.clone()).or_insert_with(make).clone()
     }
@@ -256,11 +259,37 @@ impl Kit {
     }
 
     /// Starts `sonnette serve` as an operator would: a configuration file with its defaults, the log into a file.
-    pub(crate) async fn serve(&self, database: &Database, sink: &Sink) -> Serve {
+    pub(crate) async fn serve(&self, database: &Database, sink: &Sink) -> Vec<Serve> {
+        vec![self.replica(database, sink, "").await]
+    }
+
+    /// Starts replicas, with more lines behind `[apns]`, and waits until each knows of all.
+    pub(crate) async fn replicas(&self, count: usize, database: &Database, sink: &Sink, more: &str) -> Vec<Serve> {
+        let mut replicas = Vec::new();
+        for _ in 0..count {
+            replicas.push(self.replica(database, sink, more).await);
+        }
+        let mut key = HeaderValue::try_from(format!("Bearer {}", self.api_key(database))).expect("a header");
+        key.set_sensitive(true);
+        let all = format!("sonnette_replicas {count}");
+        let started = Instant::now();
+        for replica in &replicas {
+            while !replica.metrics(&key).await.lines().any(|line| line == all) {
+                assert!(started.elapsed() < PATIENCE, "the replicas do not know of each other:\n{}", replica.log_end());
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+        replicas
+    }
+
+    async fn replica(&self, database: &Database, sink: &Sink, more: &str) -> Serve {
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()));
-        let config =
-            format!("[server]\nlisten = \"{address}\"\n[database]\nurl = \"{}\"\n{}", database.url, sink.as_apns());
-        let file = self.folder.join(format!("{database}.toml"));
+        let config = format!(
+            "[server]\nlisten = \"{address}\"\n[database]\nurl = \"{}\"\n{}{more}\n",
+            database.url,
+            sink.as_apns()
+        );
+        let file = self.folder.join(format!("{database}-{}.toml", address.port()));
         fs::write(&file, config).expect("a file");
         let log = self.folder.join(format!("{database}.log"));
         let to = || Stdio::from(fs::File::options().create(true).append(true).open(&log).expect("a log"));
@@ -301,6 +330,14 @@ impl Serve {
 
     pub(crate) fn pid(&self) -> u32 {
         self.pid
+    }
+
+    async fn metrics(&self, key: &HeaderValue) -> String {
+        let stream = TcpStream::connect(self.address).await.expect("serve listens");
+        let request = load::request(Method::GET, &format!("http://{}/metrics", self.address), Some(key));
+        let answer = load::ask(&mut wire::handshake(stream).await, request, Bytes::new()).await;
+        assert_eq!(answer.status, http::StatusCode::OK, "no metrics");
+        String::from_utf8_lossy(&answer.body).into_owned()
     }
 
     /// SIGTERM; an error if it does not end in good order.
@@ -395,6 +432,14 @@ impl Sink {
         ledger["total"]["accepted"].as_u64().expect("a counter")
     }
 
+    /// How many streams a connection may have from now on.
+    pub(crate) async fn limit_streams(&self, streams: usize) {
+        for environment in ["production", "sandbox"] {
+            let path = format!("/environments/{environment}/stream-limit");
+            self.control(Method::PUT, &path, &format!("{{\"stream_limit\":{streams}}}")).await;
+        }
+    }
+
     /// From now on it keeps the newest 100,000 accepted pushes one by one, or none.
     pub(crate) async fn record(&self, record: bool) {
         self.control(Method::PUT, "/ledger/recording", &format!("{{\"record_pushes\":{record}}}")).await;
@@ -440,24 +485,36 @@ pub(crate) fn now_ms() -> f64 {
     jiff::Timestamp::now().as_nanosecond() as f64 / 1e6
 }
 
-/// Processor time of all that takes part, from a moment on.
-pub(crate) struct Processors(Vec<(&'static str, u32, f64)>);
+/// Processor time of all that takes part, from a moment on; of all replicas together.
+pub(crate) struct Processors(Vec<(&'static str, Vec<u32>, f64)>);
 
 impl Processors {
-    pub(crate) fn start(serve: &Serve, database: &Database, sink: &Sink) -> Self {
+    pub(crate) fn start(serve: &[Serve], database: &Database, sink: &Sink) -> Self {
         let all = [
-            ("serve", Some(serve.pid())),
-            ("database", database.pid),
-            ("load", Some(std::process::id())),
-            ("simulator", Some(sink.pid())),
+            ("serve", serve.iter().map(Serve::pid).collect()),
+            ("database", database.pid.into_iter().collect()),
+            ("load", vec![std::process::id()]),
+            ("simulator", vec![sink.pid()]),
         ];
-        Self(all.into_iter().filter_map(|(name, pid)| Some((name, pid?, cpu_us_of(pid?)))).collect())
+        let known = all.into_iter().filter(|(_, pids): &(_, Vec<u32>)| !pids.is_empty());
+        Self(
+            known
+                .map(|(name, pids)| {
+                    let before = cpu_us_of_all(&pids);
+                    (name, pids, before)
+                })
+                .collect(),
+        )
     }
 
     /// Microseconds of each since the start.
     pub(crate) fn since(&self) -> Vec<(&'static str, f64)> {
-        self.0.iter().map(|(name, pid, before)| (*name, cpu_us_of(*pid) - before)).collect()
+        self.0.iter().map(|(name, pids, before)| (*name, cpu_us_of_all(pids) - before)).collect()
     }
+}
+
+fn cpu_us_of_all(pids: &[u32]) -> f64 {
+    pids.iter().map(|pid| cpu_us_of(*pid)).sum()
 }
 
 /// Processor time of a process so far in microseconds, in user and kernel mode, in steps of 10 ms.
@@ -467,6 +524,20 @@ pub(crate) fn cpu_us_of(pid: u32) -> f64 {
     let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
     // 100 ticks a second on every architecture, whatever the kernel's own.
     fields[11..=12].iter().map(|ticks| ticks.parse::<f64>().expect("a number") * 1e4).sum()
+}
+
+/// The most memory that any of the replicas has had at once, in MiB.
+pub(crate) fn peak_memory(serve: &[Serve]) -> f64 {
+    serve.iter().map(|replica| peak_memory_of(replica.pid())).fold(0.0, f64::max)
+}
+
+/// Ends all of them; what went wrong with each.
+pub(crate) async fn stop(serve: Vec<Serve>) -> Vec<String> {
+    let mut problems = Vec::new();
+    for replica in serve {
+        problems.extend(replica.stop().await.err());
+    }
+    problems
 }
 
 /// The most memory that a process has had at once, in MiB.

@@ -22,6 +22,11 @@ pub(crate) struct Settings {
     pub(crate) registrations: usize,
     /// `BROADCAST`: devices of a broadcast, on each store; 0 leaves broadcasts out.
     pub(crate) broadcast: usize,
+    /// `REPLICAS_NOTIFICATIONS`: single notifications through one replica and through two, on MySQL, in each round, and
+    /// again with APNs 50 ms away, where broadcasts to `BROADCAST` devices follow; 0 leaves replicas out.
+    pub(crate) replicas_notifications: usize,
+    /// `RETENTION`: old notifications that are deleted beside single ones, on MySQL, in the first round; 0 leaves them out.
+    pub(crate) retention: usize,
     /// `STORES`: `mysql`, `sqlite`, or both with a comma; `none` measures the way to APNs alone.
     pub(crate) mysql: bool,
     /// As above.
@@ -47,6 +52,8 @@ impl Settings {
             commits: number("COMMITS", 8_000),
             registrations: number_or_none("REGISTRATIONS", 20_000),
             broadcast: number_or_none("BROADCAST", 100_000),
+            replicas_notifications: number_or_none("REPLICAS_NOTIFICATIONS", 10_000),
+            retention: number_or_none("RETENTION", 200_000),
             mysql: stores.contains("mysql"),
             sqlite: stores.contains("sqlite"),
             database_url: variable("BENCH_DATABASE_URL"),
@@ -58,7 +65,8 @@ impl fmt::Display for Settings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "ROUNDS={} PUSHES={} NOTIFICATIONS={} DEVICES={} CONCURRENCY={} COMMITS={} REGISTRATIONS={} BROADCAST={}",
+            "ROUNDS={} PUSHES={} NOTIFICATIONS={} DEVICES={} CONCURRENCY={} COMMITS={} REGISTRATIONS={} BROADCAST={} \
+             REPLICAS_NOTIFICATIONS={} RETENTION={}",
             self.rounds,
             self.pushes,
             self.notifications,
@@ -66,7 +74,9 @@ impl fmt::Display for Settings {
             self.concurrency,
             self.commits,
             self.registrations,
-            self.broadcast
+            self.broadcast,
+            self.replicas_notifications,
+            self.retention
         )
     }
 }

@@ -6,6 +6,7 @@
 
 pub mod clock;
 pub mod keeper;
+pub mod schema;
 
 use std::{fmt::Write as _, sync::Arc, time::Duration};
 

@@ -17,7 +17,14 @@ fn tour() -> String {
     blocks.join("\n")
 }
 
-async fn take_the_tour(world: &World, curl: &str) {
+/// Over HTTP/1.1, as printed, and over HTTP/2.
+pub(crate) async fn take_the_tour(world: &World) {
+    for curl in ["", "curl() { command curl --http2-prior-knowledge \"$@\"; }"] {
+        take_it_with(world, curl).await;
+    }
+}
+
+async fn take_it_with(world: &World, curl: &str) {
     let folder = Folder::new("tour");
     let mut scopes = SERVER.to_vec();
     scopes.push(sonnette::domain::api_key::Scope::Metrics);
@@ -40,7 +47,6 @@ async fn take_the_tour(world: &World, curl: &str) {
 on_both_stores! {
     async fn the_tour_of_the_readme_works_as_printed_over_http_1_1_and_http_2(database) {
         let world = World::start(database).await;
-        take_the_tour(&world, "").await;
-        take_the_tour(&world, "curl() { command curl --http2-prior-knowledge \"$@\"; }").await;
+        take_the_tour(&world).await;
     }
 }

@@ -3,16 +3,22 @@
 use std::{
     net::Ipv4Addr,
     process::{Command, Stdio},
+    time::Duration,
 };
+
+use serde_json::json;
 
 use super::{Account, Serving, said};
 use crate::{
+    broadcast::{broadcast, with_devices},
+    replicas::{everything_is_accepted, post_singles},
     store::{execute, number},
     support::{
-        database::PrivateServer,
+        cluster::{Cluster, Member},
+        database::{PrivateServer, mysql_database},
         scratch::{Folder, Process},
         service::SONNETTE,
-        world::until,
+        world::{TOPIC, until},
     },
 };
 
@@ -95,26 +101,89 @@ async fn a_migration_that_is_killed_or_frozen_in_its_middle_is_ended_by_the_othe
     }
 }
 
-#[tokio::test]
-async fn a_schema_of_a_later_version_is_served_while_its_min_reader_allows_it() {
-    let server = PrivateServer::start().await;
-    let account = Account::create(&server, "ALL", "").await;
-    let (folder, url) = (Folder::new("later"), account.url_of(&[&server]));
-    let (well, error) = said(folder.path(), &url, "migrate");
-    assert!(well, "{error}");
-    // What a later version adds to a table that this one writes to: a column that may be left out.
-    execute(
-        &account.database,
-        &[
-            "ALTER TABLE devices ADD COLUMN tomorrow INT NULL",
-            "INSERT INTO schema_migrations (version, name, checksum, applied_at) VALUES (9998, 'tomorrow', X'00', 0)",
-            &format!("REPLACE INTO service_facts (name, value) VALUES ('min_reader', '{}')", known()),
-        ],
-    )
-    .await;
-    Serving::start(folder.path(), &url, "").ready().await;
+/// What a later version may do to a schema that this one goes on using: every table it writes gets a column that may be
+/// left out, or an index; a table is new.
+fn tomorrow() -> Vec<String> {
+    let mut steps = vec!["CREATE TABLE tomorrow (id BIGINT NOT NULL PRIMARY KEY) ENGINE = InnoDB".to_owned()];
+    let tables = [
+        "devices",
+        "device_tags",
+        "device_tombstones",
+        "notifications",
+        "chunks",
+        "audiences",
+        "cancellations",
+        "notification_users",
+        "delivery_notes",
+        "reasons",
+        "idempotency_keys",
+        "replicas",
+        "breakers",
+        "api_keys",
+    ];
+    steps.extend(tables.map(|table| format!("ALTER TABLE {table} ADD COLUMN tomorrow INT NULL")));
+    steps.push("CREATE INDEX notifications_tomorrow ON notifications (tomorrow)".to_owned());
+    steps.push(
+        "INSERT INTO schema_migrations (version, name, checksum, applied_at) VALUES (9998, 'tomorrow', X'00', 0)"
+            .to_owned(),
+    );
+    steps.push(min_reader(known_version()));
+    steps
+}
 
-    execute(&account.database, &["UPDATE service_facts SET value = '9998' WHERE name = 'min_reader'"]).await;
-    let (well, error) = said(folder.path(), &url, "serve");
+/// The newest step that this version knows.
+fn known_version() -> i64 {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/migrations/mysql");
+    let names = std::fs::read_dir(folder).unwrap().map(|file| file.unwrap().file_name().into_string().unwrap());
+    names.map(|name| name.split('_').next().unwrap().parse().unwrap()).max().unwrap()
+}
+
+fn min_reader(version: i64) -> String {
+    format!("REPLACE INTO service_facts (name, value) VALUES ('min_reader', '{version}')")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_goes_on_while_the_next_schema_is_applied_under_it_and_another_starts_until_it_is_shut_out() {
+    const DEVICES: usize = 2_000;
+    let database = mysql_database().await;
+    with_devices(&database, DEVICES).await;
+    // Answers take their time, so that something is always under way.
+    let mut cluster = Cluster::start(database, &[Member::default()], "", &["--latency-ms", "20"]).await;
+
+    broadcast(&cluster.callers[0], json!({ "everyone": true })).await;
+    let steps = tomorrow();
+    let singles = steps.len() * 20;
+    tokio::join!(post_singles(&cluster, singles, DEVICES), async {
+        for step in &steps {
+            execute(cluster.database(), &[step]).await;
+        }
+    });
+    // The second one starts on tomorrow's schema. Both register, accept, send, settle and answer.
+    cluster.join(Member::default(), |_| {}).await;
+    broadcast(&cluster.callers[1], json!({ "everyone": true })).await;
+    post_singles(&cluster, 200, DEVICES).await;
+    for (number, caller) in cluster.callers.iter().enumerate() {
+        let phone =
+            json!({ "topic": TOPIC, "token": format!("{number:02x}").repeat(32), "user_id": "rider", "tags": ["x"] });
+        caller.post("/v1/devices", &phone).await.ok();
+    }
+    let all = 2 * DEVICES + singles + 200;
+    everything_is_accepted(&cluster, all).await;
+    let summary = cluster.sim.control.get("/ledger/summary").await.ok();
+    assert_eq!(summary["accepted_once"].as_u64(), u64::try_from(all).ok(), "{summary}");
+    for caller in &cluster.callers {
+        assert_eq!(caller.get("/health").await.status, 200);
+    }
+
+    // The step after that shuts this version out: both stop, in good order but for the exit status.
+    execute(cluster.database(), &[&min_reader(9998)]).await;
+    for replica in &mut cluster.replicas {
+        let status = replica.process().wait(Duration::from_secs(60)).await.expect("it stops by itself");
+        assert_eq!(status.code(), Some(1));
+        let said = std::fs::read_to_string(replica.log()).unwrap();
+        assert!(said.contains("9998") && said.contains("run a newer sonnette"), "{said}");
+    }
+    assert_eq!(number(cluster.database(), "SELECT COUNT(*) FROM replicas").await, 0, "both have left");
+    let (well, error) = said(Folder::new("shut-out").path(), cluster.database().url(), "serve");
     assert!(!well && error.contains("9998") && error.contains("run a newer sonnette"), "{error}");
 }

@@ -1,12 +1,19 @@
 //! TLS to the database: every `ssl-mode`, a certificate of our own, and what is said when the two sides do not fit.
 
-use std::path::Path;
+use std::{path::Path, sync::Arc};
 
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use serde_json::json;
+use sonnette::{
+    domain::{clock::SystemClock, secret::Secret},
+    store::address,
+};
 
 use super::{Account, PASSWORD, said};
-use crate::support::{database::PrivateServer, scratch::Folder, world::World};
+use crate::{
+    support::{database::PrivateServer, scratch::Folder, world::World},
+    tour::take_the_tour,
+};
 
 /// Writes `<name>.pem` and `<name>.key`: an authority, and whoever it signs.
 struct Authority<'f> {
@@ -45,6 +52,13 @@ fn only_tls(folder: &Path, name: &str) -> Vec<String> {
         format!("--ssl-cert={}", file(&format!("{name}.pem"))),
         format!("--ssl-key={}", file(&format!("{name}.key"))),
     ]
+}
+
+/// A world whose service comes as this account to `localhost`, with these options; their files are in `folder`.
+async fn served(folder: &Path, account: Account, options: &str) -> World {
+    let url = address::anchored(&account.url("localhost", options), folder);
+    let clock = Arc::new(SystemClock::new());
+    World::configured(account.database, clock, "", |config, _| config.database.url = Secret::new(url)).await
 }
 
 #[tokio::test]
@@ -133,20 +147,20 @@ async fn an_account_that_requires_a_certificate_is_served_with_it_and_refused_wi
     assert!(well, "{error}");
 
     // The whole service, over such connections only.
-    let absolute = known.replace("=ca", &format!("={}/ca", folder.path().display()));
-    let absolute = absolute.replace("=sonnette", &format!("={}/sonnette", folder.path().display()));
-    let url = account.url("localhost", &absolute);
-    let world = World::configured(
-        account.database,
-        std::sync::Arc::new(sonnette::domain::clock::SystemClock::new()),
-        "",
-        |config, _| {
-            config.database.url = sonnette::domain::secret::Secret::new(url);
-        },
-    )
-    .await;
+    let world = served(folder.path(), account, &known).await;
     world.device(&"ab".repeat(32), Some("rider")).await;
     let id = world.send(json!({ "user_ids": ["rider"] })).await;
     assert_eq!(world.done(&id).await["counts"]["accepted"], 1);
     assert!(!format!("{:?}", world.config).contains(PASSWORD));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_tour_of_the_readme_works_on_a_server_that_takes_only_tls_and_whose_name_is_verified() {
+    let folder = Folder::new("tour");
+    let authority = Authority::new(folder.path(), "ca");
+    authority.signs("server", &["localhost"], |_| {});
+    let server = PrivateServer::start_with(&only_tls(folder.path(), "server")).await;
+    let account = Account::create(&server, "ALL", "REQUIRE SSL").await;
+    let world = served(folder.path(), account, "ssl-mode=VERIFY_IDENTITY&ssl-ca=ca.pem").await;
+    take_the_tour(&world).await;
 }

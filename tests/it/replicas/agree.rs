@@ -1,19 +1,27 @@
 //! What one replica is told or finds out holds for all, and what there is once is shared out among them.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use serde_json::{Value, json};
-use sonnette::{apns::credential, domain::clock::Timestamp};
+use sonnette::{
+    apns::credential,
+    app::{App, Options},
+    domain::clock::{Clock, ManualClock, Timestamp},
+};
 
-use super::{device_id, everything_is_accepted, post_singles};
+use super::{everything_is_accepted, post_singles};
 use crate::{
     broadcast::{broadcast, with_devices},
     store::number,
     support::{
         client::Client,
         cluster::{Cluster, Member},
+        crowd::requests,
         database::mysql_database,
-        world::{TOPIC, until},
+        world::{KEY_ID, TEAM, TOPIC, World, ticking_until_done, until},
     },
 };
 
@@ -41,18 +49,6 @@ async fn metric_of_each(cluster: &Cluster, name: &str) -> Vec<f64> {
     each
 }
 
-async fn post(caller: &Client, device: usize) -> String {
-    let to = json!({ "device_ids": [device_id(device)] });
-    let body = json!({ "topic": TOPIC, "to": to, "payload": { "aps": { "alert": "Ding dong" } } });
-    let answer = caller.post("/v1/notifications", &body).await;
-    assert_eq!(answer.status, 202, "{}", answer.text);
-    answer.body["id"].as_str().unwrap().to_owned()
-}
-
-async fn requests(cluster: &Cluster) -> u64 {
-    cluster.sim.total().await["requests"].as_u64().unwrap()
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_wrong_key_on_one_replica_stops_that_one_alone_and_the_others_do_its_work() {
     let mut cluster = cluster(1, 600, "", &[]).await;
@@ -78,28 +74,135 @@ async fn a_wrong_key_on_one_replica_stops_that_one_alone_and_the_others_do_its_w
     assert_eq!((summary["accepted_once"].as_u64(), summary["accepted_repeatedly"].as_u64()), (Some(1_000), Some(0)));
 }
 
+/// Two replicas on a clock that moves only when told.
+struct Pair {
+    world: World,
+    other: App,
+    clock: Arc<ManualClock>,
+    /// A caller at each.
+    callers: [Client; 2],
+}
+
+impl Pair {
+    async fn start() -> Self {
+        let clock = Arc::new(ManualClock::new(Timestamp::from_seconds(1_795_000_000)));
+        let world = World::with(mysql_database().await, Arc::clone(&clock) as _, "").await;
+        let other = App::start(&world.config, Arc::clone(&clock) as _, Options::default()).await.unwrap();
+        let callers = [world.server.clone(), Client::new(other.address(), Some(world.server.key()))];
+        world.device(&"ab".repeat(32), Some("rider")).await;
+        Self { world, other, clock, callers }
+    }
+
+    /// Lets so much time pass, in steps within which both hearts beat.
+    async fn pass(&self, time: Duration) {
+        const STEP: Duration = Duration::from_millis(250);
+        let beats =
+            || async { self.other.store().replicas().await.unwrap().iter().map(|r| r.beat).collect::<Vec<_>>() };
+        let began = self.clock.monotonic();
+        let (mut before, mut since) = (beats().await, began);
+        while self.clock.monotonic() < began + time {
+            self.clock.advance(STEP);
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            if self.clock.monotonic() > since + Duration::from_secs(1) {
+                until("both hearts beat", || async {
+                    beats().await.iter().zip(&before).all(|(now, before)| now > before).then_some(())
+                })
+                .await;
+                (before, since) = (beats().await, self.clock.monotonic());
+            }
+        }
+    }
+
+    /// Posts through each replica while the clock stands: what either does with it follows from what it knew.
+    async fn post_through_each(&self) -> Vec<String> {
+        let mut ids = Vec::new();
+        for caller in &self.callers {
+            let to = json!({ "user_ids": ["rider"] });
+            let body = json!({ "topic": TOPIC, "to": to, "payload": { "aps": { "alert": "Ding dong" } } });
+            ids.push(caller.post("/v1/notifications", &body).await.ok()["id"].as_str().unwrap().to_owned());
+        }
+        ids
+    }
+
+    /// Neither replica sends anything.
+    async fn both_hold(&self, reason: &str) -> Vec<String> {
+        let asked = requests(&self.world);
+        let ids = self.post_through_each().await;
+        for id in &ids {
+            until("it says why it waits", || async {
+                (self.world.notification(id).await["waiting_for"]["reason"] == reason).then_some(())
+            })
+            .await;
+        }
+        assert_eq!(requests(&self.world), asked, "nothing leaves");
+        ids
+    }
+
+    /// Both replicas send, at once.
+    async fn both_send(&self) {
+        let accepted = || self.world.sim.ledger().counters().accepted;
+        let before = accepted();
+        self.post_through_each().await;
+        until("both have left", || async { (accepted() >= before + 2).then_some(()) }).await;
+    }
+
+    async fn all_leave(&self, ids: &[String]) {
+        for id in ids {
+            ticking_until_done(&self.world, &self.clock, id).await;
+        }
+    }
+
+    async fn stop(self) {
+        let stopped = self.other.shutdown(Duration::from_secs(30));
+        tokio::pin!(stopped);
+        loop {
+            tokio::select! {
+                stopped = &mut stopped => return assert!(stopped, "it stops in good order"),
+                () = tokio::time::sleep(Duration::from_millis(200)) => self.clock.advance(Duration::from_millis(250)),
+            }
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_pause_and_its_end_hold_on_all_replicas_within_two_seconds() {
-    let cluster = cluster(2, 10, "", &[]).await;
-    let [first, second] = &cluster.callers[..] else { panic!("two replicas") };
+    let pair = Pair::start().await;
+    let [first, second] = &pair.callers;
     assert_eq!(first.post(&format!("/v1/apps/{TOPIC}/pause"), &json!({})).await.status, 204);
-    tokio::time::sleep(AGREED).await;
-    let id = post(second, 1).await;
-    let path = format!("/v1/notifications/{id}");
-    until("it says why it waits", || async {
-        (second.get(&path).await.ok()["waiting_for"]["reason"] == "paused").then_some(())
-    })
-    .await;
-    assert_eq!(requests(&cluster).await, 0);
+    pair.pass(AGREED).await;
+    let ids = pair.both_hold("paused").await;
     assert_eq!(second.post(&format!("/v1/apps/{TOPIC}/resume"), &json!({})).await.status, 204);
-    until("it has left", || async { (second.get(&path).await.ok()["status"] == "done").then_some(()) }).await;
-    tokio::time::sleep(AGREED).await;
-    let id = post(first, 2).await;
-    let path = format!("/v1/notifications/{id}");
-    until("the other one sends again too", || async {
-        (first.get(&path).await.ok()["status"] == "done").then_some(())
-    })
-    .await;
+    pair.pass(AGREED).await;
+    pair.both_send().await;
+    pair.all_leave(&ids).await;
+    pair.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_breaker_that_one_replica_opens_is_open_on_all_within_two_seconds_and_closed_on_all_within_two() {
+    let pair = Pair::start().await;
+    let keys = pair.world.sim.keys();
+    pair.both_send().await;
+    keys.set_team(KEY_ID, "ZZZZZ99999").unwrap();
+    let open = || async { pair.other.store().breakers().await.unwrap() };
+    let refused = pair.world.send(json!({ "user_ids": ["rider"] })).await;
+    until("the first one opens it", || async { (!open().await.is_empty()).then_some(()) }).await;
+    // The first probe is made after two seconds.
+    pair.pass(AGREED * 3 / 4).await;
+    let mut ids = pair.both_hold("breaker: InvalidProviderToken").await;
+
+    keys.set_team(KEY_ID, TEAM).unwrap();
+    ids.push(refused);
+    let mut passed = Duration::ZERO;
+    while !open().await.is_empty() {
+        assert!(passed < Duration::from_secs(600), "one of the two finds out");
+        pair.pass(Duration::from_secs(1)).await;
+        passed += Duration::from_secs(1);
+    }
+    pair.pass(AGREED).await;
+    pair.both_send().await;
+    pair.all_leave(&ids).await;
+    pair.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -52,7 +52,7 @@ fn less(now: &[usize], before: &[usize]) -> Vec<usize> {
     now.iter().zip(before).map(|(now, before)| now - before).collect()
 }
 
-async fn everything_is_accepted(cluster: &Cluster, count: usize) {
+pub(crate) async fn everything_is_accepted(cluster: &Cluster, count: usize) {
     patiently("everything is accepted", || async {
         (accepted(cluster.database()).await == i64::try_from(count).unwrap()).then_some(())
     })
@@ -65,7 +65,7 @@ async fn everything_is_accepted(cluster: &Cluster, count: usize) {
 }
 
 /// Posts a notification to one device through each replica in turn.
-async fn post_singles(cluster: &Cluster, count: usize, devices: usize) {
+pub(crate) async fn post_singles(cluster: &Cluster, count: usize, devices: usize) {
     stream::iter(0..count)
         .for_each_concurrent(64, |number| async move {
             let to = json!({ "device_ids": [device_id(number % devices + 1)] });

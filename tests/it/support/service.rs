@@ -109,13 +109,19 @@ impl Service {
         let mut command = Command::new(SONNETTE);
         command.arg("serve").current_dir(&self.folder).env_remove("DATABASE_URL").stdout(Stdio::null());
         command.envs(self.variables.iter().map(|(name, value)| (name, value)));
-        self.process = Some(Process::spawn(&mut command).unwrap());
+        let log = std::fs::File::options().create(true).append(true).open(self.log()).unwrap();
+        self.process = Some(Process::spawn(command.stderr(log)).unwrap());
         let client = Client::new(self.address, None);
         until("the service is ready", || async {
             let answer = client.send(http::Method::GET, "/health/ready", &[], String::new()).await.ok()?;
             (answer.status == 200).then_some(())
         })
         .await;
+    }
+
+    /// Where it says what is wrong.
+    pub(crate) fn log(&self) -> PathBuf {
+        self.folder.join("errors.log")
     }
 
     /// Sends it a signal by name.
@@ -139,5 +145,12 @@ impl Service {
 
     pub(crate) fn process(&mut self) -> &mut Process {
         self.process.as_mut().expect("the service was started")
+    }
+}
+
+/// What it said goes to whoever reads of the test's failure.
+impl Drop for Service {
+    fn drop(&mut self) {
+        eprint!("{}", std::fs::read_to_string(self.log()).unwrap_or_default());
     }
 }
