@@ -3,7 +3,7 @@
 
 CARGO ?= cargo
 
-.PHONY: help test lint fmt docs bench chaos million replicas foreign database
+.PHONY: help test test-cluster lint fmt docs bench chaos million replicas foreign database
 
 help:
 	@echo 'make test     formatting, lints, all tests on SQLite and MariaDB or MySQL, documentation; what CI runs'
@@ -14,6 +14,7 @@ help:
 	@echo 'make chaos    200,000 pushes through everything APNs and a network can do; CHAOS_SEED repeats one (tests/it/chaos.rs)'
 	@echo 'make million  a broadcast to 1,000,000 devices with kills in it, each outcome held against the ledger (tests/it/million.rs)'
 	@echo 'make replicas two, three and five replicas on one database, then five minutes of kills and hangs (tests/it/replicas/)'
+	@echo 'make test-cluster  the tests on a Galera cluster of three nodes, which are killed, frozen and cut off'
 	@echo 'make foreign  tests with clients and tools that are not ours (tests/foreign/run.sh)'
 	@echo
 	@echo 'TEST_DATABASE_URL=mysql://user:password@host/ names a server for the tests. Without it they start one of their'
@@ -58,6 +59,10 @@ replicas: database
 		REPLICAS_DEVICES=$${REPLICAS_DEVICES:-500000} REPLICAS_SECONDS=$${REPLICAS_SECONDS:-300} \
 		REPLICAS_SEED=$${REPLICAS_SEED:-$$(date +%s)} \
 		$(CARGO) test --locked --test it replicas:: -- --nocapture --test-threads=1
+
+# Installs Galera where it can. One round of kills; CLUSTER_RUNS=10 is the long run.
+test-cluster:
+	@CARGO='$(CARGO)' sh tests/cluster.sh
 
 foreign:
 	@bash tests/foreign/run.sh

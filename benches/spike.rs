@@ -20,6 +20,8 @@
 mod support {
     #[expect(dead_code, unused_macros, unused_imports, reason = "the tests use more of it")]
     pub(crate) mod database;
+    #[expect(dead_code, reason = "the tests use more of it")]
+    pub(crate) mod galera;
     pub(crate) mod ports;
     #[expect(dead_code, reason = "the tests use more of it")]
     pub(crate) mod scratch;

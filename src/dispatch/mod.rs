@@ -432,8 +432,16 @@ impl Desk {
         }
     }
 
-    /// Gives back what the database says is ours and what is not in memory: an answer was lost on the way.
+    /// Gives back what the database says is ours and what is not in memory: an answer was lost on the way. And what is
+    /// nobody's, though it bears a name.
     async fn sweep(&self) -> Result<(), StoreError> {
+        let freed = self.store.free_orphans(self.clock.now()).await?;
+        if freed > 0 {
+            tracing::warn!(
+                chunks = freed,
+                "chunks of a replica that is gone, or behind a closed breaker, are given back"
+            );
+        }
         let replica = self.identity.get();
         if self.lost(replica).await?.is_empty() {
             return Ok(());

@@ -1,7 +1,8 @@
 //! Breakers: credentials that APNs refuses, and the chunks that wait for them.
 //!
 //! A chunk that waits for breaker `b` has the holder [`parked_holder`]`(b)`. Closing locks the breaker's row before it
-//! frees its chunks: whoever parks a chunk locks that row too, and finds it gone.
+//! frees its chunks: whoever parks a chunk locks that row too, and finds it gone. What parks through another node of a
+//! Galera cluster may not: [`super::Replicas::free_orphans`] frees that.
 
 use async_trait::async_trait;
 
@@ -20,6 +21,10 @@ use crate::domain::{
 pub(super) const fn parked_holder(breaker: BreakerId) -> i64 {
     -(1_000 + breaker.0)
 }
+
+/// Sets free what waits for a breaker: when it is due, the holder.
+pub(super) const SET_FREE: &str = "-- breakers.set_free\nUPDATE chunks SET holder = 0, epoch = epoch + 1, due_at = ?, \
+    waiting_since = NULL WHERE holder = ?";
 
 /// The most characters of a reason that are kept. Apple's longest has 28.
 const REASON_CHARACTERS: usize = 128;
@@ -133,13 +138,7 @@ on_both! {
         async fn close_breaker_once(&self, breaker: BreakerId, now: Timestamp) -> Result<(Tx, ()), Failure> {
             let mut tx = self.begin().await?;
             sqlx::query("-- breakers.close\nDELETE FROM breakers WHERE id = ?").bind(breaker.0).execute(&mut *tx).await?;
-            sqlx::query(
-                "-- breakers.set_free\nUPDATE chunks SET holder = 0, epoch = epoch + 1, due_at = ?, waiting_since = NULL WHERE holder = ?",
-            )
-            .bind(now.as_millis())
-            .bind(parked_holder(breaker))
-            .execute(&mut *tx)
-            .await?;
+            sqlx::query(SET_FREE).bind(now.as_millis()).bind(parked_holder(breaker)).execute(&mut *tx).await?;
             Ok((tx, ()))
         }
     }

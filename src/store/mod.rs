@@ -632,6 +632,9 @@ pub trait Replicas: Send + Sync {
     async fn holdings(&self) -> Result<Vec<Holding>, StoreError>;
     /// Declares a replica dead if its counter still shows `beat`: its work is given back. False if it moved.
     async fn bury(&self, replica: ReplicaId, beat: i64) -> Result<bool, StoreError>;
+    /// Sets free what is held in the name of a replica that is gone, or parked behind a breaker that is closed; how many
+    /// chunks. There are none but on a Galera cluster, whose nodes do not know each other's locks.
+    async fn free_orphans(&self, now: Timestamp) -> Result<u64, StoreError>;
     /// Leaves in good order; whatever is still owned is given back.
     async fn leave(&self, replica: ReplicaId) -> Result<(), StoreError>;
 }

@@ -1,10 +1,17 @@
 //! Who is alive: counters that move, and what happens to the work of one whose counter does not.
+//!
+//! Promises: whoever takes work on holds its replica's row until it has committed, and a burial deletes that row before it
+//! gives the work back, so that no work is left in the name of a dead replica. A Galera cluster knows a row lock on one
+//! node only, and lets both commit where neither writes what the other wrote: there [`Replicas::free_orphans`] finds
+//! what was left.
 
 use async_trait::async_trait;
 use sqlx::{Executor, MySqlConnection};
 
 use super::{
-    Holding, Kind, Replica, ReplicaId, Replicas, StoreError,
+    BreakerId, Holding, Kind, Replica, ReplicaId, Replicas, StoreError,
+    breakers::{self, parked_holder},
+    queue::breaker_of,
     rows::ReplicaRow,
     sql::{Failure, Repeat, committed, on_both, read},
 };
@@ -21,6 +28,9 @@ const HOLDINGS_ON_SQLITE: &str = "-- replicas.holdings\nSELECT holder, COUNT(*),
 const HOLDINGS_ON_MYSQL: &str = "-- replicas.holdings\nSELECT holder, COUNT(*), CAST(\
     SUM(targeted - accepted - failed - unregistered - expired - cancelled - suppressed - unanswered) AS SIGNED) \
     FROM chunks WHERE holder > 0 GROUP BY holder";
+
+/// In whose name work is held, and behind which breakers it is parked.
+const HOLDERS: &str = "-- replicas.holders\nSELECT DISTINCT holder FROM chunks WHERE holder > 0 OR holder < -1000";
 
 /// A replica that hangs in the middle of a transaction holds its locks: nobody could take its work over, nor go on with
 /// what it touched. So the server ends what stands still.
@@ -105,6 +115,10 @@ on_both! {
             committed(Repeat::Deadlocks, || self.end_replica(replica, Some(beat))).await
         }
 
+        async fn free_orphans(&self, now: Timestamp) -> Result<u64, StoreError> {
+            committed(Repeat::Deadlocks, || self.free_orphans_once(now)).await
+        }
+
         async fn leave(&self, replica: ReplicaId) -> Result<(), StoreError> {
             committed(Repeat::Deadlocks, || self.end_replica(replica, None)).await.map(drop)
         }
@@ -123,16 +137,49 @@ on_both! {
             if gone.rows_affected() == 0 {
                 return Ok((tx, false));
             }
-            sqlx::query(
+            Self::give_back(&mut tx, replica).await?;
+            Ok((tx, true))
+        }
+
+        /// Gives back what is held in this replica's name, with a higher epoch; how many chunks.
+        async fn give_back(tx: &mut Tx, replica: ReplicaId) -> Result<u64, Failure> {
+            let done = sqlx::query(
                 "-- replicas.give_back\nUPDATE chunks SET holder = 0, \
                  epoch = epoch + CASE WHEN targets IS NOT NULL AND targeted <= ? THEN ? ELSE 1 END WHERE holder = ?",
             )
             .bind(i64::try_from(SMALL_CHUNK).unwrap_or(i64::MAX))
             .bind(A_DEATH)
             .bind(replica.0)
-            .execute(&mut *tx)
+            .execute(&mut **tx)
             .await?;
-            Ok((tx, true))
+            Ok(done.rows_affected())
+        }
+
+        async fn free_orphans_once(&self, now: Timestamp) -> Result<(Tx, u64), Failure> {
+            let mut tx = self.begin().await?;
+            let holders: Vec<i64> = sqlx::query_scalar(HOLDERS).fetch_all(&mut *tx).await?;
+            if holders.is_empty() {
+                return Ok((tx, 0));
+            }
+            // Read after the chunks, each as it is by now: a holder that is missing was there, and is gone.
+            let replicas: Vec<i64> = sqlx::query_scalar("-- replicas.there\nSELECT id FROM replicas").fetch_all(&mut *tx).await?;
+            let breakers: Vec<i64> = sqlx::query_scalar("-- breakers.there\nSELECT id FROM breakers").fetch_all(&mut *tx).await?;
+            let mut freed = 0;
+            for holder in holders {
+                freed += match breaker_of(holder) {
+                    Some(breaker) if !breakers.contains(&breaker) => {
+                        let done = sqlx::query(breakers::SET_FREE)
+                            .bind(now.as_millis())
+                            .bind(parked_holder(BreakerId(breaker)))
+                            .execute(&mut *tx)
+                            .await?;
+                        done.rows_affected()
+                    }
+                    None if !replicas.contains(&holder) => Self::give_back(&mut tx, ReplicaId(holder)).await?,
+                    Some(_) | None => 0,
+                };
+            }
+            Ok((tx, freed))
         }
     }
 }

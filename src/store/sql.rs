@@ -123,7 +123,7 @@ where
             Err(Failure::Store(error)) => return Err(error),
         };
         let again = is_lock_lost(&error)
-            || ((is_cut(&error) || is_read_only(&error)) && tries <= 3)
+            || ((is_cut(&error) || is_read_only(&error) || is_outside(&error)) && tries <= 3)
             || (repeat == Repeat::DuplicatesToo && is_duplicate(&error));
         if !again {
             return Err(error.into());
@@ -145,7 +145,11 @@ where
     loop {
         tries += 1;
         match within(WORK_DEADLINE, once()).await {
-            Err(Failure::Sql(error)) if tries <= 3 && (is_cut(&error) || is_lock_lost(&error)) => pause(tries).await,
+            Err(Failure::Sql(error))
+                if tries <= 3 && (is_cut(&error) || is_lock_lost(&error) || is_outside(&error)) =>
+            {
+                pause(tries).await;
+            }
             done => return done.map_err(StoreError::from),
         }
     }
@@ -188,8 +192,8 @@ pub(super) fn number(error: &sqlx::Error) -> Option<(super::Kind, u32)> {
 fn is_lock_lost(error: &sqlx::Error) -> bool {
     match number(error) {
         // Deadlock (and Galera's certification failure), lock wait timeout, "record has changed since last read"
-        // (MariaDB's snapshot isolation).
-        Some((super::Kind::Mysql, code)) => matches!(code, 1213 | 1205 | 1020),
+        // (MariaDB's snapshot isolation), Group Replication's certification failure.
+        Some((super::Kind::Mysql, code)) => matches!(code, 1213 | 1205 | 1020 | 3101),
         // SQLITE_BUSY, SQLITE_LOCKED, with any extension.
         Some((super::Kind::Sqlite, code)) => matches!(code & 0xff, 5 | 6),
         None => false,
@@ -213,9 +217,14 @@ pub(super) fn is_read_only(error: &sqlx::Error) -> bool {
     matches!(number(error), Some((super::Kind::Mysql, 1290 | 1836 | 1792)))
 }
 
+/// A Galera node that is outside its cluster, or not in it yet, refuses the statement.
+pub(super) fn is_outside(error: &sqlx::Error) -> bool {
+    matches!(number(error), Some((super::Kind::Mysql, 1047)))
+}
+
 /// The database is away or refuses everybody: not the statement's fault.
 fn is_away(error: &sqlx::Error) -> bool {
-    if is_cut(error) || is_lock_lost(error) || is_read_only(error) {
+    if is_cut(error) || is_lock_lost(error) || is_read_only(error) || is_outside(error) {
         return true;
     }
     match error {
@@ -224,8 +233,8 @@ fn is_away(error: &sqlx::Error) -> bool {
             Some((super::Kind::Mysql, code)) => matches!(
                 code,
                 // Disk full, too many connections (2), out of resources, access denied (2), unknown database,
-                // Galera's "not ready", shutdown, query killed, connection lost while authenticating.
-                1021 | 1040 | 1203 | 1041 | 1044 | 1045 | 1049 | 1047 | 1079 | 1317 | 1158..=1161
+                // shutdown, query killed, connection lost while authenticating.
+                1021 | 1040 | 1203 | 1041 | 1044 | 1045 | 1049 | 1079 | 1317 | 1158..=1161
             ),
             // Disk full, I/O error, read-only, cannot open.
             Some((super::Kind::Sqlite, code)) => matches!(code & 0xff, 8 | 10 | 13 | 14),

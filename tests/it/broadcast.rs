@@ -54,6 +54,13 @@ pub(crate) async fn with_devices(database: &TestDatabase, count: usize) {
     }
 }
 
+/// Gives those of [`with_devices`] that come after the first `none` a user each: `rider-` and its number.
+pub(crate) async fn with_riders(database: &TestDatabase, none: usize) {
+    let number = "CONV(RIGHT(HEX(token), 8), 16, 10)";
+    let update = format!("UPDATE devices SET user_id = CONCAT('rider-', {number}) WHERE {number} > {none}");
+    execute(database, &[&update]).await;
+}
+
 /// A caller that may broadcast, cancel and read.
 pub(crate) async fn broadcaster(world: &World) -> Client {
     world.caller(&[Scope::Send, Scope::Broadcast, Scope::Read]).await

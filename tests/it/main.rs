@@ -20,6 +20,7 @@ mod busy;
 mod cancel;
 mod chaos;
 mod clock;
+mod cluster;
 mod database;
 mod kill;
 mod layers;

@@ -1,6 +1,7 @@
 //! Which host is spoken to, and when to turn to another.
 //!
-//! Promises: a host that is read-only is never turned to, and at the start only if no other answers that can be written to; the one that is spoken to stays for as
+//! Promises: a host that is read-only is never turned to, and at the start only if no other answers that can be written
+//! to; nor is a node that is outside its cluster, or cannot catch up with it; the one that is spoken to stays for as
 //! long as it answers and can be written to, whatever the order in the URL; after a turn no statement goes to a connection
 //! made before it. Hosts are looked at only when something went wrong, all at once, by one task for all, and at most every
 //! [`LOOK_EVERY`].
@@ -15,7 +16,7 @@ use std::{
 
 use futures_util::future::join_all;
 use sqlx::{
-    Connection, MySql, MySqlPool, Row, Transaction,
+    Connection, Executor, MySql, MySqlPool, Row, Transaction,
     mysql::{MySqlConnection, MySqlPoolOptions},
 };
 
@@ -23,7 +24,7 @@ use crate::store::{
     Kind, StoreError,
     address::Host,
     reasons::Reasons,
-    sql::{self, is_cut, is_read_only},
+    sql::{self, is_cut, is_outside, is_read_only},
 };
 
 /// How long a host may take to show that it can be written to.
@@ -236,8 +237,11 @@ impl Hosts {
     /// After this error of this pool: whether there is a new pool, so that what was not committed may be tried again.
     async fn turned_after(&self, before: &Current, error: &sqlx::Error) -> bool {
         let cut = is_cut(error);
+        // Asked of what begins a transaction or only reads, which waits for no row lock.
         let host_is_to_blame = cut
             || is_read_only(error)
+            || is_outside(error)
+            || is_behind(error)
             || matches!(error, sqlx::Error::PoolTimedOut | sqlx::Error::Tls(_) | sqlx::Error::PoolClosed);
         if !host_is_to_blame {
             return false;
@@ -317,6 +321,12 @@ pub(super) fn gone(why: &'static str) -> sqlx::Error {
     std::io::Error::new(std::io::ErrorKind::NotConnected, why).into()
 }
 
+/// A Galera node could not wait until it had what was committed before on others: "lock wait timeout", which is also
+/// what a node outside its cluster says to a read that is no transaction.
+fn is_behind(error: &sqlx::Error) -> bool {
+    matches!(sql::number(error), Some((Kind::Mysql, 1205)))
+}
+
 /// Why a host cannot be used, and whether the configuration can cure it.
 struct Unreached {
     said: String,
@@ -330,6 +340,10 @@ async fn look(host: &Host, patience: Duration) -> Result<bool, Unreached> {
         let mut connection = MySqlConnection::connect_with(&host.options).await?;
         super::pin_session(&mut connection).await?;
         let writable = is_writable(&mut connection).await?;
+        if writable {
+            // A Galera node says so also outside its cluster; but there no transaction begins, and it waits for the others'.
+            connection.execute("START TRANSACTION READ WRITE").await?;
+        }
         // Best effort: the answer is there.
         _ = connection.close().await;
         Ok(writable)

@@ -18,8 +18,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::size;
 use crate::{
-    broadcast::{device_id, device_token, with_devices},
-    store::{execute, number},
+    broadcast::{device_id, device_token, with_devices, with_riders},
+    store::number,
     support::{
         client::Client,
         cluster::{Cluster, Member},
@@ -33,14 +33,14 @@ use crate::{
 const CLOCKS: [i64; 3] = [0, 300, -300];
 
 /// Devices that everything is sent to, and phones beyond them that pass on: so many at each death.
-const DEVICES: usize = 1_000;
+pub(crate) const DEVICES: usize = 1_000;
 const PASS_ON: usize = 20;
 
 /// So many callers post one notification after another.
 const WORKERS: u64 = 16;
 
 /// How long APNs takes to answer, so that a victim has something unsettled.
-const LATENCY: Duration = Duration::from_millis(600);
+pub(crate) const LATENCY: Duration = Duration::from_millis(600);
 
 /// Work of a dead replica is not stuck for longer. The short run, beside others on a slow machine, is more patient.
 const STUCK: Duration = Duration::from_secs(10);
@@ -52,7 +52,7 @@ const OWNERSHIP: Duration = Duration::from_secs(3);
 const PATIENCE: Duration = Duration::from_secs(3);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Blow {
+pub(crate) enum Blow {
     Kill,
     /// For longer than the others wait.
     Hang,
@@ -61,15 +61,15 @@ enum Blow {
 }
 
 /// What a victim held at its death.
-struct Death {
-    at: Timestamp,
+pub(crate) struct Death {
+    pub(crate) at: Timestamp,
     /// The notifications that were open, by id in hex.
-    open: BTreeSet<String>,
+    pub(crate) open: BTreeSet<String>,
 }
 
-/// What was asked for, by the number that it bears.
+/// What was asked for, by the number that it bears, and when each `202` came.
 #[derive(Default)]
-struct Asked(Mutex<BTreeMap<u64, String>>);
+pub(crate) struct Asked(pub(crate) Mutex<BTreeMap<u64, String>>, pub(crate) Mutex<Vec<Instant>>);
 
 impl Asked {
     fn next(&self) -> u64 {
@@ -80,7 +80,7 @@ impl Asked {
     }
 
     /// Posts a notification until some replica answers `202`, always with the same idempotency key.
-    async fn post(&self, callers: &[Client], first: usize, to: Value) -> u64 {
+    pub(crate) async fn post(&self, callers: &[Client], first: usize, to: Value) -> u64 {
         let number = self.next();
         let payload = json!({ "aps": { "alert": "Ding dong" }, "number": number });
         let body = json!({ "topic": TOPIC, "to": to, "payload": payload }).to_string();
@@ -89,6 +89,7 @@ impl Asked {
         let answer = insist(callers, first, http::Method::POST, "/v1/notifications", &headers, &body).await;
         let id = answer["id"].as_str().unwrap().replace('-', "");
         self.0.lock().unwrap().insert(number, id);
+        self.1.lock().unwrap().push(Instant::now());
         number
     }
 }
@@ -112,7 +113,10 @@ async fn insist(
             match answer.status.as_u16() {
                 // Killed in mid-answer: half a body is no answer.
                 200..300 => (!answer.body.is_null()).then_some(answer.body),
-                503 | 429 => None,
+                503 | 429 => {
+                    assert!(answer.header("retry-after").is_some(), "{path}: {}", answer.text);
+                    None
+                }
                 status => panic!("{path}: {status}: {}", answer.text),
             }
         }
@@ -121,7 +125,7 @@ async fn insist(
 }
 
 /// Single notifications without pause, and a broadcast every few seconds, until it is told to stop.
-async fn load(callers: &[Client], asked: &Asked, seed: u64, stop: &CancellationToken) {
+pub(crate) async fn load(callers: &[Client], asked: &Asked, seed: u64, stop: &CancellationToken) {
     let single = |worker: u64| async move {
         let mut dice = StdRng::seed_from_u64(seed + worker);
         while !stop.is_cancelled() {
@@ -145,6 +149,8 @@ async fn load(callers: &[Client], asked: &Asked, seed: u64, stop: &CancellationT
 /// The chunks that a replica holds, as notification in hex and number.
 async fn held(database: &TestDatabase, pid: u32) -> BTreeSet<(String, i32)> {
     let mut connection = MySqlConnection::connect(database.url()).await.unwrap();
+    // Galera: what was committed on another node is to be seen. Nothing to others.
+    sqlx::raw_sql("SET @seen = 1 /*M!100107 , SESSION wsrep_sync_wait = 1 */").execute(&mut connection).await.unwrap();
     let question = format!(
         "SELECT LOWER(HEX(notification_id)), number FROM chunks \
          WHERE holder = (SELECT MAX(id) FROM replicas WHERE name LIKE '%:{pid}')"
@@ -167,7 +173,7 @@ async fn open(database: &TestDatabase, chunks: &BTreeSet<(String, i32)>) -> i64 
 }
 
 /// Freezes a replica, and tells what it holds once a commit that was under way has ended.
-async fn freeze(service: &Service, pid: u32, database: &TestDatabase) -> BTreeSet<(String, i32)> {
+pub(crate) async fn freeze(service: &Service, pid: u32, database: &TestDatabase) -> BTreeSet<(String, i32)> {
     service.signal("STOP");
     let mut before = held(database, pid).await;
     loop {
@@ -181,12 +187,12 @@ async fn freeze(service: &Service, pid: u32, database: &TestDatabase) -> BTreeSe
 
 /// What was tried, and what came of it.
 #[derive(Default)]
-struct Report {
-    deaths: Vec<Death>,
+pub(crate) struct Report {
+    pub(crate) deaths: Vec<Death>,
     /// When each phone had passed on, by the number of the notification to its former user.
     passed_on: HashMap<u64, Timestamp>,
-    longest: Duration,
-    blows: Vec<Blow>,
+    pub(crate) longest: Duration,
+    pub(crate) blows: Vec<Blow>,
 }
 
 struct Fate<'a> {
@@ -270,12 +276,12 @@ impl Fate<'_> {
     }
 }
 
-fn since_epoch() -> Duration {
+pub(crate) fn since_epoch() -> Duration {
     std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap()
 }
 
 /// How a notification ended: targeted, accepted, suppressed, unknown.
-async fn ends(database: &TestDatabase) -> HashMap<String, [i64; 4]> {
+pub(crate) async fn ends(database: &TestDatabase) -> HashMap<String, [i64; 4]> {
     let mut connection = MySqlConnection::connect(database.url()).await.unwrap();
     let sum = |column: &str| format!("CAST(SUM({column}) AS SIGNED)");
     let sums = ["targeted", "accepted", "suppressed", "unanswered"].map(sum).join(", ");
@@ -286,13 +292,13 @@ async fn ends(database: &TestDatabase) -> HashMap<String, [i64; 4]> {
 }
 
 /// One push in the ledger.
-struct Arrived {
+pub(crate) struct Arrived {
     apns_id: String,
-    at: Vec<Timestamp>,
+    pub(crate) at: Vec<Timestamp>,
 }
 
 /// What arrived, by the number of the notification and device token.
-async fn arrived(control: &Client) -> HashMap<(u64, String), Arrived> {
+pub(crate) async fn arrived(control: &Client) -> HashMap<(u64, String), Arrived> {
     let mut all: HashMap<(u64, String), Arrived> = HashMap::new();
     let mut after = 0;
     loop {
@@ -313,7 +319,7 @@ async fn arrived(control: &Client) -> HashMap<(u64, String), Arrived> {
     }
 }
 
-fn check(
+pub(crate) fn check(
     report: &Report,
     asked: &BTreeMap<u64, String>,
     ends: &HashMap<String, [i64; 4]>,
@@ -322,7 +328,9 @@ fn check(
     let (mut suppressed, mut unknown) = (0, 0);
     let seen: BTreeSet<u64> = ledger.keys().map(|(number, _)| *number).collect();
     for (number, id) in asked {
-        let [targeted, accepted, withheld, unanswered] = ends[id];
+        let ended = ends.get(id);
+        let [targeted, accepted, withheld, unanswered] =
+            *ended.unwrap_or_else(|| panic!("notification {number}, {id}, was accepted and is not there"));
         suppressed += withheld;
         unknown += unanswered;
         assert!(withheld == 0 || !seen.contains(number), "notification {number} is called suppressed, and arrived");
@@ -370,7 +378,7 @@ async fn replicas_that_die_and_hang_lose_nothing_and_repeat_only_what_they_had_n
     let database = mysql_database().await;
     let phones = (seconds / 2 + 4) * PASS_ON;
     with_devices(&database, DEVICES + phones).await;
-    execute(&database, &[&format!("UPDATE devices SET user_id = CONCAT('rider-', seq) WHERE seq > {DEVICES}")]).await;
+    with_riders(&database, DEVICES).await;
     let members = CLOCKS.map(|clock_ahead| Member { clock_ahead, ..Member::default() });
     let latency = LATENCY.as_millis().to_string();
     let mut cluster = Cluster::start(database, &members, "", &["--latency-ms", &latency]).await;

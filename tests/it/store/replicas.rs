@@ -1,6 +1,12 @@
 //! Who is alive, and what becomes of the work of those who are not.
 
-use sonnette::store::ReplicaId;
+use sonnette::{
+    domain::{
+        outcome::{Fault, Reason},
+        topic::Environment,
+    },
+    store::ReplicaId,
+};
 
 use super::{NOW, chunk, execute, number, store};
 use crate::support::database::on_both_stores;
@@ -52,5 +58,26 @@ on_both_stores! {
         let dead = store.join("dead", "0.1.0", NOW).await.unwrap();
         let all = futures_util::future::join_all((0..8).map(|_| store.bury(dead, 0))).await;
         assert_eq!(all.into_iter().filter(|buried| *buried.as_ref().unwrap()).count(), 1);
+    }
+
+    async fn work_that_bears_the_name_of_nobody_who_is_there_is_free_again(database) {
+        let store = store(&database).await;
+        let living = store.join("living", "0.1.0", NOW).await.unwrap();
+        let fault = Fault { status: 403, reason: Reason::InvalidProviderToken };
+        let topic = "fr.ocpizza.livreur".parse().unwrap();
+        let open = store.open_breaker(&topic, Environment::Production, "key", &fault, NOW, NOW).await.unwrap();
+        assert_eq!(store.free_orphans(NOW).await.unwrap(), 0);
+        // As if it had been taken on while its replica was buried, or parked while its breaker closed.
+        let gone = [living.0 + 1, -(1_000 + open.0 + 1)];
+        let there = [living.0, -(1_000 + open.0), 0, -1];
+        for (number, holder) in (1..).zip(gone.into_iter().chain(there)) {
+            execute(&database, &[&chunk(number, holder)]).await;
+        }
+        assert_eq!(store.free_orphans(NOW).await.unwrap(), 2);
+        assert_eq!(number(&database, "SELECT COUNT(*) FROM chunks WHERE holder = 0 AND epoch = 8").await, 2);
+        for holder in there {
+            assert_eq!(number(&database, &format!("SELECT COUNT(*) FROM chunks WHERE holder = {holder} AND epoch = 7")).await, 1);
+        }
+        assert_eq!(store.free_orphans(NOW).await.unwrap(), 0);
     }
 }

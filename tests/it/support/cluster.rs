@@ -31,18 +31,29 @@ pub(crate) struct Cluster {
 impl Cluster {
     /// Starts the simulator, then the replicas one after another; `app` is in the apps.toml of all.
     pub(crate) async fn start(database: TestDatabase, members: &[Member], app: &str, sim: &[&str]) -> Self {
-        let folder = Folder::new("cluster");
-        let keys = keys_folder(&folder, &format!("environments = [\"production\"]\n{app}"));
-        let sim = SimulatorProcess::start(folder.path(), &keys, sim).await;
-        let mut cluster = Self { sim, replicas: Vec::new(), callers: Vec::new(), folder, database };
+        let mut cluster = Self::without_replicas(database, app, sim).await;
         for member in members {
             cluster.join(*member, |_| {}).await;
         }
         cluster
     }
 
+    /// Starts the simulator alone.
+    pub(crate) async fn without_replicas(database: TestDatabase, app: &str, sim: &[&str]) -> Self {
+        let folder = Folder::new("cluster");
+        let keys = keys_folder(&folder, &format!("environments = [\"production\"]\n{app}"));
+        let sim = SimulatorProcess::start(folder.path(), &keys, sim).await;
+        Self { sim, replicas: Vec::new(), callers: Vec::new(), folder, database }
+    }
+
     /// Starts one more; `change` has a last word on its folder `keys`.
     pub(crate) async fn join(&mut self, member: Member, change: impl FnOnce(&Path)) {
+        let url = self.database.url().to_owned();
+        self.join_at(&url, member, change).await;
+    }
+
+    /// The same by another address of the database.
+    pub(crate) async fn join_at(&mut self, url: &str, member: Member, change: impl FnOnce(&Path)) {
         let folder = self.folder.path().join(format!("replica-{}", self.replicas.len()));
         let keys = folder.join("keys");
         std::fs::create_dir_all(&keys).unwrap();
@@ -51,7 +62,7 @@ impl Cluster {
         }
         change(&keys);
         let variables = clock_ahead(member.clock_ahead);
-        let service = Service::start_in(&folder, self.database.url(), &self.sim, member.apns, variables).await;
+        let service = Service::start_in(&folder, url, &self.sim, member.apns, variables).await;
         let caller = if let Some(first) = self.callers.first() {
             Client::new(service.address, Some(first.key()))
         } else {

@@ -59,7 +59,8 @@ impl Crowd {
     }
 }
 
-fn registration(number: usize) -> Registration {
+/// The registration of a phone by its user, as a server makes it.
+pub(crate) fn registration(number: usize) -> Registration {
     let token: DeviceToken = token(number).parse().unwrap();
     Registration {
         topic: TOPIC.parse().unwrap(),

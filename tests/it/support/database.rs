@@ -1,8 +1,9 @@
 //! Databases for tests, real ones: a SQLite file each, and a database each on a MariaDB or MySQL server.
 //!
 //! That server is the one in `TEST_DATABASE_URL`, else one of our own, started once in a test process from the
-//! `mariadbd` or `mysqld` that is installed, in a temporary folder and on a free port of 127.0.0.1. Without either the
-//! tests fail and say what to install; none is skipped.
+//! `mariadbd` or `mysqld` that is installed, in a temporary folder and on a free port of 127.0.0.1; or the first node of a
+//! Galera cluster of our own, if `TEST_CLUSTER` asks for one (`galera.rs`). Without any the tests fail and say what to
+//! install; none is skipped.
 //!
 //! The server runs with its own defaults (`--no-defaults`), so its character set is latin1 on an older MariaDB: tables
 //! have to say what they need, as they have to on a host whose settings we do not know.
@@ -19,6 +20,7 @@ use tokio::sync::OnceCell;
 use uuid::Uuid;
 
 use super::{
+    galera::{self, Galera},
     ports::free_port,
     scratch::{Folder, Process},
 };
@@ -27,7 +29,7 @@ use super::{
 const PREFIX: &str = "sonnette_test_";
 
 /// How long a server may take until it answers: it may be recovering from a kill, on a slow disk, beside a build.
-const ANSWERS_WITHIN: Duration = Duration::from_secs(120);
+pub(super) const ANSWERS_WITHIN: Duration = Duration::from_secs(120);
 
 /// What to do where no server is installed.
 const ADVICE: &str = "no `mariadbd` or `mysqld` is installed: run `make test` once, which installs it on Debian and \
@@ -98,6 +100,7 @@ pub(crate) async fn mysql_database() -> TestDatabase {
     let server_url = match server {
         Ok(Server::Named(url)) => url.as_str(),
         Ok(Server::Private(server)) => &server.url,
+        Ok(Server::Cluster(cluster)) => cluster.node(0).url(),
         Err(why) => panic!("{why}"),
     };
     create_database(server_url).await
@@ -138,6 +141,7 @@ pub(crate) use on_both_stores;
 enum Server {
     Named(String),
     Private(PrivateServer),
+    Cluster(Galera),
 }
 
 impl Server {
@@ -150,6 +154,7 @@ impl Server {
                 drop_left_behind(&server).await.map_err(|error| format!("the server in TEST_DATABASE_URL: {error}"))?;
                 Ok(Self::Named(url))
             }
+            None if galera::wanted() => Galera::start().await.map(Self::Cluster),
             None => PrivateServer::try_start(&[]).await.map(Self::Private),
         }
     }
@@ -163,7 +168,11 @@ pub(crate) struct PrivateServer {
     port: u16,
     process: Option<Process>,
     program: PathBuf,
-    options: Vec<String>,
+    pub(super) options: Vec<String>,
+    /// Whom it runs as, if not as ourselves.
+    user: Option<&'static str>,
+    /// What it has a row for once it can be used.
+    pub(super) ready: &'static str,
     // Last, so that it is removed after the process.
     folder: Folder,
 }
@@ -181,28 +190,45 @@ impl PrivateServer {
 
     async fn try_start(options: &[String]) -> Result<Self, String> {
         let program = find_program(&["mariadbd", "mysqld"]).ok_or(ADVICE)?;
+        let mut server = Self::prepare(program, None).await?;
+        server.options.extend_from_slice(options);
+        let mut why = String::new();
+        // Another process may take the free port before the server does: then it ends, and another port is tried.
+        for _ in 0..3 {
+            match server.try_restart().await {
+                Ok(()) => return Ok(server),
+                Err(error) => why = error,
+            }
+            server.take_port();
+        }
+        Err(why)
+    }
+
+    /// One with empty data, to be started. As root it runs as `user`, if one is named, and else as root.
+    pub(super) async fn prepare(program: PathBuf, user: Option<&'static str>) -> Result<Self, String> {
         let folder = Folder::new("server");
-        initialise(&program, folder.path()).await?;
+        let user = user_option(folder.path()).map(|root| user.unwrap_or(root));
+        if let Some(user) = user {
+            let given = Command::new("chown").arg(user).arg(folder.path()).status();
+            given.map_err(|error| format!("chown {user}: {error}"))?;
+        }
+        initialise(&program, folder.path(), user).await?;
         std::fs::write(
             folder.path().join("init.sql"),
             "CREATE USER IF NOT EXISTS 'sonnette'@'127.0.0.1' IDENTIFIED BY 'sonnette';\n\
              GRANT ALL ON *.* TO 'sonnette'@'127.0.0.1' WITH GRANT OPTION;\n",
         )
         .map_err(|error| error.to_string())?;
+        let options = vec![format!("--init-file={}", folder.path().join("init.sql").display())];
+        let (url, ready) = (String::new(), "SELECT 1");
+        let mut server = Self { url, port: 0, process: None, program, options, user, ready, folder };
+        server.take_port();
+        Ok(server)
+    }
 
-        let options = options.to_vec();
-        let mut server = Self { url: String::new(), port: 0, process: None, program, options, folder };
-        let mut why = String::new();
-        // Another process may take the free port before the server does: then it ends, and another port is tried.
-        for _ in 0..3 {
-            server.port = free_port();
-            server.url = format!("mysql://sonnette:sonnette@127.0.0.1:{}/", server.port);
-            match server.try_restart().await {
-                Ok(()) => return Ok(server),
-                Err(error) => why = error,
-            }
-        }
-        Err(why)
+    fn take_port(&mut self) {
+        self.port = free_port();
+        self.url = format!("mysql://sonnette:sonnette@127.0.0.1:{}/", self.port);
     }
 
     /// A fresh database on this server. It goes with the server.
@@ -248,6 +274,13 @@ impl PrivateServer {
         let _ = connection.close().await;
     }
 
+    /// Runs one statement, whose effect lasts until the connection that comes back is dropped.
+    pub(crate) async fn hold(&self, statement: &str) -> MySqlConnection {
+        let mut connection = MySqlConnection::connect(&self.url).await.expect("the test server answers");
+        run(&mut connection, statement.to_owned()).await.unwrap_or_else(|error| panic!("{statement}: {error}"));
+        connection
+    }
+
     /// Becomes a replica of `primary`, which has logged everything since its start.
     pub(crate) async fn follow(&self, primary: &Self) {
         let (command, word, more) = if self.is_mariadb().await {
@@ -287,6 +320,10 @@ impl PrivateServer {
         self.row("SELECT VERSION(), ''").await.0.contains("MariaDB")
     }
 
+    pub(super) fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
     /// SIGKILL, as by a crash: returns once the process is gone. Does nothing if it is not running.
     pub(crate) fn kill(&mut self) {
         self.process = None;
@@ -315,21 +352,43 @@ impl PrivateServer {
         self.try_restart().await.unwrap_or_else(|why| panic!("{why}"));
     }
 
-    async fn try_restart(&mut self) -> Result<(), String> {
-        self.process = None;
+    /// Waits until it has a row to answer this with.
+    pub(super) async fn comes_to(&self, question: &str) {
+        let started = Instant::now();
+        while self.has_row(question).await != Ok(true) {
+            assert!(started.elapsed() < ANSWERS_WITHIN, "waited in vain for a row: {question}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// Whether it has a row to answer this with, within five seconds.
+    pub(super) async fn has_row(&self, question: &str) -> Result<bool, String> {
+        let asked = async {
+            let mut connection = MySqlConnection::connect(&self.url).await?;
+            let row = sqlx::raw_sql(AssertSqlSafe(question.to_owned())).fetch_optional(&mut connection).await?;
+            let _ = connection.close().await;
+            Ok::<_, sqlx::Error>(row.is_some())
+        };
+        match tokio::time::timeout(Duration::from_secs(5), asked).await {
+            Ok(asked) => asked.map_err(|error| error.to_string()),
+            Err(elapsed) => Err(elapsed.to_string()),
+        }
+    }
+
+    /// The program with everything it is started with.
+    pub(super) fn command(&self) -> Command {
         let folder = self.folder.path();
         let within = |name: &str| folder.join(name).display().to_string();
         let mut command = Command::new(&self.program);
         command
             .arg("--no-defaults") // must be the first
-            .args(user_option(folder))
+            .args(self.user.map(|user| format!("--user={user}")))
             .arg(format!("--datadir={}", within("data")))
             .arg(format!("--tmpdir={}", folder.display()))
             // Its built-in place for files need not exist where only the programs are installed.
             .arg(format!("--secure-file-priv={}", folder.display()))
             .arg(format!("--socket={}", within("sock")))
             .arg(format!("--pid-file={}", within("pid")))
-            .arg(format!("--init-file={}", within("init.sql")))
             .arg(format!("--port={}", self.port))
             .args(["--bind-address=127.0.0.1", "--skip-name-resolve", "--max-connections=500"])
             .args(["--innodb-flush-log-at-trx-commit=1", "--innodb-buffer-pool-size=128M", "--skip-log-bin"])
@@ -338,19 +397,20 @@ impl PrivateServer {
             // `loose`: only MySQL knows these.
             .args(["--loose-mysqlx=OFF", "--loose-performance-schema=OFF"])
             .args(&self.options);
-        self.process = Some(spawn_logged(&mut command, &folder.join("server.log"))?);
+        command
+    }
+
+    pub(super) async fn try_restart(&mut self) -> Result<(), String> {
+        self.process = None;
+        let folder = self.folder.path();
+        self.process = Some(spawn_logged(&mut self.command(), &folder.join("server.log"))?);
 
         let started = Instant::now();
-        let options: MySqlConnectOptions = self.url.parse().map_err(|error: sqlx::Error| error.to_string())?;
         loop {
-            let attempt = tokio::time::timeout(Duration::from_secs(5), options.connect()).await;
-            let error = match attempt {
-                Ok(Ok(connection)) => {
-                    let _ = connection.close().await;
-                    return Ok(());
-                }
-                Ok(Err(error)) => error.to_string(),
-                Err(elapsed) => elapsed.to_string(),
+            let error = match self.has_row(self.ready).await {
+                Ok(true) => return Ok(()),
+                Ok(false) => "it is not ready yet".to_owned(),
+                Err(error) => error,
             };
             let running = self.process.as_mut().is_some_and(Process::is_running);
             if !running || started.elapsed() > ANSWERS_WITHIN {
@@ -364,7 +424,7 @@ impl PrivateServer {
 }
 
 /// Makes the data folder with its system tables.
-async fn initialise(program: &Path, folder: &Path) -> Result<(), String> {
+async fn initialise(program: &Path, folder: &Path, user: Option<&str>) -> Result<(), String> {
     let is_mariadb = Command::new(program)
         .args(["--no-defaults", "--version"])
         .output()
@@ -381,7 +441,8 @@ async fn initialise(program: &Path, folder: &Path) -> Result<(), String> {
         command.args(["--no-defaults", "--initialize-insecure"]);
         command
     };
-    command.args(user_option(folder)).arg(format!("--datadir={}", folder.join("data").display()));
+    command.args(user.map(|user| format!("--user={user}")));
+    command.arg(format!("--datadir={}", folder.join("data").display()));
     // A server that starts clears temporary tables out of this folder, also those of others: never share it.
     command.arg(format!("--tmpdir={}", folder.display()));
     let mut process = spawn_logged(&mut command, &folder.join("install.log"))?;
@@ -395,7 +456,7 @@ async fn initialise(program: &Path, folder: &Path) -> Result<(), String> {
 fn user_option(ours: &Path) -> Option<&'static str> {
     use std::os::unix::fs::MetadataExt;
     let is_root = std::fs::metadata(ours).is_ok_and(|folder| folder.uid() == 0);
-    is_root.then_some("--user=root")
+    is_root.then_some("root")
 }
 
 fn spawn_logged(command: &mut Command, log: &Path) -> Result<Process, String> {
@@ -414,7 +475,7 @@ fn log_end(folder: &Path, name: &str) -> String {
 }
 
 /// The first of `names` in the path or where packages put it (the same places as in `tests/database.sh`).
-fn find_program(names: &[&str]) -> Option<PathBuf> {
+pub(super) fn find_program(names: &[&str]) -> Option<PathBuf> {
     const USUAL: &str = "/usr/local/bin:/usr/local/sbin:/usr/bin:/usr/sbin:/usr/libexec:/opt/homebrew/bin:\
         /opt/homebrew/sbin:/opt/homebrew/opt/mariadb/bin:/usr/local/opt/mariadb/bin:/opt/homebrew/opt/mysql/bin:\
         /usr/local/opt/mysql/bin";

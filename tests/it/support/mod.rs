@@ -5,6 +5,7 @@ pub(crate) mod client;
 pub(crate) mod cluster;
 pub(crate) mod crowd;
 pub(crate) mod database;
+pub(crate) mod galera;
 pub(crate) mod gateway;
 pub(crate) mod ports;
 pub(crate) mod scratch;
