@@ -9,9 +9,7 @@ use async_trait::async_trait;
 use sqlx::{Executor, MySqlConnection};
 
 use super::{
-    BreakerId, Holding, Kind, Replica, ReplicaId, Replicas, StoreError,
-    breakers::{self, parked_holder},
-    queue::breaker_of,
+    Holding, Kind, Replica, ReplicaId, Replicas, StoreError, breakers,
     rows::ReplicaRow,
     sql::{Failure, Repeat, committed, on_both, read},
 };
@@ -29,8 +27,10 @@ const HOLDINGS_ON_MYSQL: &str = "-- replicas.holdings\nSELECT holder, COUNT(*), 
     SUM(targeted - accepted - failed - unregistered - expired - cancelled - suppressed - unanswered) AS SIGNED) \
     FROM chunks WHERE holder > 0 GROUP BY holder";
 
-/// In whose name work is held, and behind which breakers it is parked.
-const HOLDERS: &str = "-- replicas.holders\nSELECT DISTINCT holder FROM chunks WHERE holder > 0 OR holder < -1000";
+/// In whose name work is held though nobody has it, and behind which breakers it is parked though there are none such.
+const ORPHANS: &str = "-- replicas.orphans\nSELECT DISTINCT holder FROM chunks WHERE \
+    (holder > 0 AND holder NOT IN (SELECT id FROM replicas)) OR \
+    (holder < -1000 AND -1000 - holder NOT IN (SELECT id FROM breakers))";
 
 /// A replica that hangs in the middle of a transaction holds its locks: nobody could take its work over, nor go on with
 /// what it touched. So the server ends what stands still.
@@ -116,6 +116,12 @@ on_both! {
         }
 
         async fn free_orphans(&self, now: Timestamp) -> Result<u64, StoreError> {
+            // Without a transaction first, which on SQLite would wait for the one writer.
+            let orphans: Vec<i64> =
+                read(|| self.single(|pool| async move { sqlx::query_scalar(ORPHANS).fetch_all(&pool).await })).await?;
+            if orphans.is_empty() {
+                return Ok(0);
+            }
             committed(Repeat::Deadlocks, || self.free_orphans_once(now)).await
         }
 
@@ -157,26 +163,13 @@ on_both! {
 
         async fn free_orphans_once(&self, now: Timestamp) -> Result<(Tx, u64), Failure> {
             let mut tx = self.begin().await?;
-            let holders: Vec<i64> = sqlx::query_scalar(HOLDERS).fetch_all(&mut *tx).await?;
-            if holders.is_empty() {
-                return Ok((tx, 0));
-            }
-            // Read after the chunks, each as it is by now: a holder that is missing was there, and is gone.
-            let replicas: Vec<i64> = sqlx::query_scalar("-- replicas.there\nSELECT id FROM replicas").fetch_all(&mut *tx).await?;
-            let breakers: Vec<i64> = sqlx::query_scalar("-- breakers.there\nSELECT id FROM breakers").fetch_all(&mut *tx).await?;
             let mut freed = 0;
-            for holder in holders {
-                freed += match breaker_of(holder) {
-                    Some(breaker) if !breakers.contains(&breaker) => {
-                        let done = sqlx::query(breakers::SET_FREE)
-                            .bind(now.as_millis())
-                            .bind(parked_holder(BreakerId(breaker)))
-                            .execute(&mut *tx)
-                            .await?;
-                        done.rows_affected()
-                    }
-                    None if !replicas.contains(&holder) => Self::give_back(&mut tx, ReplicaId(holder)).await?,
-                    Some(_) | None => 0,
+            for holder in sqlx::query_scalar(ORPHANS).fetch_all(&mut *tx).await? {
+                freed += if holder > 0 {
+                    Self::give_back(&mut tx, ReplicaId(holder)).await?
+                } else {
+                    let done = sqlx::query(breakers::SET_FREE).bind(now.as_millis()).bind(holder).execute(&mut *tx).await?;
+                    done.rows_affected()
                 };
             }
             Ok((tx, freed))
