@@ -142,11 +142,23 @@ async fn pin_session(connection: &mut MySqlConnection) -> Result<(), sqlx::Error
                  autocommit = 1, innodb_lock_wait_timeout = 5",
         )
         .await?;
+    let server: Vec<(String, String)> =
+        sqlx::query_as("SHOW VARIABLES WHERE Variable_name IN ('wsrep_on', 'idle_transaction_timeout')")
+            .fetch_all(&mut *connection)
+            .await?;
+    let value = |name: &str| server.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str());
     // Galera: an ownership read on this node waits for what was committed on another before it. The variable is there
     // on every MariaDB and on no MySQL.
-    let galera = sqlx::query("SHOW VARIABLES WHERE Variable_name = 'wsrep_on' AND Value = 'ON'");
-    if galera.fetch_optional(&mut *connection).await?.is_some() {
+    if value("wsrep_on") == Some("ON") {
         connection.execute("SET SESSION wsrep_sync_wait = 3").await?;
     }
-    super::replicas::end_what_stands_still(connection).await
+    // A replica that hangs in the middle of a transaction holds its locks: nobody could take its work over, nor go on with
+    // what it touched. So the server ends what stands still. MariaDB can tell who stands still in a transaction. MySQL
+    // ends every connection that has been idle for so long, which the pool expects: it tries one that idled for 5 s
+    // before it uses it.
+    let end = match value("idle_transaction_timeout") {
+        Some(_) => "SET SESSION idle_transaction_timeout = 3",
+        None => "SET SESSION wait_timeout = 8",
+    };
+    connection.execute(end).await.map(drop)
 }

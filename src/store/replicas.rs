@@ -6,7 +6,6 @@
 //! what was left.
 
 use async_trait::async_trait;
-use sqlx::{Executor, MySqlConnection};
 
 use super::{
     Holding, Kind, Replica, ReplicaId, Replicas, StoreError, breakers,
@@ -31,17 +30,6 @@ const HOLDINGS_ON_MYSQL: &str = "-- replicas.holdings\nSELECT holder, COUNT(*), 
 const ORPHANS: &str = "-- replicas.orphans\nSELECT DISTINCT holder FROM chunks WHERE \
     (holder > 0 AND holder NOT IN (SELECT id FROM replicas)) OR \
     (holder < -1000 AND -1000 - holder NOT IN (SELECT id FROM breakers))";
-
-/// A replica that hangs in the middle of a transaction holds its locks: nobody could take its work over, nor go on with
-/// what it touched. So the server ends what stands still.
-pub(super) async fn end_what_stands_still(connection: &mut MySqlConnection) -> Result<(), sqlx::Error> {
-    // Differs: MariaDB can tell who stands still in a transaction. MySQL ends every connection that has been idle for so
-    // long, which the pool expects: it tries one that idled for 5 s before it uses it.
-    let knows = sqlx::query("SHOW VARIABLES WHERE Variable_name = 'idle_transaction_timeout'");
-    let knows = knows.fetch_optional(&mut *connection).await?.is_some();
-    let end = if knows { "SET SESSION idle_transaction_timeout = 3" } else { "SET SESSION wait_timeout = 8" };
-    connection.execute(end).await.map(drop)
-}
 
 on_both! {
     #[async_trait]
