@@ -210,13 +210,16 @@ async fn a_node_that_hangs_is_left_by_its_replica_and_comes_back() {
     cluster.join_at(&url, Member::default(), |_| {}).await;
     let caller = cluster.callers.clone();
     let asked = Asked::default();
-    let post = || asked.post(&caller, 0, json!({ "everyone": true }));
+    let post = async || {
+        let posted = asked.post(&caller, 0, json!({ "everyone": true }));
+        tokio::time::timeout(4 * STALL, posted).await.expect("a notification is kept within a minute");
+    };
     post().await;
     assert!(connections(&galera, 0, cluster.database()).await > 0);
 
     let began = Instant::now();
     galera.node(0).freeze();
-    let (_, took) = tokio::join!(post(), async {
+    let ((), took) = tokio::join!(post(), async {
         eventually("the replica is at the other node", async || connections(&galera, 1, cluster.database()).await > 0)
             .await;
         began.elapsed()
