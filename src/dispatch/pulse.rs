@@ -10,7 +10,7 @@ use std::{
     collections::HashMap,
     sync::{
         Arc,
-        atomic::{AtomicU32, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -39,14 +39,12 @@ pub(super) struct Pulse {
     identity: Identity,
     /// Start of the last successful beat, in ms of the monotonic clock.
     beaten_at: Arc<AtomicU64>,
-    /// The replicas there are, this one among them.
-    living: Arc<AtomicU32>,
 }
 
 impl Pulse {
     /// How many replicas share the work, at least one.
     pub(super) fn living(&self) -> f64 {
-        f64::from(self.living.load(Ordering::Relaxed).max(1))
+        f64::from(self.identity.living())
     }
 
     /// Whether work leased to `replica` may still be acted on at this instant.
@@ -73,7 +71,7 @@ impl Pulse {
         name: String,
         tasks: &Tasks,
     ) -> Result<Self, StoreError> {
-        let pulse = Self { clock: Arc::clone(&clock), identity, beaten_at: Arc::default(), living: Arc::default() };
+        let pulse = Self { clock: Arc::clone(&clock), identity, beaten_at: Arc::default() };
         let at = clock.monotonic();
         pulse.identity.set(store.join(&name, env!("CARGO_PKG_VERSION"), clock.now()).await?);
         pulse.beaten(at);
@@ -140,7 +138,7 @@ impl Heart {
     async fn observe(&mut self) -> Result<(), StoreError> {
         let me = self.pulse.identity.get();
         let replicas = self.store.replicas().await?;
-        self.pulse.living.store(u32::try_from(replicas.len()).unwrap_or(u32::MAX), Ordering::Relaxed);
+        self.pulse.identity.see(replicas.len());
         let before_us = replicas.iter().filter(|r| r.id < me).count();
         self.gateway.share_out(before_us, replicas.len());
         let now = self.pulse.clock.monotonic();

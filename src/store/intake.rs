@@ -12,12 +12,12 @@ use std::{
     collections::{BTreeSet, HashMap},
     sync::{
         Arc, PoisonError, RwLock,
-        atomic::{AtomicI64, Ordering},
+        atomic::{AtomicI64, AtomicU32, Ordering},
     },
     time::Duration,
 };
 
-use tokio::sync::{Mutex, Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{Mutex, MutexGuard, Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 use super::{Accepted, Idempotency, Lease, ReplicaId, Store, StoreError, Submission};
 use crate::{
@@ -51,8 +51,12 @@ impl Default for Settings {
 /// A list longer than this is not handed over but left to be claimed, chunk by chunk.
 const HANDED_LIST: usize = 100;
 
-/// How many groups of notifications may commit at once.
+/// How many groups of notifications may commit at once. Of several replicas each has one: together they keep the database
+/// as busy, and their groups as large.
 const COMMITS_AT_ONCE: usize = 2;
+
+/// A commit that takes longer than this keeps no other from beginning.
+const SLOW_COMMIT: Duration = Duration::from_millis(100);
 
 /// Why nothing was kept.
 #[derive(Debug, thiserror::Error)]
@@ -194,20 +198,31 @@ pub struct Handover {
     pub cancelled: Cancelled,
 }
 
-/// This replica's number; a new one after it was declared dead.
+/// This replica among those that live: its number, a new one after it was declared dead, and how many there are.
 #[derive(Debug, Clone, Default)]
-pub struct Identity(Arc<AtomicI64>);
+pub struct Identity(Arc<(AtomicI64, AtomicU32)>);
 
 impl Identity {
     /// As who we act now.
     #[must_use]
     pub fn get(&self) -> ReplicaId {
-        ReplicaId(self.0.load(Ordering::Acquire))
+        ReplicaId(self.0.0.load(Ordering::Acquire))
     }
 
     /// From now on as this one.
     pub fn set(&self, replica: ReplicaId) {
-        self.0.store(replica.0, Ordering::Release);
+        self.0.0.store(replica.0, Ordering::Release);
+    }
+
+    /// How many replicas live, this one among them: at least 1.
+    #[must_use]
+    pub fn living(&self) -> u32 {
+        self.0.1.load(Ordering::Relaxed).max(1)
+    }
+
+    /// So many live, as was seen just now.
+    pub fn see(&self, living: usize) {
+        self.0.1.store(u32::try_from(living).unwrap_or(u32::MAX), Ordering::Relaxed);
     }
 }
 
@@ -254,6 +269,7 @@ impl Intake {
             wake: Arc::clone(&handover.wake),
             roster: handover.roster.clone(),
             cancelled: handover.cancelled.clone(),
+            committing: Mutex::default(),
         });
         let submitted = Arc::new(Mutex::new(submitted));
         for _ in 0..COMMITS_AT_ONCE {
@@ -261,19 +277,27 @@ impl Intake {
             let stop = tasks.stopping().clone();
             tasks.spawn("store.accept", async move {
                 loop {
-                    let mut group = Vec::new();
-                    {
-                        let mut submitted = submitted.lock().await;
-                        tokio::select! {
-                            biased;
-                            _ = submitted.recv_many(&mut group, committer.settings.group) => {}
-                            () = stop.cancelled() => submitted.close(),
+                    let mut waiting = submitted.lock().await;
+                    let first = tokio::select! {
+                        biased;
+                        first = waiting.recv() => first,
+                        () = stop.cancelled() => {
+                            waiting.close();
+                            continue;
                         }
-                    }
-                    if group.is_empty() {
+                    };
+                    let Some(first) = first else {
                         // Stopped, and everything that had come in before was committed.
                         break;
+                    };
+                    let _turn = committer.turn().await;
+                    let mut group = vec![first];
+                    while let Some(next) =
+                        (group.len() < committer.settings.group).then(|| waiting.try_recv().ok()).flatten()
+                    {
+                        group.push(next);
                     }
+                    drop(waiting);
                     committer.accept(group).await;
                 }
             });
@@ -349,6 +373,7 @@ struct Committer {
     wake: Arc<Notify>,
     roster: Roster,
     cancelled: Cancelled,
+    committing: Mutex<()>,
 }
 
 /// One submission on its way, with what it needs once it is committed.
@@ -359,6 +384,18 @@ struct OnTheWay {
 }
 
 impl Committer {
+    /// Waits, where other replicas live, until no other group commits here, or one has for long.
+    async fn turn(&self) -> Option<MutexGuard<'_, ()>> {
+        if self.identity.living() == 1 {
+            return None;
+        }
+        tokio::select! {
+            biased;
+            turn = self.committing.lock() => Some(turn),
+            () = self.clock.sleep(SLOW_COMMIT) => None,
+        }
+    }
+
     async fn accept(&self, group: Vec<Waiting<Submitted, Noted>>) {
         let now = self.clock.now();
         let mut submissions = Vec::with_capacity(group.len());

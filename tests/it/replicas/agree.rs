@@ -11,6 +11,7 @@ use sonnette::{
     app::{App, Options},
     domain::clock::{Clock, ManualClock, Timestamp},
 };
+use sqlx::{Connection, MySqlConnection};
 
 use super::{everything_is_accepted, post_singles};
 use crate::{
@@ -263,4 +264,40 @@ async fn connections_to_apns_are_shared_out_among_the_replicas_that_live_and_hea
     cluster.replicas.remove(0);
     cluster.callers.remove(0);
     each_has(&cluster, &[4.0]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_commit_that_takes_long_holds_up_no_other_though_each_replica_has_one_at_a_time() {
+    let pair = Pair::start().await;
+    pair.pass(Duration::from_secs(2)).await;
+    let database = pair.world.config.database.url.expose();
+    let mut locks = MySqlConnection::connect(database).await.unwrap();
+    // What is sent at once is in the name of a replica that lives.
+    sqlx::raw_sql("START TRANSACTION; SELECT * FROM replicas FOR UPDATE").execute(&mut locks).await.unwrap();
+    let send = |more: Value| {
+        let mut body =
+            json!({ "topic": TOPIC, "to": { "user_ids": ["rider"] }, "payload": { "aps": { "alert": "ding" } } });
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let caller = pair.callers[0].clone();
+        tokio::spawn(async move { caller.post("/v1/notifications", &body).await.status.as_u16() })
+    };
+    let long = send(json!({}));
+    let waits = "SELECT COUNT(*) FROM information_schema.processlist WHERE db = DATABASE() AND id <> CONNECTION_ID() AND \
+        info LIKE '%LOCK IN SHARE MODE%'";
+    until("its commit waits", || async {
+        let mut observer = MySqlConnection::connect(database).await.unwrap();
+        (sqlx::query_scalar::<_, i64>(waits).fetch_one(&mut observer).await.unwrap() > 0).then_some(())
+    })
+    .await;
+    let later = send(json!({ "send_at": "2027-01-01T00:00:00Z" }));
+    until("another is accepted", || {
+        pair.clock.advance(Duration::from_millis(50));
+        async { later.is_finished().then_some(()) }
+    })
+    .await;
+    assert!(!long.is_finished());
+    assert_eq!(later.await.unwrap(), 202);
+    locks.close().await.unwrap();
+    assert_eq!(long.await.unwrap(), 202);
+    pair.stop().await;
 }
