@@ -28,17 +28,10 @@ stop() {
 }
 
 if ! installed; then
-    has apt-get || stop "Galera is missing, and this is not Debian or Ubuntu"
-    as_root=
-    if [ "$(id -u)" != 0 ]; then
-        has sudo || stop "Galera is missing, and installing it takes root or sudo"
-        # Without a terminal there is nobody to type a password.
-        if [ -t 0 ]; then as_root="sudo"; else as_root="sudo -n"; fi
-        $as_root true || stop "Galera is missing, and sudo refused"
-    fi
+    . "$(dirname "$0")/packages.sh"
+    may_install Galera it
     say "installing a MariaDB server with Galera; its package may start a service, which the tests do not use"
-    apt() { $as_root env DEBIAN_FRONTEND=noninteractive apt-get -q -y -o Dpkg::Use-Pty=0 "$@" </dev/null; }
-    apt update || say "apt-get update failed; trying with the lists there are"
+    apt_update
     apt install --no-install-recommends mariadb-server galera-4 rsync || stop "apt-get could not install it"
     installed || stop "apt-get has installed it somewhere else than where the tests look"
 fi

@@ -42,19 +42,11 @@ stop() {
 
 installed && exit 0
 
-has apt-get || stop "curl, or mariadbd and mysqld, is missing, and this is not Debian or Ubuntu"
-
-as_root=
-if [ "$(id -u)" != 0 ]; then
-    has sudo || stop "curl, or mariadbd and mysqld, is missing, and installing one takes root or sudo"
-    # Without a terminal there is nobody to type a password.
-    if [ -t 0 ]; then as_root="sudo"; else as_root="sudo -n"; fi
-    $as_root true || stop "curl, or mariadbd and mysqld, is missing, and sudo refused"
-fi
+. "$(dirname "$0")/packages.sh"
+may_install "curl, or mariadbd and mysqld," one
 
 say "installing curl and the programs of a MariaDB or MySQL server (no service is started)"
-apt() { $as_root env DEBIAN_FRONTEND=noninteractive apt-get -q -y -o Dpkg::Use-Pty=0 "$@" </dev/null; }
-apt update || say "apt-get update failed; trying with the lists there are"
+apt_update
 
 # Older Ubuntu has its MariaDB only under a versioned name.
 for packages in \
