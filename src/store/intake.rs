@@ -200,29 +200,35 @@ pub struct Handover {
 
 /// This replica among those that live: its number, a new one after it was declared dead, and how many there are.
 #[derive(Debug, Clone, Default)]
-pub struct Identity(Arc<(AtomicI64, AtomicU32)>);
+pub struct Identity(Arc<Membership>);
+
+#[derive(Debug, Default)]
+struct Membership {
+    number: AtomicI64,
+    living: AtomicU32,
+}
 
 impl Identity {
     /// As who we act now.
     #[must_use]
     pub fn get(&self) -> ReplicaId {
-        ReplicaId(self.0.0.load(Ordering::Acquire))
+        ReplicaId(self.0.number.load(Ordering::Acquire))
     }
 
     /// From now on as this one.
     pub fn set(&self, replica: ReplicaId) {
-        self.0.0.store(replica.0, Ordering::Release);
+        self.0.number.store(replica.0, Ordering::Release);
     }
 
     /// How many replicas live, this one among them: at least 1.
     #[must_use]
     pub fn living(&self) -> u32 {
-        self.0.1.load(Ordering::Relaxed).max(1)
+        self.0.living.load(Ordering::Relaxed).max(1)
     }
 
     /// So many live, as was seen just now.
     pub fn see(&self, living: usize) {
-        self.0.1.store(u32::try_from(living).unwrap_or(u32::MAX), Ordering::Relaxed);
+        self.0.living.store(u32::try_from(living).unwrap_or(u32::MAX), Ordering::Relaxed);
     }
 }
 
@@ -292,8 +298,8 @@ impl Intake {
                     };
                     let _turn = committer.turn().await;
                     let mut group = vec![first];
-                    while let Some(next) =
-                        (group.len() < committer.settings.group).then(|| waiting.try_recv().ok()).flatten()
+                    while group.len() < committer.settings.group
+                        && let Ok(next) = waiting.try_recv()
                     {
                         group.push(next);
                     }
