@@ -123,7 +123,7 @@ where
             Err(Failure::Store(error)) => return Err(error),
         };
         let again = is_lock_lost(&error)
-            || ((is_cut(&error) || is_read_only(&error) || is_outside(&error)) && tries <= 3)
+            || (is_of_its_host(&error) && tries <= 3)
             || (repeat == Repeat::DuplicatesToo && is_duplicate(&error));
         if !again {
             return Err(error.into());
@@ -213,18 +213,23 @@ pub(super) fn is_cut(error: &sqlx::Error) -> bool {
 }
 
 /// The server takes no writes (any more): `read_only` or `super_read_only`, the engine's own, the transaction's.
-pub(super) fn is_read_only(error: &sqlx::Error) -> bool {
+fn is_read_only(error: &sqlx::Error) -> bool {
     matches!(number(error), Some((super::Kind::Mysql, 1290 | 1836 | 1792)))
 }
 
 /// A Galera node that is outside its cluster, or not in it yet, refuses the statement.
-pub(super) fn is_outside(error: &sqlx::Error) -> bool {
+fn is_outside(error: &sqlx::Error) -> bool {
     matches!(number(error), Some((super::Kind::Mysql, 1047)))
+}
+
+/// The host is to blame: it is gone, read-only, or outside its cluster.
+pub(super) fn is_of_its_host(error: &sqlx::Error) -> bool {
+    is_cut(error) || is_read_only(error) || is_outside(error)
 }
 
 /// The database is away or refuses everybody: not the statement's fault.
 fn is_away(error: &sqlx::Error) -> bool {
-    if is_cut(error) || is_lock_lost(error) || is_read_only(error) || is_outside(error) {
+    if is_of_its_host(error) || is_lock_lost(error) {
         return true;
     }
     match error {

@@ -24,7 +24,7 @@ use crate::store::{
     Kind, StoreError,
     address::Host,
     reasons::Reasons,
-    sql::{self, is_cut, is_outside, is_read_only},
+    sql::{self, is_cut, is_of_its_host},
 };
 
 /// How long a host may take to show that it can be written to.
@@ -238,9 +238,7 @@ impl Hosts {
     async fn turned_after(&self, before: &Current, error: &sqlx::Error) -> bool {
         let cut = is_cut(error);
         // Asked of what begins a transaction or only reads, which waits for no row lock.
-        let host_is_to_blame = cut
-            || is_read_only(error)
-            || is_outside(error)
+        let host_is_to_blame = is_of_its_host(error)
             || is_behind(error)
             || matches!(error, sqlx::Error::PoolTimedOut | sqlx::Error::Tls(_) | sqlx::Error::PoolClosed);
         if !host_is_to_blame {
