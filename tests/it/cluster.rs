@@ -16,7 +16,7 @@ use rand::{RngExt, SeedableRng, rngs::StdRng};
 use serde_json::json;
 use sonnette::{
     domain::{
-        clock::{SystemClock, Timestamp},
+        clock::SystemClock,
         device::{DeviceSeq, Registration},
         secret::Secret,
     },
@@ -27,9 +27,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     broadcast::{device_token, with_devices, with_riders},
     replicas::{
-        death::{
-            Arrived, Asked, Blow, DEVICES, Death, LATENCY, Report, arrived, check, ends, freeze, load, since_epoch,
-        },
+        death::{Arrived, Asked, Blow, DEVICES, Death, LATENCY, Report, arrived, check, ends, freeze, load, now},
         share, size,
     },
     store::{NOW, eventually, number},
@@ -157,7 +155,7 @@ async fn a_phone_that_passes_on_at_one_node_gets_nothing_more_for_its_former_use
         let behind = galera.node(1).hold("FLUSH TABLES WITH READ LOCK").await;
         let change = json!({ "topic": TOPIC, "token": device_token(phone), "user_id": format!("new-{rider}") });
         here.post("/v1/devices", &change).await.ok();
-        let at = Timestamp::from_millis(i64::try_from(since_epoch().as_millis()).unwrap());
+        let at = now();
         passed_on.insert(phone as u64, at);
         let (second, ()) = tokio::join!(there.post("/v1/notifications", &body), async {
             tokio::time::sleep(Duration::from_millis(300)).await;
@@ -283,7 +281,7 @@ async fn kill_one_of_each(galera: &mut Galera, seed: u64, seconds: u64) {
             } else {
                 let pid = cluster.replicas[victim].process().child().id();
                 let chunks = freeze(&cluster.replicas[victim], pid, cluster.database()).await;
-                let at = Timestamp::from_millis(i64::try_from(since_epoch().as_millis()).unwrap());
+                let at = now();
                 cluster.replicas[victim].process().kill();
                 report.deaths.push(Death { at, open: chunks.into_iter().map(|(id, _)| id).collect() });
                 report.blows.push(Blow::Kill);

@@ -12,7 +12,7 @@ use std::{
 use futures_util::{StreamExt, stream};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use serde_json::{Value, json};
-use sonnette::domain::clock::Timestamp;
+use sonnette::domain::clock::{Clock, SystemClock, Timestamp};
 use sqlx::{AssertSqlSafe, Connection, MySqlConnection};
 use tokio_util::sync::CancellationToken;
 
@@ -231,7 +231,7 @@ impl Fate<'_> {
         let pid = self.cluster.replicas[victim].process().child().id();
         let chunks = freeze(&self.cluster.replicas[victim], pid, self.cluster.database()).await;
         let began = Instant::now();
-        let at = Timestamp::from_millis(i64::try_from(since_epoch().as_millis()).unwrap());
+        let at = now();
         if blow == Blow::Kill {
             self.cluster.replicas[victim].process().kill();
         }
@@ -267,7 +267,7 @@ impl Fate<'_> {
                 let user = format!("new-rider-{phone}");
                 let body = json!({ "topic": TOPIC, "token": device_token(*phone), "user_id": user }).to_string();
                 insist(callers, through, http::Method::POST, "/v1/devices", &[], &body).await;
-                (*number, Timestamp::from_millis(i64::try_from(since_epoch().as_millis()).unwrap()))
+                (*number, now())
             })
             .buffered(PASS_ON)
             .collect()
@@ -276,8 +276,8 @@ impl Fate<'_> {
     }
 }
 
-pub(crate) fn since_epoch() -> Duration {
-    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap()
+pub(crate) fn now() -> Timestamp {
+    SystemClock::new().now()
 }
 
 /// How a notification ended: targeted, accepted, suppressed, unknown.
