@@ -4,7 +4,8 @@
 //! our own monotonic time, while our own commits succeed, is dead: its work is given back. A replica that could not
 //! bump its own counter for [`TRUSTED_FOR`] (it hung, it was stopped, its database is gone) writes nothing more to
 //! APNs until it has: by then others may have taken over. One that finds itself declared dead joins anew, and what it
-//! held is no longer its own. The connections to APNs are shared out among those that live.
+//! held is no longer its own. The connections to APNs are shared out among those that live. The heart waits for nothing
+//! but its own commit, for which it has a connection of its own: who is busy, or waits for somebody, is alive.
 
 use std::{
     collections::HashMap,
@@ -32,6 +33,9 @@ const DEAD_AFTER: Duration = Duration::from_secs(5);
 /// push that is being written.
 const TRUSTED_FOR: Duration = Duration::from_secs(4);
 
+/// After a gap as long as this, in our own looks or beats, the others are watched from the beginning.
+const GAP: Duration = Duration::from_secs(3);
+
 /// Whether this replica may act as the owner of what it owns.
 #[derive(Debug, Clone)]
 pub(super) struct Pulse {
@@ -54,7 +58,11 @@ impl Pulse {
 
     /// Until when, without another beat.
     pub(super) fn trusted_until(&self) -> Duration {
-        Duration::from_millis(self.beaten_at.load(Ordering::Acquire)) + TRUSTED_FOR
+        self.beaten_at() + TRUSTED_FOR
+    }
+
+    fn beaten_at(&self) -> Duration {
+        Duration::from_millis(self.beaten_at.load(Ordering::Acquire))
     }
 
     fn beaten(&self, at: Duration) {
@@ -82,33 +90,28 @@ impl Pulse {
                 }
             }
         }
-        let mut heart = Heart { store, gateway, pulse: pulse.clone(), name, others: HashMap::new(), observed_at: at };
-        heart.observe().await?;
-        // Losing a beat loses nothing.
+        let heart = Heart { store: Arc::clone(&store), pulse: pulse.clone(), name };
+        let mut watch = Watch { store, gateway, pulse: pulse.clone(), others: HashMap::new(), observed_at: at };
+        watch.observe().await?;
+        // Losing a beat, or a look, loses nothing.
         tasks.spawn_until_stopped("dispatch.pulse", async move { heart.beat().await });
+        tasks.spawn_until_stopped("dispatch.watch", async move { watch.keep().await });
         Ok(pulse)
     }
 }
 
+/// Moves our own counter, and waits for nothing else: a take-over may take long.
 struct Heart {
     store: Arc<dyn Store>,
-    gateway: Arc<dyn Gateway>,
     pulse: Pulse,
     name: String,
-    /// What each counter showed, and since when on our own clock.
-    others: HashMap<ReplicaId, (i64, Duration)>,
-    /// When we last looked: what happened before a gap proves nothing.
-    observed_at: Duration,
 }
 
 impl Heart {
-    async fn beat(mut self) {
-        let clock = Arc::clone(&self.pulse.clock);
+    async fn beat(self) {
         loop {
-            clock.sleep(EVERY).await;
+            self.pulse.clock.sleep(EVERY).await;
             if let Err(error) = self.once().await {
-                // While we could not look, nobody can be said to have stood still.
-                self.others.clear();
                 tracing::warn!(
                     error = &error as &dyn std::error::Error,
                     "no heartbeat: nothing more is sent until the database is back"
@@ -117,22 +120,47 @@ impl Heart {
         }
     }
 
-    async fn once(&mut self) -> Result<(), StoreError> {
+    async fn once(&self) -> Result<(), StoreError> {
         let started = self.pulse.clock.monotonic();
-        let me = self.pulse.identity.get();
-        if self.store.beat(me).await? {
-            // Unless it took so long that others may have stopped waiting.
-            self.pulse.beaten(started);
-        } else {
+        if !self.store.beat(self.pulse.identity.get()).await? {
             let joined = self.store.join(&self.name, env!("CARGO_PKG_VERSION"), self.pulse.clock.now()).await?;
             tracing::warn!(
                 replica = joined.0,
                 "this replica was declared dead and joins anew: what it held belongs to others now"
             );
             self.pulse.identity.set(joined);
-            self.pulse.beaten(started);
         }
-        self.observe().await
+        // As of the start: it may have taken so long that others have stopped waiting.
+        self.pulse.beaten(started);
+        Ok(())
+    }
+}
+
+/// Watches the others' counters.
+struct Watch {
+    store: Arc<dyn Store>,
+    gateway: Arc<dyn Gateway>,
+    pulse: Pulse,
+    /// What each counter showed, and since when on our own clock.
+    others: HashMap<ReplicaId, (i64, Duration)>,
+    /// When we last looked: what happened before a gap proves nothing.
+    observed_at: Duration,
+}
+
+impl Watch {
+    async fn keep(mut self) {
+        let clock = Arc::clone(&self.pulse.clock);
+        loop {
+            clock.sleep(EVERY).await;
+            if let Err(error) = self.observe().await {
+                // While we could not look, nobody can be said to have stood still.
+                self.others.clear();
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "the other replicas cannot be seen: none is taken over from until they are"
+                );
+            }
+        }
     }
 
     async fn observe(&mut self) -> Result<(), StoreError> {
@@ -142,7 +170,8 @@ impl Heart {
         let before_us = replicas.iter().filter(|r| r.id < me).count();
         self.gateway.share_out(before_us, replicas.len());
         let now = self.pulse.clock.monotonic();
-        if now.saturating_sub(self.observed_at) > 3 * EVERY {
+        // Nor while our own counter stands still: then it may be the database that does not move.
+        if now.saturating_sub(self.observed_at) > GAP || now.saturating_sub(self.pulse.beaten_at()) > GAP {
             self.others.clear();
         }
         self.observed_at = now;

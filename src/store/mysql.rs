@@ -13,7 +13,7 @@ use sqlx::{
     mysql::{MySqlConnection, MySqlPoolOptions},
 };
 
-use self::hosts::Hosts;
+use self::hosts::{Hosts, Whose};
 use super::{Settings, StoreError, address, sql::Failure};
 use crate::domain::clock::Clock;
 
@@ -22,6 +22,9 @@ const TRUSTED_FOR: Duration = Duration::from_secs(5);
 
 /// A connection on which a statement was cut off is used again if it answers within this time; if not, it is closed.
 const RETURNS_WITHIN: Duration = Duration::from_secs(1);
+
+/// READ WRITE is what any transaction is; said aloud, a server that has become read-only refuses it at once.
+const WRITES: &str = "START TRANSACTION READ WRITE";
 
 /// What the names in a text stamped by `on_both` mean here.
 pub(super) mod names {
@@ -64,8 +67,12 @@ impl MysqlStore {
 
     /// Begins a transaction that writes, at READ COMMITTED.
     pub(super) async fn begin(&self) -> Result<Transaction<'static, MySql>, sqlx::Error> {
-        // READ WRITE is what any transaction is; said aloud, a server that has become read-only refuses it at once.
-        self.hosts.begin("START TRANSACTION READ WRITE").await
+        self.hosts.begin(WRITES, Whose::Work).await
+    }
+
+    /// The same on the connection that the heartbeat has for itself: it waits for no other work.
+    pub(super) async fn begin_beat(&self) -> Result<Transaction<'static, MySql>, sqlx::Error> {
+        self.hosts.begin(WRITES, Whose::Heart).await
     }
 
     /// Begins a transaction of several reads that see one moment.
@@ -75,6 +82,7 @@ impl MysqlStore {
             .begin(
                 "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ; \
                  START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY",
+                Whose::Work,
             )
             .await
     }

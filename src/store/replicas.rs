@@ -50,7 +50,7 @@ on_both! {
 
         async fn beat(&self, replica: ReplicaId) -> Result<bool, StoreError> {
             committed(Repeat::Deadlocks, || async {
-                let mut tx = self.begin().await?;
+                let mut tx = self.begin_beat().await?;
                 let done = sqlx::query("-- replicas.beat\nUPDATE replicas SET beat = beat + 1 WHERE id = ?")
                     .bind(replica.0)
                     .execute(&mut *tx)

@@ -98,6 +98,11 @@ impl SqliteStore {
         self.writer.begin_with("BEGIN IMMEDIATE").await
     }
 
+    /// Differs: there is one writer.
+    pub(super) async fn begin_beat(&self) -> Result<Transaction<'static, Sqlite>, sqlx::Error> {
+        self.begin().await
+    }
+
     /// Begins a transaction of several reads that see one moment.
     pub(super) async fn snapshot(&self) -> Result<Transaction<'static, Sqlite>, sqlx::Error> {
         // Differs: in WAL mode a deferred transaction sees the moment of its first read.

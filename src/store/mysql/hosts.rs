@@ -61,10 +61,45 @@ pub(super) struct Hosts {
 
 #[derive(Debug, Clone)]
 struct Current {
-    pool: MySqlPool,
+    pools: Pools,
     host: usize,
     /// Grows with every new pool.
     turn: u64,
+}
+
+/// The connections to one host.
+#[derive(Debug, Clone)]
+struct Pools {
+    work: MySqlPool,
+    /// One, which nothing else may keep busy.
+    heart: MySqlPool,
+}
+
+impl Pools {
+    fn to(host: &Host, options: &MySqlPoolOptions) -> Self {
+        let pool = |options: MySqlPoolOptions| options.connect_lazy_with(host.options.clone());
+        Self { work: pool(options.clone()), heart: pool(options.clone().max_connections(1)) }
+    }
+
+    const fn of(&self, whose: Whose) -> &MySqlPool {
+        match whose {
+            Whose::Work => &self.work,
+            Whose::Heart => &self.heart,
+        }
+    }
+
+    async fn close(&self) {
+        tokio::join!(self.work.close(), self.heart.close());
+    }
+}
+
+/// Whose connections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Whose {
+    /// Everybody's but the heart's.
+    Work,
+    /// The heart's alone.
+    Heart,
 }
 
 /// What a look at a host found.
@@ -119,9 +154,9 @@ impl Hosts {
             tracing::warn!("a host of the database is passed over: {said}");
         }
         let Some(host) = hosts.get(number) else { return Err(StoreError::Settings("names no host".to_owned())) };
-        let pool = pools.clone().connect_lazy_with(host.options.clone());
+        let current = Current { pools: Pools::to(host, &pools), host: number, turn: 0 };
         Ok(Self {
-            current: RwLock::new(Current { pool, host: number, turn: 0 }),
+            current: RwLock::new(current),
             all: hosts,
             pools,
             looked: tokio::sync::Mutex::new(None),
@@ -138,7 +173,11 @@ impl Hosts {
     }
 
     /// Begins a transaction by `statement`, on another host if this one is gone or does not take it.
-    pub(super) async fn begin(&self, statement: &'static str) -> Result<Transaction<'static, MySql>, sqlx::Error> {
+    pub(super) async fn begin(
+        &self,
+        statement: &'static str,
+        whose: Whose,
+    ) -> Result<Transaction<'static, MySql>, sqlx::Error> {
         let mut tries = 0;
         loop {
             tries += 1;
@@ -146,13 +185,16 @@ impl Hosts {
             let current = self.present().await?;
             let begun = tokio::select! {
                 biased;
-                begun = self.begin_on(&current.pool, statement) => begun,
+                begun = self.begin_on(current.pools.of(whose), statement) => begun,
                 // What it had begun, if anything, is rolled back.
                 _ = left.changed() => Err(gone("the database's host was left")),
             };
             let error = match begun {
                 Ok(tx) => {
-                    self.heard();
+                    // That the heart's own connection lives says nothing of the others.
+                    if whose == Whose::Work {
+                        self.heard();
+                    }
                     return Ok(tx);
                 }
                 Err(error) => error,
@@ -178,7 +220,7 @@ impl Hosts {
 
     /// The pool as it is now.
     pub(super) fn pool(&self) -> MySqlPool {
-        self.current().pool
+        self.current().pools.work
     }
 
     /// Runs a single read on the pool, and has the hosts looked at if it fails because of its host.
@@ -191,7 +233,7 @@ impl Hosts {
         let current = self.present().await?;
         let done = tokio::select! {
             biased;
-            done = once(current.pool.clone()) => done,
+            done = once(current.pools.work.clone()) => done,
             _ = left.changed() => Err(gone("the database's host was left")),
         };
         match &done {
@@ -202,7 +244,7 @@ impl Hosts {
     }
 
     pub(super) async fn close(&self) {
-        self.current().pool.close().await;
+        self.current().pools.close().await;
     }
 
     fn heard(&self) {
@@ -224,7 +266,7 @@ impl Hosts {
         }
         let mut looked = self.looked.lock().await;
         let just_now = looked.is_some_and(|at| at.elapsed() < LOOK_EVERY);
-        if self.current().turn == before.turn && !before.pool.is_closed() && !just_now {
+        if self.current().turn == before.turn && !before.pools.work.is_closed() && !just_now {
             self.look_around(&before, true).await;
             *looked = Some(Instant::now());
         }
@@ -251,7 +293,7 @@ impl Hosts {
             return true;
         }
         // Closed, and nobody made a new one: the service is ending.
-        if before.pool.is_closed() || looked.is_some_and(|at| at > failed_at) {
+        if before.pools.work.is_closed() || looked.is_some_and(|at| at > failed_at) {
             return false;
         }
         if let Some(wait) = looked.and_then(|at| LOOK_EVERY.checked_sub(at.elapsed())) {
@@ -303,12 +345,12 @@ impl Hosts {
             tracing::warn!(host = %host, "turned to the database's host {host}; the one before cannot be used: {was}");
             self.reasons.forget();
         }
-        let pool = self.pools.clone().connect_lazy_with(host.options.clone());
-        let new = Current { pool, host: number, turn: current.turn + 1 };
+        let new = Current { pools: Pools::to(host, &self.pools), host: number, turn: current.turn + 1 };
         *self.current.write().unwrap_or_else(PoisonError::into_inner) = new;
         // Marks it: whoever waits for one of its connections is told at once, and what comes back to it is closed.
         // Not waited for, because what hangs may hang for long.
-        drop(current.pool.close());
+        drop(current.pools.work.close());
+        drop(current.pools.heart.close());
         self.left.send_replace(());
         self.heard();
         true

@@ -54,8 +54,8 @@ pub(in crate::store) async fn accept(
     let mut answers = known(conn, &entries, now).await?;
     let new: Vec<&Entry<'_>> =
         entries.iter().enumerate().filter(|(at, _)| !answers.contains_key(at)).map(|(_, entry)| entry).collect();
-    let own = new.iter().any(|entry| entry.submission.own) && super::lives(conn, replica).await?;
-    insert(conn, context, &new, own.then_some(replica), now).await?;
+    let taken = insert(conn, context, &new, replica, now).await?;
+    let own = super::keeps(conn, &taken, replica).await?;
     let mut accepted = Vec::with_capacity(group.len());
     for (at, entry) in entries.into_iter().enumerate() {
         accepted.push(if let Some(answer) = answers.remove(&at) {
@@ -229,13 +229,14 @@ const PLAIN: [Usual; 6] = [
     (18, Value::Null, "NULL"),
 ];
 
+/// Inserts what is new; the chunks that are this replica's.
 async fn insert(
     conn: &mut Conn<'_>,
     context: &Context,
     new: &[&Entry<'_>],
-    replica: Option<ReplicaId>,
+    replica: ReplicaId,
     now: Timestamp,
-) -> Result<(), Failure> {
+) -> Result<Vec<ChunkKey>, Failure> {
     let mut notifications = Vec::with_capacity(new.len());
     let mut links = Vec::new();
     let mut chunks = Vec::with_capacity(new.len());
@@ -248,7 +249,7 @@ async fn insert(
             links.extend(audience::links(notification.id, audience));
         }
         let (lane, due_at) = (notification.lane, notification.due_at);
-        let owner = replica.filter(|_| *own);
+        let owner = own.then_some(replica);
         match &entry.chunks {
             None => {
                 let key = ChunkKey { notification: notification.id, number: 0 };
@@ -266,7 +267,8 @@ async fn insert(
     conn.insert_mostly(INSERT, &PLAIN, notifications, "").await?;
     chunk::insert(conn, &context.reasons, &chunks, now).await?;
     link(conn, links).await?;
-    chunk::note(conn, context, &notes).await
+    chunk::note(conn, context, &notes).await?;
+    Ok(chunks.iter().filter(|chunk| chunk.owner.is_some()).map(|chunk| chunk.key).collect())
 }
 
 /// Notes who is addressed, in the order of the users.

@@ -57,9 +57,6 @@ pub(in crate::store) async fn claim(
     replica: ReplicaId,
     now: Timestamp,
 ) -> Result<Claimed, Failure> {
-    if !super::lives(conn, replica).await? {
-        return Ok(Claimed::default());
-    }
     let mut chosen = Vec::new();
     for lane in lanes.iter().copied() {
         let passable = parked.passable.iter().map(|breaker| (parked_holder(*breaker), Which::All));
@@ -73,7 +70,11 @@ pub(in crate::store) async fn claim(
             }
         }
     }
-    take(conn, context, chosen, max, replica, now).await
+    let mut claimed = take(conn, context, chosen, max, replica, now).await?;
+    if !keeps(conn, &claimed.leases, replica).await? {
+        claimed.leases.clear();
+    }
+    Ok(claimed)
 }
 
 /// Takes one chunk that a breaker has parked. What was not tried says most, an urgent one soonest; among those that were
@@ -85,17 +86,21 @@ pub(in crate::store) async fn claim_probe(
     replica: ReplicaId,
     now: Timestamp,
 ) -> Result<Option<Lease>, Failure> {
-    if !super::lives(conn, replica).await? {
-        return Ok(None);
-    }
     let untried = Lane::ALL.map(|lane| (vec![lane], Which::Untried));
     for (lanes, which) in untried.into_iter().chain([(Lane::ALL.to_vec(), Which::LongestAgo)]) {
         let chosen = choose(conn, parked_holder(breaker), &lanes, which, now, 1).await?;
-        if let Some(lease) = take(conn, context, chosen, 1, replica, now).await?.leases.pop() {
-            return Ok(Some(lease));
+        let mut leases = take(conn, context, chosen, 1, replica, now).await?.leases;
+        if !leases.is_empty() {
+            return Ok(if keeps(conn, &leases, replica).await? { leases.pop() } else { None });
         }
     }
     Ok(None)
+}
+
+/// Whether this replica lives, and keeps what it has taken.
+async fn keeps(conn: &mut Conn<'_>, leases: &[Lease], replica: ReplicaId) -> Result<bool, Failure> {
+    let taken: Vec<ChunkKey> = leases.iter().map(|lease| lease.key).collect();
+    super::keeps(conn, &taken, replica).await
 }
 
 /// Which chunks of a holder, and in which order. Of what is parked, `due_at` is the end of its time.

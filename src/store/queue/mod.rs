@@ -55,8 +55,9 @@ pub(super) struct Context {
 /// Whether this replica may take work in its name: its row is there, and stays until the transaction ends.
 ///
 /// Whoever buries a replica deletes the row before it gives the work back; so either the burial waits for us and sees
-/// what we took, or we see that the row is gone.
-pub(super) async fn lives(conn: &mut Conn<'_>, replica: ReplicaId) -> Result<bool, Failure> {
+/// what we took, or we see that the row is gone. The last statement before COMMIT: until the transaction ends no heartbeat
+/// gets the row, and one that takes long would be taken for a death.
+async fn lives(conn: &mut Conn<'_>, replica: ReplicaId) -> Result<bool, Failure> {
     let mut statement = Statement::new("-- queue.replica_lives\nSELECT id FROM replicas WHERE id = ");
     statement.bind(replica.0).push(for_share(conn.kind()));
     Ok(!conn.fetch(statement).await?.is_empty())
@@ -85,6 +86,15 @@ pub(super) async fn committed(
         }
     }
     Ok(there)
+}
+
+/// Gives back what this transaction has taken in the replica's name if it lives no longer. True if all of it is kept.
+pub(super) async fn keeps(conn: &mut Conn<'_>, taken: &[ChunkKey], replica: ReplicaId) -> Result<bool, Failure> {
+    if taken.is_empty() || lives(conn, replica).await? {
+        return Ok(true);
+    }
+    disown(conn, taken, replica).await?;
+    Ok(false)
 }
 
 /// The chunks of a replica.

@@ -5,6 +5,7 @@
 
 mod agree;
 pub(crate) mod death;
+mod heart;
 
 use std::{
     collections::BTreeSet,
