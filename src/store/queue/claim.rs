@@ -70,11 +70,8 @@ pub(in crate::store) async fn claim(
             }
         }
     }
-    let mut claimed = take(conn, context, chosen, max, replica, now).await?;
-    if !keeps(conn, &claimed.leases, replica).await? {
-        claimed.leases.clear();
-    }
-    Ok(claimed)
+    let claimed = take(conn, context, chosen, max, replica, now).await?;
+    Ok(if keeps(conn, &claimed.leases, replica).await? { claimed } else { Claimed::default() })
 }
 
 /// Takes one chunk that a breaker has parked. What was not tried says most, an urgent one soonest; among those that were
@@ -185,8 +182,14 @@ pub(super) async fn take(
     let mut keys: Vec<ChunkKey> = chosen.iter().map(|one| one.key).collect();
     keys.sort_unstable();
     for piece in keys.chunks(LIST) {
-        let mut statement = Statement::new("-- queue.take\nUPDATE chunks SET holder = ");
-        statement.bind(replica.0).push(", epoch = epoch + 1, waiting_since = NULL WHERE ");
+        // What was parked bears the end of its time as `due_at`: given back by whatever way, it is due now. First, because
+        // MySQL assigns one after the other.
+        let mut statement = Statement::new("-- queue.take\nUPDATE chunks SET due_at = CASE WHEN holder < -1000 THEN ");
+        statement
+            .bind(now)
+            .push(" ELSE due_at END, holder = ")
+            .bind(replica.0)
+            .push(", epoch = epoch + 1, waiting_since = NULL WHERE ");
         statement.keys(conn.kind(), piece);
         let taken = conn.execute(statement).await?;
         if taken != piece.len() as u64 {

@@ -12,6 +12,7 @@ use crate::{
     support::{
         cluster::{Cluster, Member},
         database::{TestDatabase, mysql_database},
+        running::{Running, running},
         world::{TOPIC, until},
     },
 };
@@ -21,22 +22,18 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Until the youngest replica's counter has moved twice while the same statements have been waiting: those that `which`
 /// tells, at least so many.
-async fn its_heart_beats_on_while(database: &TestDatabase, which: &str, many: i64) {
-    let question = format!(
-        "SELECT GROUP_CONCAT(id ORDER BY id), COUNT(*), CAST(MIN(time) AS SIGNED), \
-         (SELECT beat FROM replicas ORDER BY id DESC LIMIT 1) \
-         FROM information_schema.processlist WHERE db = DATABASE() AND time >= 1 AND {which}"
-    );
+async fn its_heart_beats_on_while(database: &TestDatabase, which: impl Fn(&Running) -> bool, many: usize) {
     let mut connection = MySqlConnection::connect(database.url()).await.unwrap();
     let beaten = async {
         // Of which connections, for how long, and with which count it began.
-        let mut since: Option<(String, i64, i64)> = None;
+        let mut since: Option<(Vec<u64>, i64, i64)> = None;
         loop {
-            let question = AssertSqlSafe(question.clone());
-            let (ids, count, seconds, beats): (Option<String>, i64, Option<i64>, i64) =
-                sqlx::query_as(question).fetch_one(&mut connection).await.unwrap();
-            let now = ids.zip(seconds).filter(|_| count >= many);
-            since = now.map(|(ids, seconds)| match &since {
+            let mut these = running(&mut connection).await;
+            these.retain(&which);
+            let beats = number(database, "SELECT beat FROM replicas ORDER BY id DESC LIMIT 1").await;
+            let seconds = these.iter().map(|one| one.seconds).min().filter(|_| these.len() >= many);
+            let ids: Vec<u64> = these.iter().map(|one| one.connection).collect();
+            since = seconds.map(|seconds| match &since {
                 // A shorter time is another statement's.
                 Some((same, before, from)) if *same == ids && *before <= seconds => (ids, seconds, *from),
                 _ => (ids, seconds, beats),
@@ -48,6 +45,11 @@ async fn its_heart_beats_on_while(database: &TestDatabase, which: &str, many: i6
         }
     };
     tokio::time::timeout(PATIENCE, beaten).await.expect("a heart that beats on while others wait");
+}
+
+/// Those that have waited for a second or more in a statement of this name.
+fn in_statement(name: &'static str) -> impl Fn(&Running) -> bool {
+    move |one| one.seconds >= 1 && one.text.starts_with(&format!("-- {name}"))
 }
 
 /// Whoever wants these rows waits until the connection is dropped.
@@ -71,7 +73,7 @@ async fn a_replica_lives_while_its_claim_takes_long() {
     let id = answer["id"].as_str().unwrap().replace('-', "");
     let rows = format!("SELECT id FROM notifications WHERE id = X'{id}' FOR UPDATE");
     let held = hold(database, &rows).await;
-    its_heart_beats_on_while(database, "info LIKE '-- queue.resolved%'", 1).await;
+    its_heart_beats_on_while(database, in_statement("queue.resolved"), 1).await;
     held.close().await.unwrap();
     everything_is_accepted(&cluster, 10).await;
 }
@@ -87,7 +89,7 @@ async fn a_replica_lives_while_accepting_takes_long() {
     let body =
         json!({ "topic": TOPIC, "to": { "user_ids": ["rider-1"] }, "payload": { "aps": { "alert": "Ding dong" } } });
     let meanwhile = async {
-        its_heart_beats_on_while(database, "info LIKE '-- queue.insert_links%'", 1).await;
+        its_heart_beats_on_while(database, in_statement("queue.insert_links"), 1).await;
         held.close().await.unwrap();
     };
     let (answer, ()) = tokio::join!(cluster.callers[0].post("/v1/notifications", &body), meanwhile);
@@ -102,7 +104,7 @@ async fn a_replica_lives_while_it_takes_over_from_one_that_is_dead() {
     cluster.replicas[0].process().kill();
     let database = cluster.database();
     let held = hold(database, &format!("SELECT id FROM replicas WHERE id = {dead} FOR UPDATE")).await;
-    its_heart_beats_on_while(database, "info LIKE '-- replicas.end%'", 1).await;
+    its_heart_beats_on_while(database, in_statement("replicas.end"), 1).await;
     held.close().await.unwrap();
     until("it is taken over", || async {
         (number(database, "SELECT COUNT(*) FROM replicas").await == 1).then_some(())
@@ -129,7 +131,7 @@ async fn a_replica_lives_while_all_its_connections_are_in_use() {
     tokio::select! {
         _ = asking => unreachable!("they ask for ever"),
         // As many as there are by default.
-        () = its_heart_beats_on_while(database, "state LIKE 'Waiting for table%'", 16) => {}
+        () = its_heart_beats_on_while(database, |one| one.state.starts_with("Waiting for table"), 16) => {}
     }
     held.close().await.unwrap();
     until("requests are answered again", || async {

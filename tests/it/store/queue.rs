@@ -14,8 +14,14 @@ use sonnette::{
     store::{Accepted, Disposition, ReplicaId, Settled, StoreError},
 };
 
+use sqlx::{Connection, MySqlConnection};
+
 use super::world::{NOW, Raw, World, apple, devices, ended, key, new, topic, users};
-use crate::support::database::{Store, on_both_stores};
+use crate::support::{
+    database::{Store, mysql_database, on_both_stores},
+    running::running,
+    waiting::within,
+};
 
 fn accepted_state() -> State {
     ended(DeliveryStatus::Accepted, None, NOW)
@@ -243,6 +249,28 @@ on_both_stores! {
         let taken = world.store.claim(&Lane::ALL, 10, &[], &[], heir, NOW).await.unwrap().leases;
         assert_eq!(taken.len(), 2);
         assert!(taken.iter().any(|lease| lease.key.notification == late.id));
+    }
+
+    async fn what_was_parked_and_taken_by_one_who_died_goes_on_once_the_breaker_closes(database) {
+        let world = World::on(database).await;
+        world.phone("d5", Some("u")).await;
+        let fault = Fault { status: 403, reason: Reason::InvalidProviderToken };
+        let breaker = world.store.open_breaker(&topic(), Environment::Production, "abc", &fault, NOW, NOW).await.unwrap();
+        let until = NOW.plus(Duration::from_secs(3_600));
+        for _ in 0..3 {
+            let (_, leases) = world.accept(world.submission(users(&["u"]))).await;
+            world.settle(&leases[0], &leases[0].chunk, Disposition::Park { breaker, until }).await;
+        }
+        // One was taken before its replica died, the others by a replica that does not know yet that it is dead.
+        assert!(world.store.claim_probe(breaker, world.replica, NOW).await.unwrap().is_some());
+        assert!(world.store.bury(world.replica, 0).await.unwrap());
+        assert!(world.store.claim_probe(breaker, world.replica, NOW).await.unwrap().is_none());
+        let taken = world.store.claim(&Lane::ALL, 10, &[breaker], &[breaker], world.replica, NOW).await.unwrap();
+        assert!(taken.leases.is_empty() && !taken.more, "nothing is taken in the name of the dead");
+
+        world.store.close_breaker(breaker, NOW).await.unwrap();
+        let heir = world.store.join("two", "0.1.0", NOW).await.unwrap();
+        assert_eq!(world.store.claim(&Lane::ALL, 10, &[], &[], heir, NOW).await.unwrap().leases.len(), 3);
     }
 
     async fn two_claimers_never_get_the_same_chunk(database) {
@@ -751,4 +779,43 @@ on_both_stores! {
         }
         assert_eq!(world.store.owned(world.replica).await.unwrap().len(), 1);
     }
+}
+
+/// Each has what the other wants: the claim its chunks, the burial the replica's row.
+#[tokio::test]
+async fn a_burial_in_the_middle_of_a_claim_leaves_nothing_in_the_name_of_the_dead() {
+    let world = World::on(mysql_database().await).await;
+    world.phone("d6", Some("u")).await;
+    let mut submission = world.submission(Audience::Everyone);
+    submission.own = false;
+    world.accept(submission).await;
+    let mut held = Raw::open(world.database.url()).await;
+    held.run("START TRANSACTION").await;
+    held.run("SELECT id FROM notifications FOR UPDATE").await;
+    let observer = world.beside().await;
+    let claimed = world.store.claim(&Lane::ALL, 10, &[], &[], world.replica, NOW);
+    let mut connection = MySqlConnection::connect(world.database.url()).await.unwrap();
+    let mut waits = async |name: &str| {
+        let waits = async {
+            while !running(&mut connection).await.iter().any(|one| one.text.starts_with(name)) {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        within(name, waits).await;
+    };
+    let buried = async {
+        waits("-- queue.resolved").await;
+        let meet = async {
+            waits("-- replicas.give_back").await;
+            held.run("ROLLBACK").await;
+        };
+        tokio::join!(observer.bury(world.replica, 0), meet).0
+    };
+    let (claimed, buried) = tokio::join!(claimed, buried);
+    assert!(buried.unwrap());
+    assert!(claimed.unwrap().leases.len() <= 1);
+    assert!(world.store.owned(world.replica).await.unwrap().is_empty());
+    let heir = world.store.join("two", "0.1.0", NOW).await.unwrap();
+    let taken = world.store.claim(&Lane::ALL, 10, &[], &[], heir, NOW).await.unwrap().leases;
+    assert_eq!(taken.iter().map(|lease| lease.chunk.targets.len()).sum::<usize>(), 1);
 }

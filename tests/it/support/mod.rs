@@ -8,6 +8,7 @@ pub(crate) mod database;
 pub(crate) mod galera;
 pub(crate) mod gateway;
 pub(crate) mod ports;
+pub(crate) mod running;
 pub(crate) mod scratch;
 pub(crate) mod service;
 pub(crate) mod waiting;
