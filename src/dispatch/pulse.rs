@@ -4,8 +4,9 @@
 //! our own monotonic time, while our own commits succeed, is dead: its work is given back. A replica that could not
 //! bump its own counter for [`TRUSTED_FOR`] (it hung, it was stopped, its database is gone) writes nothing more to
 //! APNs until it has: by then others may have taken over. One that finds itself declared dead joins anew, and what it
-//! held is no longer its own. The connections to APNs are shared out among those that live. The heart waits for nothing
-//! but its own commit, for which it has a connection of its own: who is busy, or waits for somebody, is alive.
+//! held is no longer its own. The connections to APNs are shared out among those that live. The heart waits for
+//! no work of ours but the commits that take some on, and has a connection of its own: who is busy, or waits for somebody,
+//! is alive.
 
 use std::{
     collections::HashMap,
@@ -33,7 +34,7 @@ const DEAD_AFTER: Duration = Duration::from_secs(5);
 /// push that is being written.
 const TRUSTED_FOR: Duration = Duration::from_secs(4);
 
-/// After a gap as long as this, in our own looks or beats, the others are watched from the beginning.
+/// After a gap as long as this, in our looks or in the steps of our own counter, the others are watched from the beginning.
 const GAP: Duration = Duration::from_secs(3);
 
 /// Whether this replica may act as the owner of what it owns.
@@ -58,11 +59,7 @@ impl Pulse {
 
     /// Until when, without another beat.
     pub(super) fn trusted_until(&self) -> Duration {
-        self.beaten_at() + TRUSTED_FOR
-    }
-
-    fn beaten_at(&self) -> Duration {
-        Duration::from_millis(self.beaten_at.load(Ordering::Acquire))
+        Duration::from_millis(self.beaten_at.load(Ordering::Acquire)) + TRUSTED_FOR
     }
 
     fn beaten(&self, at: Duration) {
@@ -91,7 +88,7 @@ impl Pulse {
             }
         }
         let heart = Heart { store: Arc::clone(&store), pulse: pulse.clone(), name };
-        let mut watch = Watch { store, gateway, pulse: pulse.clone(), others: HashMap::new(), observed_at: at };
+        let mut watch = Watch { store, gateway, pulse: pulse.clone(), counters: HashMap::new(), observed_at: at };
         watch.observe().await?;
         // Losing a beat, or a look, loses nothing.
         tasks.spawn_until_stopped("dispatch.pulse", async move { heart.beat().await });
@@ -136,13 +133,13 @@ impl Heart {
     }
 }
 
-/// Watches the others' counters.
+/// Watches the counters: the others', and our own beside them.
 struct Watch {
     store: Arc<dyn Store>,
     gateway: Arc<dyn Gateway>,
     pulse: Pulse,
     /// What each counter showed, and since when on our own clock.
-    others: HashMap<ReplicaId, (i64, Duration)>,
+    counters: HashMap<ReplicaId, (i64, Duration)>,
     /// When we last looked: what happened before a gap proves nothing.
     observed_at: Duration,
 }
@@ -154,7 +151,7 @@ impl Watch {
             clock.sleep(EVERY).await;
             if let Err(error) = self.observe().await {
                 // While we could not look, nobody can be said to have stood still.
-                self.others.clear();
+                self.counters.clear();
                 tracing::warn!(
                     error = &error as &dyn std::error::Error,
                     "the other replicas cannot be seen: none is taken over from until they are"
@@ -170,24 +167,34 @@ impl Watch {
         let before_us = replicas.iter().filter(|r| r.id < me).count();
         self.gateway.share_out(before_us, replicas.len());
         let now = self.pulse.clock.monotonic();
-        // Nor while our own counter stands still: then it may be the database that does not move.
-        if now.saturating_sub(self.observed_at) > GAP || now.saturating_sub(self.pulse.beaten_at()) > GAP {
-            self.others.clear();
+        if now.saturating_sub(self.observed_at) > GAP {
+            self.counters.clear();
         }
         self.observed_at = now;
-        self.others.retain(|id, _| replicas.iter().any(|r| r.id == *id));
-        for replica in replicas.iter().filter(|r| r.id != me) {
-            let seen = self.others.entry(replica.id).or_insert((replica.beat, now));
+        self.counters.retain(|id, _| replicas.iter().any(|r| r.id == *id));
+        for replica in &replicas {
+            let seen = self.counters.entry(replica.id).or_insert((replica.beat, now));
             if seen.0 != replica.beat {
                 *seen = (replica.beat, now);
-            } else if now.saturating_sub(seen.1) >= DEAD_AFTER && self.store.bury(replica.id, replica.beat).await? {
+            }
+        }
+        let still_for = |counters: &HashMap<ReplicaId, (i64, Duration)>, id| {
+            counters.get(&id).map_or(Duration::MAX, |(_, since)| now.saturating_sub(*since))
+        };
+        // Where ours does not move either, it may be the database.
+        if still_for(&self.counters, me) > GAP {
+            self.counters.clear();
+            return Ok(());
+        }
+        for replica in replicas.iter().filter(|r| r.id != me) {
+            if still_for(&self.counters, replica.id) >= DEAD_AFTER && self.store.bury(replica.id, replica.beat).await? {
                 tracing::warn!(
                     replica = replica.id.0,
                     name = replica.name,
                     "the replica `{}` is dead: its work is taken over",
                     replica.name
                 );
-                self.others.remove(&replica.id);
+                self.counters.remove(&replica.id);
             }
         }
         Ok(())

@@ -1,7 +1,8 @@
 //! Who is alive: counters that move, and what happens to the work of one whose counter does not.
 //!
-//! Promises: whoever takes work on holds its replica's row until it has committed, and a burial deletes that row before it
-//! gives the work back, so that no work is left in the name of a dead replica. A Galera cluster knows a row lock on one
+//! Promises: whoever takes work on looks at its replica's row last and holds it until it has committed, and a burial deletes
+//! that row before it gives the work back, so that no work is left in the name of a dead replica: where both meet, one waits
+//! for the other, or either is refused (a deadlock) and made again. A Galera cluster knows a row lock on one
 //! node only, and lets both commit where neither writes what the other wrote: there [`Replicas::free_orphans`] finds
 //! what was left.
 
@@ -36,7 +37,7 @@ on_both! {
     impl Replicas for Base {
         async fn join(&self, name: &str, version: &str, now: Timestamp) -> Result<ReplicaId, StoreError> {
             committed(Repeat::Deadlocks, || async {
-                let mut tx = self.begin().await?;
+                let mut tx = self.begin_beat().await?;
                 let done = sqlx::query("-- replicas.join\nINSERT INTO replicas (name, version, beat, started_at) VALUES (?, ?, 0, ?)")
                     .bind(name)
                     .bind(version)
@@ -74,7 +75,7 @@ on_both! {
         }
 
         async fn replicas(&self) -> Result<Vec<Replica>, StoreError> {
-            let rows: Vec<ReplicaRow> = read(|| self.single(|pool| async move {
+            let rows: Vec<ReplicaRow> = read(|| self.single_beside(|pool| async move {
                 sqlx::query_as("-- replicas.replicas\nSELECT id, name, version, beat, started_at FROM replicas ORDER BY id")
                     .fetch_all(&pool)
                     .await

@@ -227,6 +227,11 @@ pub(super) fn is_of_its_host(error: &sqlx::Error) -> bool {
     is_cut(error) || is_read_only(error) || is_outside(error)
 }
 
+/// The server lives, and takes no more connections: its own limit (2), the account's.
+pub(super) fn is_full(error: &sqlx::Error) -> bool {
+    matches!(number(error), Some((super::Kind::Mysql, 1040 | 1203 | 1226)))
+}
+
 /// The database is away or refuses everybody: not the statement's fault.
 fn is_away(error: &sqlx::Error) -> bool {
     if is_of_its_host(error) || is_lock_lost(error) {

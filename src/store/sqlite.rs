@@ -103,6 +103,15 @@ impl SqliteStore {
         self.begin().await
     }
 
+    /// A single read: a reader is always to be had.
+    pub(super) async fn single_beside<T, F, Fut>(&self, once: F) -> Result<T, Failure>
+    where
+        F: Fn(Pool<Sqlite>) -> Fut,
+        Fut: Future<Output = Result<T, sqlx::Error>>,
+    {
+        self.single(once).await
+    }
+
     /// Begins a transaction of several reads that see one moment.
     pub(super) async fn snapshot(&self) -> Result<Transaction<'static, Sqlite>, sqlx::Error> {
         // Differs: in WAL mode a deferred transaction sees the moment of its first read.

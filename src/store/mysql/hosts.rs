@@ -40,7 +40,7 @@ const BEGIN: Duration = Duration::from_secs(2);
 /// between us has forgotten our connections.
 const STUCK: Duration = Duration::from_secs(8);
 
-/// All hosts, and the pool of connections to one of them.
+/// All hosts, and the connections to one of them.
 #[derive(Debug)]
 pub(super) struct Hosts {
     all: Vec<Host>,
@@ -77,8 +77,10 @@ struct Pools {
 
 impl Pools {
     fn to(host: &Host, options: &MySqlPoolOptions) -> Self {
+        // Kept for good: where the server is full, another could not be had.
+        let heart = options.clone().max_connections(1).max_lifetime(None).idle_timeout(None);
         let pool = |options: MySqlPoolOptions| options.connect_lazy_with(host.options.clone());
-        Self { work: pool(options.clone()), heart: pool(options.clone().max_connections(1)) }
+        Self { work: pool(options.clone()), heart: pool(heart) }
     }
 
     const fn of(&self, whose: Whose) -> &MySqlPool {
@@ -191,10 +193,7 @@ impl Hosts {
             };
             let error = match begun {
                 Ok(tx) => {
-                    // That the heart's own connection lives says nothing of the others.
-                    if whose == Whose::Work {
-                        self.heard();
-                    }
+                    self.heard(whose);
                     return Ok(tx);
                 }
                 Err(error) => error,
@@ -223,8 +222,8 @@ impl Hosts {
         self.current().pools.work
     }
 
-    /// Runs a single read on the pool, and has the hosts looked at if it fails because of its host.
-    pub(super) async fn read<T, F, Fut>(&self, once: F) -> Result<T, sqlx::Error>
+    /// Runs a single read, and has the hosts looked at if it fails because of its host.
+    pub(super) async fn read<T, F, Fut>(&self, whose: Whose, once: F) -> Result<T, sqlx::Error>
     where
         F: FnOnce(MySqlPool) -> Fut,
         Fut: Future<Output = Result<T, sqlx::Error>>,
@@ -233,11 +232,11 @@ impl Hosts {
         let current = self.present().await?;
         let done = tokio::select! {
             biased;
-            done = once(current.pools.work.clone()) => done,
+            done = once(current.pools.of(whose).clone()) => done,
             _ = left.changed() => Err(gone("the database's host was left")),
         };
         match &done {
-            Ok(_) => self.heard(),
+            Ok(_) => self.heard(whose),
             Err(error) => _ = self.turned_after(&current, error).await,
         }
         done
@@ -247,7 +246,11 @@ impl Hosts {
         self.current().pools.close().await;
     }
 
-    fn heard(&self) {
+    /// That the heart's own connection lives says nothing of the others.
+    fn heard(&self, whose: Whose) {
+        if whose == Whose::Heart {
+            return;
+        }
         let now = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.answered.store(now, Ordering::Relaxed);
     }
@@ -352,7 +355,7 @@ impl Hosts {
         drop(current.pools.work.close());
         drop(current.pools.heart.close());
         self.left.send_replace(());
-        self.heard();
+        self.heard(Whose::Work);
         true
     }
 }
@@ -392,8 +395,7 @@ async fn look(host: &Host, patience: Duration) -> Result<bool, Unreached> {
         Ok(Ok(writable)) => Ok(writable),
         Ok(Err(error)) => {
             let advice = host.advice(&error);
-            // Too many connections: the server's limit (2), the account's.
-            let busy = matches!(sql::number(&error), Some((Kind::Mysql, 1040 | 1203 | 1226)));
+            let busy = sql::is_full(&error);
             let cure = advice.is_some();
             let said = advice.unwrap_or_else(|| format!("{host}: {}", sql::without_values(error)));
             Err(Unreached { said, cure, busy })

@@ -6,11 +6,12 @@ use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use serde_json::json;
 use sonnette::{
     domain::{clock::SystemClock, secret::Secret},
-    store::address,
+    store::{Role, address, open},
 };
 
 use super::{Account, PASSWORD, said};
 use crate::{
+    store::{connection::is_not_harmed_by_what_is_cut_off, settings},
     support::{database::PrivateServer, scratch::Folder, world::World},
     tour::take_the_tour,
 };
@@ -152,6 +153,19 @@ async fn an_account_that_requires_a_certificate_is_served_with_it_and_refused_wi
     let id = world.send(json!({ "user_ids": ["rider"] })).await;
     assert_eq!(world.done(&id).await["counts"]["accepted"], 1);
     assert!(!format!("{:?}", world.config).contains(PASSWORD));
+}
+
+#[tokio::test]
+async fn what_is_cut_off_costs_no_connection_over_tls_either() {
+    let folder = Folder::new("cut");
+    let authority = Authority::new(folder.path(), "ca");
+    authority.signs("server", &["localhost"], |_| {});
+    let server = PrivateServer::start_with(&only_tls(folder.path(), "server")).await;
+    let account = Account::create(&server, "ALL", "REQUIRE SSL").await;
+    let url = address::anchored(&account.url("localhost", "ssl-mode=VERIFY_IDENTITY&ssl-ca=ca.pem"), folder.path());
+    let store = open(&settings(&url), Role::CommandLine, Arc::new(SystemClock::new())).await.unwrap();
+    store.migrate().await.unwrap();
+    is_not_harmed_by_what_is_cut_off(&*store).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

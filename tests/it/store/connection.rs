@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use sonnette::{
     domain::clock::SystemClock,
-    store::{DeviceFilter, Kind, PageRequest, Role, StoreError, open},
+    store::{DeviceFilter, Kind, PageRequest, Role, Store, StoreError, open},
 };
 
 use super::{NOW, later, settings, store, try_open};
@@ -39,29 +39,32 @@ on_both_stores! {
         assert_eq!(second.shared_secret("identity", b"late").await.unwrap(), *kept.first().unwrap());
     }
 
-    // A caller who hangs up, a service that stops: what they were about is cut, and what the server had half answered, or
-    // a transaction that had just begun, is still in the line.
     async fn what_is_cut_off_wherever_it_is_costs_no_connection_and_leaves_nothing_in_it(database) {
-        let store = store(&database).await;
-        let many: Vec<_> = (0..1_000).map(|n| super::devices::registration(&format!("{n:04x}"))).collect();
-        for some in many.chunks(250) {
-            store.register(some, NOW).await.unwrap();
-        }
-        let (filter, page) = (DeviceFilter::default(), PageRequest { cursor: None, limit: 1_000 });
-        for polls in (0..400).step_by(3) {
-            cut_after(polls, store.devices(&filter, &page)).await;
-            cut_after(polls, store.probe(NOW)).await;
-        }
-        let all = async {
-            let reads = futures_util::future::join_all((0..32).map(|_| store.devices(&filter, &page)));
-            let writes = futures_util::future::join_all((0..32).map(|_| store.probe(NOW)));
-            let (reads, writes) = tokio::join!(reads, writes);
-            assert!(reads.iter().all(|read| read.as_ref().unwrap().items.len() == 1_000));
-            assert!(writes.iter().all(Result::is_ok), "{writes:?}");
-            store.close().await;
-        };
-        within("every connection to come back", all).await;
+        is_not_harmed_by_what_is_cut_off(&*store(&database).await).await;
     }
+}
+
+/// A caller who hangs up, a service that stops: what they were about is cut, and what the server had half answered, or
+/// a transaction that had just begun, is still in the line.
+pub(crate) async fn is_not_harmed_by_what_is_cut_off(store: &dyn Store) {
+    let many: Vec<_> = (0..1_000).map(|n| super::devices::registration(&format!("{n:04x}"))).collect();
+    for some in many.chunks(250) {
+        store.register(some, NOW).await.unwrap();
+    }
+    let (filter, page) = (DeviceFilter::default(), PageRequest { cursor: None, limit: 1_000 });
+    for polls in (0..400).step_by(3) {
+        cut_after(polls, store.devices(&filter, &page)).await;
+        cut_after(polls, store.probe(NOW)).await;
+    }
+    let all = async {
+        let reads = futures_util::future::join_all((0..32).map(|_| store.devices(&filter, &page)));
+        let writes = futures_util::future::join_all((0..32).map(|_| store.probe(NOW)));
+        let (reads, writes) = tokio::join!(reads, writes);
+        assert!(reads.iter().all(|read| read.as_ref().unwrap().items.len() == 1_000));
+        assert!(writes.iter().all(Result::is_ok), "{writes:?}");
+        store.close().await;
+    };
+    within("every connection to come back", all).await;
 }
 
 async fn cut_after(polls: usize, statement: impl Future) {

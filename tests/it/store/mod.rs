@@ -4,7 +4,7 @@ mod api_keys;
 mod audience;
 mod breakers;
 mod cancel;
-mod connection;
+pub(crate) mod connection;
 mod devices;
 mod migrations;
 mod notifications;
