@@ -1,12 +1,12 @@
 //! Making outcomes durable: small and soon.
 //!
-//! Promises: what was answered is settled in the next commit, together with whatever else waits; while the database is
-//! gone, settles wait and are repeated, and since every chunk waits for its own settle, sending stops when the buffer
-//! is full. A settle with an old epoch changes nothing, and whoever sent it is told.
+//! Promises: what was answered is settled within milliseconds, together with whatever else comes meanwhile; while the
+//! database is gone, settles wait and are repeated, and since every chunk waits for its own settle, sending stops when
+//! the buffer is full. A settle with an old epoch changes nothing, and whoever sent it is told.
 
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::{
     domain::{
@@ -47,7 +47,11 @@ struct Waiting {
 
 /// The door to the settling task.
 #[derive(Debug, Clone)]
-pub(super) struct Settler(mpsc::Sender<Waiting>);
+pub(super) struct Settler {
+    results: mpsc::Sender<Waiting>,
+    /// Somebody waits with a push until its mark is durable, or goes on with a chunk.
+    hurry: Arc<Notify>,
+}
 
 /// Results that may wait for a commit.
 const BUFFER: usize = 4_096;
@@ -55,17 +59,32 @@ const BUFFER: usize = 4_096;
 /// The most chunks in one commit.
 const GROUP: usize = 256;
 
+/// So long a group that is not full waits for more, by the machine's time, if all of it has ended: nobody waits for that
+/// to be durable as callers wait for their `202`, whose commits these would hold up.
+const GATHER: Duration = Duration::from_millis(5);
+
 /// The pause between two tries while the database is gone.
 const PAUSE: Duration = Duration::from_millis(250);
 
 impl Settler {
     /// Starts the settling task. It ends once every [`Settler`] is dropped, so that a drain settles everything.
     pub(super) fn start(store: Arc<dyn Store>, clock: Arc<dyn Clock>, identity: Identity, tasks: &Tasks) -> Self {
-        let (sender, mut waiting) = mpsc::channel::<Waiting>(BUFFER);
+        let (results, mut waiting) = mpsc::channel::<Waiting>(BUFFER);
+        let hurry = Arc::new(Notify::new());
+        let hurried = Arc::clone(&hurry);
         let work = Desk { store, clock, identity, tasks: tasks.clone() };
         tasks.spawn_brief("dispatch.settle", async move {
             let mut group = Vec::with_capacity(GROUP);
             while waiting.recv_many(&mut group, GROUP).await > 0 {
+                if group.len() < GROUP && group.iter().all(|w| w.progress.chunk.is_done()) {
+                    tokio::select! {
+                        () = tokio::time::sleep(GATHER) => {}
+                        () = hurried.notified() => {}
+                    }
+                    while let Some(next) = (group.len() < GROUP).then(|| waiting.try_recv().ok()).flatten() {
+                        group.push(next);
+                    }
+                }
                 // Two of one chunk, of an old and a new lease, must not share an answer.
                 let mut keys = HashSet::with_capacity(group.len());
                 let (first, again): (Vec<Waiting>, Vec<Waiting>) =
@@ -76,14 +95,18 @@ impl Settler {
                 }
             }
         });
-        Self(sender)
+        Self { results, hurry }
     }
 
     /// Waits until the progress is committed. Not cancellable: dropping the future does not undo the settle.
     pub(super) async fn settle(&self, progress: Progress) -> (Option<Progress>, Settlement) {
         let (answer, answered) = oneshot::channel();
-        if self.0.send(Waiting { progress, answer }).await.is_err() {
+        let is_done = progress.chunk.is_done();
+        if self.results.send(Waiting { progress, answer }).await.is_err() {
             return (None, Settlement::GivenUp);
+        }
+        if !is_done {
+            self.hurry.notify_one();
         }
         match answered.await {
             Ok((progress, settlement)) => (Some(progress), settlement),
