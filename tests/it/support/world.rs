@@ -259,7 +259,8 @@ async fn until_within<T, F: Future<Output = Option<T>>>(
 }
 
 /// Lets about a second pass, until the service's heart has beaten: time that leaps ahead of the heart would make the
-/// service distrust its own leases, as it should.
+/// service distrust its own leases, as it should. And until the database has taken a commit by the way that the work goes,
+/// which the heart does not: on a slow one time goes slowly.
 pub(crate) async fn tick(world: &World, clock: &ManualClock) {
     let beat = || async { world.app().store().replicas().await.unwrap()[0].beat };
     let before = beat().await;
@@ -274,6 +275,7 @@ pub(crate) async fn tick(world: &World, clock: &ManualClock) {
         async { (beat().await > before).then_some(()) }
     })
     .await;
+    world.app().store().probe(clock.now()).await.unwrap();
 }
 
 /// Lets time pass until a condition holds. The bound is one of the clock's: how fast it runs is the machine's affair.
