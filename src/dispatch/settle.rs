@@ -60,8 +60,10 @@ const BUFFER: usize = 4_096;
 const GROUP: usize = 256;
 
 /// So long a group that is not full waits for more, by the machine's time, if all of it has ended: nobody waits for that
-/// to be durable as callers wait for their `202`, whose commits these would hold up.
+/// to be durable as callers wait for their `202`, whose commits these would hold up. Once for each replica that lives, so
+/// that together they commit about as often as one alone, but no longer than for [`GATHERED_BY`] of them.
 const GATHER: Duration = Duration::from_millis(5);
+const GATHERED_BY: u32 = 4;
 
 /// The pause between two tries while the database is gone.
 const PAUSE: Duration = Duration::from_millis(250);
@@ -78,7 +80,7 @@ impl Settler {
             while waiting.recv_many(&mut group, GROUP).await > 0 {
                 if group.len() < GROUP && group.iter().all(|w| w.progress.chunk.is_done()) {
                     tokio::select! {
-                        () = tokio::time::sleep(GATHER) => {}
+                        () = tokio::time::sleep(GATHER * work.identity.living().min(GATHERED_BY)) => {}
                         () = hurried.notified() => {}
                     }
                     while let Some(next) = (group.len() < GROUP).then(|| waiting.try_recv().ok()).flatten() {
