@@ -4,9 +4,9 @@
 //! our own monotonic time, while our own commits succeed, is dead: its work is given back. A replica that could not
 //! bump its own counter for [`TRUSTED_FOR`] (it hung, it was stopped, its database is gone) writes nothing more to
 //! APNs until it has: by then others may have taken over. One that finds itself declared dead joins anew, and what it
-//! held is no longer its own. The connections to APNs are shared out among those that live. The heart waits for
-//! no work of ours but the commits that take some on, and has a connection of its own: who is busy, or waits for somebody,
-//! is alive.
+//! held is no longer its own. The connections to APNs are shared out among those that live. The heart waits for no work
+//! of ours but the commits that take some on, and has a connection of its own: who is busy, or waits for somebody, is
+//! alive.
 
 use std::{
     collections::HashMap,
@@ -160,6 +160,11 @@ impl Watch {
         }
     }
 
+    /// How long a counter has been seen to stand still; for ever, if there is none.
+    fn still_for(&self, replica: ReplicaId, now: Duration) -> Duration {
+        self.counters.get(&replica).map_or(Duration::MAX, |(_, since)| now.saturating_sub(*since))
+    }
+
     async fn observe(&mut self) -> Result<(), StoreError> {
         let me = self.pulse.identity.get();
         let replicas = self.store.replicas().await?;
@@ -178,16 +183,13 @@ impl Watch {
                 *seen = (replica.beat, now);
             }
         }
-        let still_for = |counters: &HashMap<ReplicaId, (i64, Duration)>, id| {
-            counters.get(&id).map_or(Duration::MAX, |(_, since)| now.saturating_sub(*since))
-        };
         // Where ours does not move either, it may be the database.
-        if still_for(&self.counters, me) > GAP {
+        if self.still_for(me, now) > GAP {
             self.counters.clear();
             return Ok(());
         }
         for replica in replicas.iter().filter(|r| r.id != me) {
-            if still_for(&self.counters, replica.id) >= DEAD_AFTER && self.store.bury(replica.id, replica.beat).await? {
+            if self.still_for(replica.id, now) >= DEAD_AFTER && self.store.bury(replica.id, replica.beat).await? {
                 tracing::warn!(
                     replica = replica.id.0,
                     name = replica.name,

@@ -83,7 +83,9 @@ impl Settler {
                         () = tokio::time::sleep(GATHER * work.identity.living().min(GATHERED_BY)) => {}
                         () = hurried.notified() => {}
                     }
-                    while let Some(next) = (group.len() < GROUP).then(|| waiting.try_recv().ok()).flatten() {
+                    while group.len() < GROUP
+                        && let Ok(next) = waiting.try_recv()
+                    {
                         group.push(next);
                     }
                 }

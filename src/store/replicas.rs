@@ -2,9 +2,8 @@
 //!
 //! Promises: whoever takes work on looks at its replica's row last and holds it until it has committed, and a burial deletes
 //! that row before it gives the work back, so that no work is left in the name of a dead replica: where both meet, one waits
-//! for the other, or either is refused (a deadlock) and made again. A Galera cluster knows a row lock on one
-//! node only, and lets both commit where neither writes what the other wrote: there [`Replicas::free_orphans`] finds
-//! what was left.
+//! for the other, or either is refused (a deadlock) and made again. A Galera cluster knows a row lock on one node only, and
+//! lets both commit where neither writes what the other wrote: there [`Replicas::free_orphans`] finds what was left.
 
 use async_trait::async_trait;
 

@@ -90,8 +90,10 @@ impl Pools {
         }
     }
 
-    async fn close(&self) {
-        tokio::join!(self.work.close(), self.heart.close());
+    /// Marks them at once, whether or not the answer is waited for: until all of them have come back.
+    fn close(&self) -> impl Future<Output = ()> {
+        let (work, heart) = (self.work.close(), self.heart.close());
+        async { _ = tokio::join!(work, heart) }
     }
 }
 
@@ -352,8 +354,7 @@ impl Hosts {
         *self.current.write().unwrap_or_else(PoisonError::into_inner) = new;
         // Marks it: whoever waits for one of its connections is told at once, and what comes back to it is closed.
         // Not waited for, because what hangs may hang for long.
-        drop(current.pools.work.close());
-        drop(current.pools.heart.close());
+        drop(current.pools.close());
         self.left.send_replace(());
         self.heard(Whose::Work);
         true
