@@ -155,13 +155,18 @@ async fn an_account_that_requires_a_certificate_is_served_with_it_and_refused_wi
     assert!(!format!("{:?}", world.config).contains(PASSWORD));
 }
 
+/// A server at `localhost` that takes only TLS, and an account that has to come over it; `ca.pem` is in the folder.
+async fn behind_tls(folder: &Path) -> (PrivateServer, Account) {
+    Authority::new(folder, "ca").signs("server", &["localhost"], |_| {});
+    let server = PrivateServer::start_with(&only_tls(folder, "server")).await;
+    let account = Account::create(&server, "ALL", "REQUIRE SSL").await;
+    (server, account)
+}
+
 #[tokio::test]
 async fn what_is_cut_off_costs_no_connection_over_tls_either() {
     let folder = Folder::new("cut");
-    let authority = Authority::new(folder.path(), "ca");
-    authority.signs("server", &["localhost"], |_| {});
-    let server = PrivateServer::start_with(&only_tls(folder.path(), "server")).await;
-    let account = Account::create(&server, "ALL", "REQUIRE SSL").await;
+    let (_server, account) = behind_tls(folder.path()).await;
     let url = address::anchored(&account.url("localhost", "ssl-mode=VERIFY_IDENTITY&ssl-ca=ca.pem"), folder.path());
     let store = open(&settings(&url), Role::CommandLine, Arc::new(SystemClock::new())).await.unwrap();
     store.migrate().await.unwrap();
@@ -171,10 +176,7 @@ async fn what_is_cut_off_costs_no_connection_over_tls_either() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_tour_of_the_readme_works_on_a_server_that_takes_only_tls_and_whose_name_is_verified() {
     let folder = Folder::new("tour");
-    let authority = Authority::new(folder.path(), "ca");
-    authority.signs("server", &["localhost"], |_| {});
-    let server = PrivateServer::start_with(&only_tls(folder.path(), "server")).await;
-    let account = Account::create(&server, "ALL", "REQUIRE SSL").await;
+    let (_server, account) = behind_tls(folder.path()).await;
     let world = served(folder.path(), account, "ssl-mode=VERIFY_IDENTITY&ssl-ca=ca.pem").await;
     take_the_tour(&world).await;
 }

@@ -22,6 +22,7 @@ use crate::{
         cluster::{Cluster, Member},
         crowd::requests,
         database::mysql_database,
+        running::running,
         world::{KEY_ID, TEAM, TOPIC, World, ticking_until_done, until},
     },
 };
@@ -282,11 +283,9 @@ async fn a_commit_that_takes_long_holds_up_no_other_though_each_replica_has_one_
         tokio::spawn(async move { caller.post("/v1/notifications", &body).await.status.as_u16() })
     };
     let long = send(json!({}));
-    let waits = "SELECT COUNT(*) FROM information_schema.processlist WHERE db = DATABASE() AND id <> CONNECTION_ID() AND \
-        info LIKE '%LOCK IN SHARE MODE%'";
     until("its commit waits", || async {
         let mut observer = MySqlConnection::connect(database).await.unwrap();
-        (sqlx::query_scalar::<_, i64>(waits).fetch_one(&mut observer).await.unwrap() > 0).then_some(())
+        running(&mut observer).await.iter().any(|one| one.text.contains("LOCK IN SHARE MODE")).then_some(())
     })
     .await;
     let later = send(json!({ "send_at": "2027-01-01T00:00:00Z" }));

@@ -24,6 +24,7 @@ use crate::{
         client::Client,
         cluster::{Cluster, Member},
         database::{TestDatabase, mysql_database},
+        running::running,
         service::Service,
         world::{TOPIC, patiently, until},
     },
@@ -437,9 +438,9 @@ async fn a_replica_that_hangs_in_the_middle_of_a_transaction_is_taken_over_while
     sqlx::raw_sql(AssertSqlSafe(lock)).execute(&mut connection).await.unwrap();
     until("a heartbeat waits", || async {
         // A second: the other one's heartbeats wait for nobody.
-        let waiting = "SELECT COUNT(*) FROM information_schema.processlist \
-                       WHERE db = DATABASE() AND time >= 1 AND info LIKE '-- replicas.beat%'";
-        (number(database, waiting).await == 1).then_some(())
+        let mut observer = MySqlConnection::connect(database.url()).await.unwrap();
+        let waiting = running(&mut observer).await;
+        (waiting.iter().filter(|one| one.waits_in("replicas.beat")).count() == 1).then_some(())
     })
     .await;
     cluster.replicas[0].signal("STOP");

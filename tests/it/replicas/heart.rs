@@ -47,11 +47,6 @@ async fn its_heart_beats_on_while(database: &TestDatabase, which: impl Fn(&Runni
     tokio::time::timeout(PATIENCE, beaten).await.expect("a heart that beats on while others wait");
 }
 
-/// Those that have waited for a second or more in a statement of this name.
-fn in_statement(name: &'static str) -> impl Fn(&Running) -> bool {
-    move |one| one.seconds >= 1 && one.text.starts_with(&format!("-- {name}"))
-}
-
 /// Whoever wants these rows waits until the connection is dropped.
 async fn hold(database: &TestDatabase, rows: &str) -> MySqlConnection {
     let mut connection = MySqlConnection::connect(database.url()).await.unwrap();
@@ -73,7 +68,7 @@ async fn a_replica_lives_while_its_claim_takes_long() {
     let id = answer["id"].as_str().unwrap().replace('-', "");
     let rows = format!("SELECT id FROM notifications WHERE id = X'{id}' FOR UPDATE");
     let held = hold(database, &rows).await;
-    its_heart_beats_on_while(database, in_statement("queue.resolved"), 1).await;
+    its_heart_beats_on_while(database, |one| one.waits_in("queue.resolved"), 1).await;
     held.close().await.unwrap();
     everything_is_accepted(&cluster, 10).await;
 }
@@ -89,7 +84,7 @@ async fn a_replica_lives_while_accepting_takes_long() {
     let body =
         json!({ "topic": TOPIC, "to": { "user_ids": ["rider-1"] }, "payload": { "aps": { "alert": "Ding dong" } } });
     let meanwhile = async {
-        its_heart_beats_on_while(database, in_statement("queue.insert_links"), 1).await;
+        its_heart_beats_on_while(database, |one| one.waits_in("queue.insert_links"), 1).await;
         held.close().await.unwrap();
     };
     let (answer, ()) = tokio::join!(cluster.callers[0].post("/v1/notifications", &body), meanwhile);
@@ -104,7 +99,7 @@ async fn a_replica_lives_while_it_takes_over_from_one_that_is_dead() {
     cluster.replicas[0].process().kill();
     let database = cluster.database();
     let held = hold(database, &format!("SELECT id FROM replicas WHERE id = {dead} FOR UPDATE")).await;
-    its_heart_beats_on_while(database, in_statement("replicas.end"), 1).await;
+    its_heart_beats_on_while(database, |one| one.waits_in("replicas.end"), 1).await;
     held.close().await.unwrap();
     until("it is taken over", || async {
         (number(database, "SELECT COUNT(*) FROM replicas").await == 1).then_some(())

@@ -10,7 +10,15 @@ pub(crate) struct Running {
     pub(crate) text: String,
 }
 
-/// What there is in the database of this connection. Not from `information_schema`, which MySQL cannot read where a statement holds bytes.
+impl Running {
+    /// Whether it has been in a statement of this name for a second or more.
+    pub(crate) fn waits_in(&self, name: &str) -> bool {
+        self.seconds >= 1 && self.text.strip_prefix("-- ").is_some_and(|text| text.starts_with(name))
+    }
+}
+
+/// What there is in the database of this connection. Not from `information_schema`, which MySQL cannot read where a
+/// statement holds bytes.
 pub(crate) async fn running(connection: &mut MySqlConnection) -> Vec<Running> {
     let own: String = sqlx::query_scalar("SELECT DATABASE()").fetch_one(&mut *connection).await.unwrap();
     let mut rows = sqlx::raw_sql("SHOW FULL PROCESSLIST").fetch_all(connection).await.unwrap();
