@@ -4,6 +4,7 @@
 //! nothing new is accepted and requests in flight are answered.
 
 use std::{
+    convert::Infallible,
     io,
     net::SocketAddr,
     sync::{
@@ -13,6 +14,8 @@ use std::{
     time::Duration,
 };
 
+use axum::response::Response;
+use futures_util::{TryFutureExt as _, future::MapOk};
 use http::Request;
 use hyper::{body::Incoming, service::Service};
 use hyper_util::{
@@ -30,6 +33,7 @@ use tokio::{
 };
 use tokio_rustls::TlsAcceptor;
 
+use super::{gather::Gathered, request::name_methods};
 use crate::lifecycle::Tasks;
 
 /// How long a client may take for its request's head, and for a TLS handshake.
@@ -145,7 +149,7 @@ where
         .max_header_list_size(16 * 1024);
     let asked = Arc::new(AtomicBool::new(false));
     let service = Asked { router, asked: Arc::clone(&asked) };
-    let connection = builder.serve_connection_with_upgrades(TokioIo::new(stream), service);
+    let connection = builder.serve_connection_with_upgrades(TokioIo::new(Gathered::new(stream)), service);
     let connection = watcher.watch(connection.into_owned());
     tokio::pin!(connection);
     // hyper's own bound begins only once it knows which HTTP is spoken, and there is none for HTTP/2.
@@ -169,12 +173,13 @@ struct Asked {
 }
 
 impl Service<Request<Incoming>> for Asked {
-    type Response = <TowerToHyperService<axum::Router> as Service<Request<Incoming>>>::Response;
-    type Error = <TowerToHyperService<axum::Router> as Service<Request<Incoming>>>::Error;
-    type Future = <TowerToHyperService<axum::Router> as Service<Request<Incoming>>>::Future;
+    type Response = Response;
+    type Error = Infallible;
+    type Future =
+        MapOk<<TowerToHyperService<axum::Router> as Service<Request<Incoming>>>::Future, fn(Response) -> Response>;
 
     fn call(&self, request: Request<Incoming>) -> Self::Future {
         self.asked.store(true, Ordering::Relaxed);
-        self.router.call(request)
+        self.router.call(request).map_ok(name_methods)
     }
 }

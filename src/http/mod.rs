@@ -12,12 +12,13 @@
 //! | [`auth`], [`identity`] | who calls; who holds the phone |
 //! | [`body`], [`request`] | bounded bodies; request ids, the log line, metrics, deadlines |
 //! | [`catalogue`] | the configured apps |
-//! | [`listener`], [`tls`] | sockets |
+//! | [`listener`], [`tls`], `gather.rs` | sockets |
 
 pub mod auth;
 pub mod body;
 pub mod catalogue;
 pub mod fields;
+mod gather;
 pub mod identity;
 pub mod listener;
 pub mod ops;
@@ -34,7 +35,6 @@ use axum::{
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
-use tower_http::catch_panic::CatchPanicLayer;
 
 pub use catalogue::Catalogue;
 
@@ -154,11 +154,5 @@ fn health() -> Router<Shared> {
 }
 
 fn framed(router: Router<Shared>, api: Shared) -> Router {
-    let router = router
-        .fallback(v1::no_such_path)
-        .layer(CatchPanicLayer::custom(request::panicked))
-        .layer(axum::middleware::from_fn_with_state(Arc::clone(&api), request::frame))
-        .with_state(api);
-    // `Allow` is added to what the layers of a router's own paths have answered.
-    Router::new().fallback_service(router).layer(axum::middleware::map_response(request::name_methods))
+    router.fallback(v1::no_such_path).layer(request::Frame::around(&api)).with_state(api)
 }

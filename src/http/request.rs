@@ -6,17 +6,22 @@
 
 use std::{
     any::Any,
+    convert::Infallible,
+    panic::AssertUnwindSafe,
     sync::{Arc, OnceLock},
+    task::{Context as Polling, Poll},
     time::Duration,
 };
 
 use axum::{
     body::Body,
-    extract::{MatchedPath, Request, State},
-    middleware::Next,
+    extract::{MatchedPath, Request},
     response::{IntoResponse, Response},
+    routing::Route,
 };
+use futures_util::{FutureExt as _, future::BoxFuture};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
+use tower::{Layer, Service};
 use tracing::Instrument;
 
 use super::{
@@ -108,8 +113,48 @@ impl Drop for Record {
     }
 }
 
-/// The outermost layer of the router.
-pub(super) async fn frame(State(api): State<Shared>, mut request: Request, next: Next) -> Response {
+/// The one layer of the router: what it surrounds is a path's handler, whose pattern is known here.
+///
+/// One, and with one allocation a request, because each layer of a router costs some.
+#[derive(Clone)]
+pub(super) struct Frame<S> {
+    api: Shared,
+    inner: S,
+}
+
+impl Frame<()> {
+    /// Around whatever it is laid.
+    pub(super) fn around(api: &Shared) -> Self {
+        Self { api: Arc::clone(api), inner: () }
+    }
+}
+
+impl Layer<Route> for Frame<()> {
+    type Service = Frame<Route>;
+
+    fn layer(&self, inner: Route) -> Frame<Route> {
+        Frame { api: Arc::clone(&self.api), inner }
+    }
+}
+
+impl Service<Request> for Frame<Route> {
+    type Response = Response;
+    type Error = Infallible;
+    type Future = BoxFuture<'static, Result<Response, Infallible>>;
+
+    fn poll_ready(&mut self, polling: &mut Polling<'_>) -> Poll<Result<(), Infallible>> {
+        Service::<Request>::poll_ready(&mut self.inner, polling)
+    }
+
+    fn call(&mut self, request: Request) -> Self::Future {
+        // The one that was asked whether it is ready.
+        let ready = self.inner.clone();
+        let inner = std::mem::replace(&mut self.inner, ready);
+        Box::pin(frame(Arc::clone(&self.api), inner, request).map(Ok))
+    }
+}
+
+async fn frame(api: Shared, mut inner: Route, mut request: Request) -> Response {
     let clock = Arc::clone(&api.services.clock);
     let context = Arc::new(Context::new(request.headers()));
     let method = request.method().clone();
@@ -125,10 +170,14 @@ pub(super) async fn frame(State(api): State<Shared>, mut request: Request, next:
     };
     let span = tracing::info_span!("http.request", request.id = context.id);
     request.extensions_mut().insert(Arc::clone(&context));
+    let handled = AssertUnwindSafe(async { inner.call(request).await }).catch_unwind();
     // What is lost at the deadline is the wait for an answer: a commit under way goes on by itself.
     let response = tokio::select! {
         biased;
-        response = next.run(request).instrument(span) => response,
+        handled = handled.instrument(span) => match handled {
+            Ok(Ok(response)) => response,
+            Err(panic) => panicked(panic.as_ref()),
+        },
         () = clock.sleep(api.services.settings.request_timeout) => Problem::unavailable(
             "This took too long. Whether it was kept is not known; send it again, with the same Idempotency-Key if it had one.",
             1,
@@ -147,8 +196,9 @@ pub(super) async fn frame(State(api): State<Shared>, mut request: Request, next:
     response
 }
 
-/// Names the methods that a path knows in the document that refuses another one.
-pub(super) async fn name_methods(mut response: Response) -> Response {
+/// Names the methods that a path knows in the document that refuses another one. Outside of the router, which adds
+/// `Allow` to what the layers of its paths have answered.
+pub(super) fn name_methods(mut response: Response) -> Response {
     if response.status() != StatusCode::METHOD_NOT_ALLOWED {
         return response;
     }
@@ -233,8 +283,7 @@ fn known(method: &Method) -> &'static str {
 }
 
 /// The answer to a request whose handler panicked: a bug of ours.
-#[expect(clippy::needless_pass_by_value, reason = "the signature of tower-http's handler")]
-pub(super) fn panicked(panic: Box<dyn Any + Send>) -> Response {
+fn panicked(panic: &(dyn Any + Send)) -> Response {
     let message = panic
         .downcast_ref::<String>()
         .map(String::as_str)
