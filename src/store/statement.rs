@@ -138,6 +138,17 @@ impl Statement {
         self
     }
 
+    /// `?,?,…` with these values.
+    pub(super) fn values(&mut self, values: impl IntoIterator<Item = Value>) -> &mut Self {
+        for (at, value) in values.into_iter().enumerate() {
+            if at > 0 {
+                self.text.push(',');
+            }
+            self.bind(value);
+        }
+        self
+    }
+
     /// `(?,?,…)` with these values, filled up to a power of two with the last one: so that lists of all lengths make
     /// a few statements, which stay prepared. An empty list becomes `(NULL)`, which nothing is in.
     pub(super) fn list<V: Into<Value>>(&mut self, values: impl IntoIterator<Item = V>) -> &mut Self {

@@ -465,6 +465,7 @@ on_both_stores! {
 
     async fn hundreds_are_settled_at_once_each_with_its_own(database) {
         let world = World::on(database).await;
+        let at = |n: usize| NOW.plus(Duration::from_millis(n as u64));
         let mut names = Vec::new();
         for n in 0..30 {
             names.push(format!("user-{n}"));
@@ -475,7 +476,10 @@ on_both_stores! {
             .map(|answer| new(answer).1.remove(0)).collect();
         let chunks: Vec<_> = leases.iter().enumerate().map(|(n, lease)| {
             let mut chunk = lease.chunk.clone();
-            chunk.states[0] = if n % 3 == 0 { ended(DeliveryStatus::Failed, Some(apple(400, "BadTopic")), NOW) } else { accepted_state() };
+            chunk.states[0] = match n % 3 {
+                0 => ended(DeliveryStatus::Failed, Some(apple(400, "BadTopic")), at(n)),
+                _ => ended(DeliveryStatus::Accepted, None, at(n)),
+            };
             chunk
         }).collect();
         let effects: Vec<_> = leases.iter().map(|lease| {
@@ -489,8 +493,28 @@ on_both_stores! {
         for (n, lease) in leases.iter().enumerate() {
             let counts = world.view(lease.key.notification).await.counts;
             assert_eq!((counts.failed, counts.accepted), if n % 3 == 0 { (1, 0) } else { (0, 1) });
+            assert_eq!(world.deliveries(lease.key.notification).await[0].state.at, Some(at(n)), "each with its own time");
         }
         assert_eq!(world.number("SELECT COUNT(*) FROM devices WHERE environment = 'production'").await, 20);
+    }
+
+    async fn what_came_back_in_a_new_epoch_is_not_ended_by_what_is_settled_of_the_old_one(database) {
+        let world = World::on(database).await;
+        world.phone("73", Some("u")).await;
+        let group = [world.submission(users(&["u"])), world.submission(users(&["u"]))];
+        let leases: Vec<_> = world.store.accept(&group, world.replica, NOW).await.unwrap().into_iter()
+            .map(|answer| new(answer).1.remove(0)).collect();
+        world.store.disown(&[leases[1].key], world.replica).await.unwrap();
+        // This replica has it again: only the epoch tells.
+        assert_eq!(world.store.claim(&Lane::ALL, 9, &[], &[], world.replica, NOW).await.unwrap().leases.len(), 1);
+        let done = leases[0].chunk.targets.iter().map(|_| accepted_state()).collect::<Vec<_>>();
+        let chunks: Vec<_> = leases.iter().map(|lease| sonnette::domain::delivery::Chunk { states: done.clone(),
+            ..lease.chunk.clone() }).collect();
+        let settled: Vec<_> = leases.iter().zip(&chunks).map(|(lease, chunk)| Settled { key: lease.key,
+            epoch: lease.epoch, chunk, disposition: Disposition::Keep, effects: &[], unique_ids: &[] }).collect();
+        assert_eq!(world.store.settle(&settled, world.replica, NOW).await.unwrap(), [leases[1].key]);
+        assert_eq!(world.view(leases[0].key.notification).await.counts.accepted, 1);
+        assert_eq!(world.view(leases[1].key.notification).await.counts.pending, 1);
     }
 
     async fn of_many_that_were_accepted_only_those_are_ended_whose_lease_still_holds(database) {
