@@ -52,7 +52,10 @@ impl DeviceToken {
         if bytes.is_empty() || bytes.len() > Self::MAX_BYTES {
             return Err(NotADeviceToken);
         }
-        Ok(Self(hex::encode(bytes).into()))
+        // `hex::encode` goes digit by digit.
+        let mut digits = vec![0; 2 * bytes.len()];
+        hex::encode_to_slice(bytes, &mut digits).map_err(|_| NotADeviceToken)?;
+        String::from_utf8(digits).map(|digits| Self(digits.into())).map_err(|_| NotADeviceToken)
     }
 
     /// The last six digits, by which people recognise a token.

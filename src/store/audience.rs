@@ -32,6 +32,9 @@ use crate::domain::{
 /// How many values go into one `IN (…)`.
 pub(super) const LIST: usize = 500;
 
+/// The most devices that one read of everyone brings.
+const PAGE: usize = 2_000;
+
 /// The words with which a target may end without having been leased.
 pub(super) const WORDS: [Cause; 7] = [
     own::WRONG_PUSH_TYPE,
@@ -357,6 +360,16 @@ pub(super) struct Piece {
     pub(super) reached: i64,
 }
 
+impl Piece {
+    /// Enters a device, if it may be sent to.
+    fn take(&mut self, address: Address, generation: Option<Generation>) {
+        if address.status == DeviceStatus::Active {
+            self.targets.push((Target::Device { seq: address.seq, generation }, State::PENDING));
+            self.addresses.insert(address.seq, address);
+        }
+    }
+}
+
 /// The next piece of tags or of everyone: at most `most` of the active devices for this push type with numbers above
 /// `after`. May hold fewer, or none, though there are more: until `up_to` is reached.
 pub(super) async fn next_piece(
@@ -366,29 +379,59 @@ pub(super) async fn next_piece(
     (after, up_to): (i64, i64),
     most: usize,
 ) -> Result<Piece, Failure> {
-    let topic = &notification.topic;
-    let Chosen { mut devices, mut reached } = ranges::choose(conn, topic, audience, (after, up_to), most).await?;
-    let mut found = find_by_seq(conn, &devices).await?;
-    let fenced = *audience != Audience::Everyone;
-    if fenced {
-        // Once more, behind the read of the generations: had the phone passed on between tags and generation, its next
-        // user would get what the tags of the one before asked for.
-        let again = ranges::choose(conn, topic, audience, (after, reached), most).await?;
-        reached = again.reached;
-        let still: HashSet<DeviceSeq> = again.devices.into_iter().collect();
-        devices.retain(|device| still.contains(device));
+    if *audience == Audience::Everyone {
+        return next_of_all(conn, notification, (after, up_to), most).await;
     }
-    let mut targets = Vec::with_capacity(devices.len());
-    let mut addresses = HashMap::with_capacity(devices.len());
-    for device in devices {
-        let Some(one) = found.remove(&device) else { continue };
-        if one.address.status == DeviceStatus::Active && of_topic(notification, &one) && fits(notification, &one) {
-            let generation = fenced.then_some(one.address.generation);
-            targets.push((Target::Device { seq: device, generation }, State::PENDING));
-            addresses.insert(device, one.address);
+    let topic = &notification.topic;
+    let Chosen { mut devices, reached } = ranges::choose(conn, topic, audience, (after, up_to), most).await?;
+    let mut found = find_by_seq(conn, &devices).await?;
+    // Once more, behind the read of the generations: had the phone passed on between tags and generation, its next
+    // user would get what the tags of the one before asked for.
+    let again = ranges::choose(conn, topic, audience, (after, reached), most).await?;
+    let still: HashSet<DeviceSeq> = again.devices.into_iter().collect();
+    devices.retain(|device| still.contains(device));
+    let room = devices.len();
+    let mut piece =
+        Piece { targets: Vec::with_capacity(room), addresses: HashMap::with_capacity(room), reached: again.reached };
+    for one in devices.iter().filter_map(|device| found.remove(device)) {
+        if of_topic(notification, &one) && fits(notification, &one) {
+            let generation = Some(one.address.generation);
+            piece.take(one.address, generation);
         }
     }
-    Ok(Piece { targets, addresses, reached })
+    Ok(piece)
+}
+
+/// [`next_piece`] of everyone: all that is needed of a device in one read.
+async fn next_of_all(
+    conn: &mut Conn<'_>,
+    notification: &Notification,
+    (after, up_to): (i64, i64),
+    most: usize,
+) -> Result<Piece, Failure> {
+    let push_type = notification.push_type.token_type().as_str().as_bytes();
+    let mut piece =
+        Piece { targets: Vec::with_capacity(most), addresses: HashMap::with_capacity(most), reached: after };
+    let mut left = most;
+    while piece.reached < up_to && left > 0 {
+        let page = left.min(PAGE);
+        let mut statement = Statement::new("-- queue.resolve_everyone\nSELECT ");
+        statement.push(COLUMNS).push(", push_type").push(ranges::devices_of_an_app(conn.kind()));
+        statement.bind(notification.topic.as_str()).push(" AND seq > ").bind(piece.reached);
+        statement.push(" AND seq <= ").bind(up_to).push(" ORDER BY seq LIMIT ").bind(page as u64);
+        let rows = conn.fetch(statement).await?;
+        piece.reached = match rows.last() {
+            Some(last) if rows.len() == page => last.int(0)?,
+            _ => up_to,
+        };
+        left -= rows.len();
+        for row in &rows {
+            if row.bytes(8)? == push_type {
+                piece.take(address_from(row)?, None);
+            }
+        }
+    }
+    Ok(piece)
 }
 
 /// The highest number that any device has: those that are there now have no higher one.

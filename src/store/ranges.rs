@@ -1,4 +1,4 @@
-//! Tags and everyone as numbers of devices: ranges of indexes, merged in their order.
+//! Tags as numbers of devices: ranges of indexes, merged in their order.
 //!
 //! Promises: what is chosen is what the tags say, each number once and in order; nothing is sorted, and a piece reads a
 //! bounded number of rows, however many devices there are and however rare a match is.
@@ -181,10 +181,9 @@ impl<'a> Range<'a> {
     }
 
     fn statement(&self, kind: Kind, after: i64, page: usize) -> Statement {
-        // Differs: how an index is named. Without its name an optimizer may prefer the order of the table.
+        // Differs: how an index is named.
         let index = match (kind, &self.source) {
-            (Kind::Sqlite, Source::App(_)) => " FROM devices INDEXED BY devices_topic WHERE topic = ",
-            (Kind::Mysql, Source::App(_)) => " FROM devices FORCE INDEX (devices_topic) WHERE topic = ",
+            (_, Source::App(_)) => devices_of_an_app(kind),
             (Kind::Sqlite, Source::Tag(_)) => " FROM device_tags INDEXED BY device_tags_tag WHERE tag = ",
             (Kind::Mysql, Source::Tag(_)) => " FROM device_tags FORCE INDEX (device_tags_tag) WHERE tag = ",
         };
@@ -203,5 +202,15 @@ impl<'a> Range<'a> {
         statement.push(" AND ").push(number).push(" <= ").bind(self.up_to);
         statement.push(" ORDER BY ").push(number).push(" LIMIT ").bind(page as u64);
         statement
+    }
+}
+
+/// An app's devices in the order of their numbers: the topic is to be bound. Without the name of the index an optimizer
+/// may prefer the order of the table.
+pub(super) const fn devices_of_an_app(kind: Kind) -> &'static str {
+    // Differs: how an index is named.
+    match kind {
+        Kind::Sqlite => " FROM devices INDEXED BY devices_topic WHERE topic = ",
+        Kind::Mysql => " FROM devices FORCE INDEX (devices_topic) WHERE topic = ",
     }
 }
