@@ -131,6 +131,10 @@ pub async fn sum_up(clock: Arc<dyn Clock>) {
 
 /// Metric names, and the few calls that need their labels right.
 pub mod names {
+    use std::cell::RefCell;
+
+    use metrics::{Counter, Histogram};
+
     /// Requests to the API, by method, route and status.
     pub const HTTP_REQUESTS: &str = "sonnette_http_requests_total";
     /// How long they took, by route.
@@ -198,19 +202,68 @@ pub mod names {
 
     /// APNs has answered a push: `seconds` from the write.
     pub fn apns_answered(environment: &'static str, status: u16, seconds: f64) {
-        metrics::histogram!(APNS_DURATION, "environment" => environment, "status" => status.to_string())
-            .record(seconds);
+        thread_local! {
+            static LAST: Last<(&'static str, u16), Histogram> = const { Last::new() };
+        }
+        LAST.with(|last| {
+            last.or_look_up(
+                |labels| *labels == (environment, status),
+                || {
+                    let status_text = status.to_string();
+                    let found =
+                        metrics::histogram!(APNS_DURATION, "environment" => environment, "status" => status_text);
+                    ((environment, status), found)
+                },
+                |durations| durations.record(seconds),
+            );
+        });
     }
 
     /// A delivery has ended.
     pub fn delivery_ended(topic: &str, environment: &'static str, outcome: &'static str, reason: &str) {
-        metrics::counter!(
-            DELIVERIES,
-            "topic" => topic.to_owned(),
-            "environment" => environment,
-            "outcome" => outcome,
-            "reason" => reason.to_owned()
-        )
-        .increment(1);
+        thread_local! {
+            static LAST: Last<(String, &'static str, &'static str, String), Counter> = const { Last::new() };
+        }
+        LAST.with(|last| {
+            last.or_look_up(
+                |labels| (&*labels.0, labels.1, labels.2, &*labels.3) == (topic, environment, outcome, reason),
+                || {
+                    let (topic, reason) = (topic.to_owned(), reason.to_owned());
+                    let found = metrics::counter!(
+                        DELIVERIES,
+                        "topic" => topic.clone(),
+                        "environment" => environment,
+                        "outcome" => outcome,
+                        "reason" => reason.clone()
+                    );
+                    ((topic, environment, outcome, reason), found)
+                },
+                |ended| ended.increment(1),
+            );
+        });
+    }
+
+    /// What was counted last, with its labels: of a broadcast nearly all is the same, and looking it up would cost more than
+    /// all else that is done about an answer. A thread has its own.
+    struct Last<L, M>(RefCell<Option<(L, M)>>);
+
+    impl<L, M> Last<L, M> {
+        const fn new() -> Self {
+            Self(RefCell::new(None))
+        }
+
+        fn or_look_up(
+            &self,
+            is_same: impl FnOnce(&L) -> bool,
+            look_up: impl FnOnce() -> (L, M),
+            then: impl FnOnce(&M),
+        ) {
+            let mut last = self.0.borrow_mut();
+            let (_, metric) = match last.take() {
+                Some(known) if is_same(&known.0) => last.insert(known),
+                _ => last.insert(look_up()),
+            };
+            then(metric);
+        }
     }
 }
