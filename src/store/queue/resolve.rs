@@ -22,14 +22,21 @@ use crate::domain::{
     outcome::Cause,
 };
 use crate::store::{
-    ReplicaId, StoreError,
+    Kind, ReplicaId, StoreError,
     audience::{self, LIST, Wanted},
     sql::Failure,
     statement::{Conn, Statement, corrupt, id_value},
 };
 
-/// The most chunks that one transaction resolves of audiences that are not short: a tenth of a second or so.
-const CHUNKS_AT_ONCE: usize = 10;
+/// The most chunks that one transaction resolves of audiences that are not short: some tens of milliseconds. SQLite has one
+/// writer, for which urgent notifications wait meanwhile.
+const fn chunks_at_once(kind: Kind) -> usize {
+    // Differs: how many may write.
+    match kind {
+        Kind::Sqlite => 2,
+        Kind::Mysql => 10,
+    }
+}
 
 /// A row that stands for an audience, taken by whoever resolves.
 pub(super) struct Unresolved<'r> {
@@ -102,12 +109,13 @@ pub(super) async fn resolve(
         return Ok(resolution);
     }
     let places = places(conn, &long).await?;
-    let (now_resolved, later) = long.split_at(long.len().min(CHUNKS_AT_ONCE));
+    let at_once = chunks_at_once(conn.kind());
+    let (now_resolved, later) = long.split_at(long.len().min(at_once));
     for one in now_resolved {
         let chunks = match one.ending {
-            None => 1 + room.min(CHUNKS_AT_ONCE - 1) / now_resolved.len(),
+            None => 1 + room.min(at_once - 1) / now_resolved.len(),
             // Nothing of it stays in memory.
-            Some(_) => CHUNKS_AT_ONCE.div_ceil(now_resolved.len()),
+            Some(_) => at_once.div_ceil(now_resolved.len()),
         };
         let place = places.get(&one.key.notification).copied();
         let piece = next_piece(conn, context, one, place, chunks * CHUNK_TARGETS, &mut resolution, now).await?;
