@@ -161,6 +161,8 @@ impl App {
         for warning in &warnings {
             tracing::warn!("{warning}");
         }
+        // Before anything is counted: whoever counts remembers with which recorder.
+        let metrics = telemetry::prometheus();
         // Started.
         // Connections live on their own tracker: an idle one must not keep a drain waiting.
         let connections = TaskTracker::new();
@@ -192,7 +194,7 @@ impl App {
             Arc::clone(&clock),
             identity,
             warnings,
-            telemetry::prometheus(),
+            metrics,
         ));
         watch(&tasks, &store, &gateway, &clock, options.database_time.then_some(shared));
         let services = http::Services {
