@@ -1,6 +1,13 @@
 //! The database lost, APNs lost, the service restarted: what was promised is kept, and whoever asks is told the truth.
 
-use std::sync::Arc;
+use std::{
+    collections::HashSet,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
 
 use serde_json::json;
 use sonnette::{
@@ -8,10 +15,20 @@ use sonnette::{
     sim::{self, Simulator},
 };
 
-use crate::support::{
-    database::{PrivateServer, on_both_stores},
-    world::{TOPIC, World, until},
+use crate::{
+    mysql::failover::post,
+    store::number,
+    support::{
+        client::Client,
+        database::{PrivateServer, on_both_stores},
+        scratch::Folder,
+        service::{Service, SimulatorProcess, run},
+        world::{TOPIC, World, keys_folder, until},
+    },
 };
+
+/// Requests at once under load.
+const CALLERS: usize = 64;
 
 fn alert(user: &str) -> serde_json::Value {
     json!({ "topic": TOPIC, "to": { "user_ids": [user] }, "payload": { "aps": { "alert": "x" } } })
@@ -54,6 +71,86 @@ async fn while_the_database_is_killed_callers_are_told_to_come_back_and_nothing_
     for id in &kept {
         assert_eq!(world.done(id).await["counts"]["accepted"], 1);
     }
+}
+
+/// How long the database is gone: `LOST_SECONDS=30` is the long run.
+fn gone_for() -> Duration {
+    let seconds = std::env::var("LOST_SECONDS").map_or(3, |text| text.parse().expect("a number in LOST_SECONDS"));
+    Duration::from_secs(seconds)
+}
+
+/// MiB that a process has taken at most; `None` where the system does not say.
+fn peak_memory(process: u32) -> Option<f64> {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    Some(line.trim().strip_suffix(" kB")?.trim().parse::<f64>().ok()? / 1024.0)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_database_that_is_killed_in_mid_commit_under_load_and_gone_for_a_while_loses_nothing_that_was_accepted() {
+    let mut server = PrivateServer::start().await;
+    let database = server.database().await;
+    let folder = Folder::new("lost");
+    let keys = keys_folder(&folder, "environments = [\"production\"]");
+    let sim = SimulatorProcess::start(folder.path(), &keys, &[]).await;
+    let mut service = Service::start(folder.path(), database.url(), &sim).await;
+    let (status, key, error) =
+        run(folder.path(), &["api-keys", "create", "--owner", "shop", "--scopes", "register,send,read"]);
+    assert!(status.success(), "{error}");
+    let client = Client::new(service.address, Some(key.trim()));
+    let phone = json!({ "topic": TOPIC, "token": "ab".repeat(32), "user_id": "rider" });
+    client.post("/v1/devices", &phone).await.ok();
+
+    let (refused, kept, stop) =
+        (Arc::<AtomicUsize>::default(), Arc::<AtomicUsize>::default(), Arc::<AtomicBool>::default());
+    let mut posting = Vec::new();
+    for lane in 0..CALLERS {
+        let (client, refused, kept, stop) =
+            (client.clone(), Arc::clone(&refused), Arc::clone(&kept), Arc::clone(&stop));
+        posting.push(tokio::spawn(async move {
+            let mut ids = Vec::new();
+            while !stop.load(Ordering::Relaxed) {
+                ids.push(post(&client, lane * 1_000_000 + ids.len(), &refused).await);
+                kept.fetch_add(1, Ordering::Relaxed);
+            }
+            ids
+        }));
+    }
+    let more = |than: usize| {
+        let kept = Arc::clone(&kept);
+        async move { (kept.load(Ordering::Relaxed) > than).then_some(()) }
+    };
+    until("the load runs", || more(2_000)).await;
+    let before = peak_memory(service.process().child().id());
+    server.kill();
+    let lost = Instant::now();
+    until("callers are told to come back", || async { (refused.load(Ordering::Relaxed) > 0).then_some(()) }).await;
+    let kept_before = kept.load(Ordering::Relaxed);
+    tokio::time::sleep(gone_for().saturating_sub(lost.elapsed())).await;
+    assert_eq!(kept.load(Ordering::Relaxed), kept_before, "what cannot be kept is not accepted");
+    let (told, meanwhile) = (refused.load(Ordering::Relaxed), peak_memory(service.process().child().id()));
+    server.restart().await;
+    let back = Instant::now();
+    until("something is kept", || more(kept_before)).await;
+    eprintln!(
+        "gone for {:?}: {told} told to come back; the first 202 {:?} after it was back; peak memory {before:?} and {meanwhile:?} MiB",
+        lost.elapsed(),
+        back.elapsed()
+    );
+    until("it goes on as before", || more(kept_before + 2_000)).await;
+    stop.store(true, Ordering::Relaxed);
+    let mut ids = Vec::new();
+    for lane in posting {
+        ids.extend(lane.await.unwrap());
+    }
+
+    let open = "SELECT COUNT(*) FROM chunks WHERE ended_at IS NULL";
+    until("everything has ended", || async { (number(&database, open).await == 0).then_some(()) }).await;
+    let count = i64::try_from(ids.len()).unwrap();
+    assert_eq!(ids.iter().collect::<HashSet<_>>().len(), ids.len(), "each accepted once");
+    assert_eq!(number(&database, "SELECT COUNT(*) FROM notifications").await, count, "nothing but what was accepted");
+    assert_eq!(number(&database, "SELECT CAST(SUM(accepted) AS SIGNED) FROM chunks").await, count, "one outcome each");
+    assert_eq!(sim.total().await["accepted"], count, "and sent once");
 }
 
 on_both_stores! {

@@ -137,7 +137,7 @@ async fn one_server_that_is_started_again_fails_nobody_who_comes_later() {
 }
 
 /// Posts one notification until it is accepted; counts those who were told to come back.
-async fn post(client: &Client, number: usize, refused: &AtomicUsize) -> String {
+pub(crate) async fn post(client: &Client, number: usize, refused: &AtomicUsize) -> String {
     let body = json!({
         "topic": TOPIC, "to": { "user_ids": ["rider"] }, "payload": { "aps": { "alert": { "title": format!("n-{number}") } } },
     })
