@@ -107,7 +107,15 @@ on_both_stores! {
         let world = World::on(database).await;
         let tokens = (0..2_300_u32).map(|n| format!("{n:08x}").parse().unwrap()).collect();
         let (view, _) = world.accept(world.submission(Audience::Tokens(tokens))).await;
-        let leases = world.store.claim(&Lane::ALL, 9, &[], &[], world.replica, NOW).await.unwrap().leases;
+        // A claim resolves a piece of a long list.
+        let mut leases = Vec::new();
+        loop {
+            let claimed = world.store.claim(&Lane::ALL, 9, &[], &[], world.replica, NOW).await.unwrap();
+            leases.extend(claimed.leases);
+            if !claimed.more {
+                break;
+            }
+        }
         let mut chunk = leases[1].chunk.clone();
         for at in [0, 999] {
             chunk.states[at] = ended(DeliveryStatus::Failed, Some(apple(400, "BadDeviceToken")), NOW);
