@@ -1,9 +1,9 @@
 //! Answers that are ready together leave together.
 //!
 //! Promises: bytes are passed on unchanged and in their order. What is to be written waits until the tasks that are ready
-//! to run have had their turn, and no longer: when a commit answers hundreds of requests at once, their answers share a
-//! few segments instead of having one each, which is most of what an answer costs. Where nothing else is ready nothing
-//! waits.
+//! to run on this thread have had their turn: when a commit answers hundreds of requests at once, their answers share a
+//! few segments instead of having one each, which is most of what an answer costs. A long answer, which HTTP/2 writes in
+//! pieces, waits before each. Where nothing else is ready nothing waits.
 
 use std::{
     io,

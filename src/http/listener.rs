@@ -166,7 +166,7 @@ where
     }
 }
 
-/// The router of one connection; remembers whether it was asked anything.
+/// The router of one connection: remembers whether it was asked anything, and names methods behind it.
 struct Asked {
     router: TowerToHyperService<axum::Router>,
     asked: Arc<AtomicBool>,

@@ -14,7 +14,7 @@ use std::{
 };
 
 use axum::{
-    body::Body,
+    body::{Body, HttpBody as _},
     extract::{MatchedPath, Request},
     response::{IntoResponse, Response},
     routing::Route,
@@ -115,7 +115,7 @@ impl Drop for Record {
 
 /// The one layer of the router: what it surrounds is a path's handler, whose pattern is known here.
 ///
-/// One, and with one allocation a request, because each layer of a router costs some.
+/// One, with one future of its own on the heap, because each layer of a router costs several.
 #[derive(Clone)]
 pub(super) struct Frame<S> {
     api: Shared,
@@ -147,10 +147,8 @@ impl Service<Request> for Frame<Route> {
     }
 
     fn call(&mut self, request: Request) -> Self::Future {
-        // The one that was asked whether it is ready.
-        let ready = self.inner.clone();
-        let inner = std::mem::replace(&mut self.inner, ready);
-        Box::pin(frame(Arc::clone(&self.api), inner, request).map(Ok))
+        // A route is always ready, and so are its copies.
+        Box::pin(frame(Arc::clone(&self.api), self.inner.clone(), request).map(Ok))
     }
 }
 
@@ -208,7 +206,10 @@ pub(super) fn name_methods(mut response: Response) -> Response {
     let problem = Problem::new(Kind::MethodNotAllowed, format!("This path knows {methods}."));
     let body = problem.body(id);
     response.headers_mut().insert(header::CONTENT_LENGTH, HeaderValue::from(body.len()));
-    *response.body_mut() = Body::from(body);
+    // `HEAD` has been answered without one, and no part of HTTP/2 behind this drops it.
+    if !response.body().is_end_stream() {
+        *response.body_mut() = Body::from(body);
+    }
     response
 }
 
