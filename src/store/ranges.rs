@@ -1,4 +1,4 @@
-//! Tags as numbers of devices: ranges of indexes, merged in their order.
+//! Tags, or an app without some, as numbers of devices: ranges of indexes, merged in their order.
 //!
 //! Promises: what is chosen is what the tags say, each number once and in order; nothing is sorted, and a piece reads a
 //! bounded number of rows, however many devices there are and however rare a match is.

@@ -147,8 +147,10 @@ fn end_each(
     Ok(statement)
 }
 
-/// Ends chunks that have their number and their epoch in common, in MySQL's words. An insert that becomes an update is what
-/// is mostly used for this; it costs the server more by a quarter.
+/// Ends chunks that have their number and their epoch in common, in MySQL's words: notifications for a few, hundreds at
+/// once; of a broadcast each chunk has a number of its own, and there are few. An insert that becomes an update is what is
+/// mostly used for this; it costs the server more by a sixth. The column itself stands first in the list, so that what
+/// comes of it is bytes to every server.
 fn end_alike(
     piece: &[&Settled<'_>],
     context: &Context,
@@ -157,7 +159,7 @@ fn end_alike(
 ) -> Result<Statement, StoreError> {
     let ids = || piece.iter().map(|settled| id_value(settled.key.notification.as_uuid()));
     let mut statement = Statement::new("-- queue.end\nUPDATE chunks SET ended_at = ");
-    statement.bind(now).push(", states = ELT(FIELD(notification_id, ").values(ids()).push("), ");
+    statement.bind(now).push(", states = ELT(1 + FIELD(notification_id, ").values(ids()).push("), states, ");
     let states: Vec<Value> = piece
         .iter()
         .map(|settled| Ok(chunk::states(settled.chunk, &context.reasons)?.into()))
