@@ -161,7 +161,7 @@ impl App {
         for warning in &warnings {
             tracing::warn!("{warning}");
         }
-        // Before anything is counted: whoever counts remembers with which recorder.
+        // Before any push is counted: whoever counts remembers with which recorder.
         let metrics = telemetry::prometheus();
         // Started.
         // Connections live on their own tracker: an idle one must not keep a drain waiting.

@@ -2,10 +2,7 @@
 
 use std::{
     collections::HashSet,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
-    },
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -16,9 +13,9 @@ use sonnette::{
 };
 
 use crate::{
-    mysql::failover::post,
     store::number,
     support::{
+        callers::Callers,
         client::Client,
         database::{PrivateServer, on_both_stores},
         scratch::Folder,
@@ -73,7 +70,7 @@ async fn while_the_database_is_killed_callers_are_told_to_come_back_and_nothing_
     }
 }
 
-/// How long the database is gone: `LOST_SECONDS=30` is the long run.
+/// How long the database is gone: `LOST_SECONDS=30` is the long run. Callers wait for a minute at most.
 fn gone_for() -> Duration {
     let seconds = std::env::var("LOST_SECONDS").map_or(3, |text| text.parse().expect("a number in LOST_SECONDS"));
     Duration::from_secs(seconds)
@@ -87,7 +84,7 @@ fn peak_memory(process: u32) -> Option<f64> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_database_that_is_killed_in_mid_commit_under_load_and_gone_for_a_while_loses_nothing_that_was_accepted() {
+async fn a_database_that_is_killed_under_load_and_gone_for_a_while_loses_nothing_that_was_accepted() {
     let mut server = PrivateServer::start().await;
     let database = server.database().await;
     let folder = Folder::new("lost");
@@ -101,48 +98,33 @@ async fn a_database_that_is_killed_in_mid_commit_under_load_and_gone_for_a_while
     let phone = json!({ "topic": TOPIC, "token": "ab".repeat(32), "user_id": "rider" });
     client.post("/v1/devices", &phone).await.ok();
 
-    let (refused, kept, stop) =
-        (Arc::<AtomicUsize>::default(), Arc::<AtomicUsize>::default(), Arc::<AtomicBool>::default());
-    let mut posting = Vec::new();
-    for lane in 0..CALLERS {
-        let (client, refused, kept, stop) =
-            (client.clone(), Arc::clone(&refused), Arc::clone(&kept), Arc::clone(&stop));
-        posting.push(tokio::spawn(async move {
-            let mut ids = Vec::new();
-            while !stop.load(Ordering::Relaxed) {
-                ids.push(post(&client, lane * 1_000_000 + ids.len(), &refused).await);
-                kept.fetch_add(1, Ordering::Relaxed);
-            }
-            ids
-        }));
-    }
-    let more = |than: usize| {
-        let kept = Arc::clone(&kept);
-        async move { (kept.load(Ordering::Relaxed) > than).then_some(()) }
-    };
-    until("the load runs", || more(2_000)).await;
+    let callers = Callers::start(&client, CALLERS);
+    callers.until_kept(2_000).await;
     let before = peak_memory(service.process().child().id());
     server.kill();
     let lost = Instant::now();
-    until("callers are told to come back", || async { (refused.load(Ordering::Relaxed) > 0).then_some(()) }).await;
-    let kept_before = kept.load(Ordering::Relaxed);
+    callers.until_refused().await;
+    // What was committed is still being answered.
+    until("no more is", || async {
+        let kept = callers.kept();
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        (callers.kept() == kept).then_some(())
+    })
+    .await;
+    let kept_before = callers.kept();
     tokio::time::sleep(gone_for().saturating_sub(lost.elapsed())).await;
-    assert_eq!(kept.load(Ordering::Relaxed), kept_before, "what cannot be kept is not accepted");
-    let (told, meanwhile) = (refused.load(Ordering::Relaxed), peak_memory(service.process().child().id()));
+    assert_eq!(callers.kept(), kept_before, "what cannot be kept is not accepted");
+    let (told, meanwhile) = (callers.refused(), peak_memory(service.process().child().id()));
     server.restart().await;
     let back = Instant::now();
-    until("something is kept", || more(kept_before)).await;
+    callers.until_kept(kept_before).await;
     eprintln!(
         "gone for {:?}: {told} told to come back; the first 202 {:?} after it was back; peak memory {before:?} and {meanwhile:?} MiB",
         lost.elapsed(),
         back.elapsed()
     );
-    until("it goes on as before", || more(kept_before + 2_000)).await;
-    stop.store(true, Ordering::Relaxed);
-    let mut ids = Vec::new();
-    for lane in posting {
-        ids.extend(lane.await.unwrap());
-    }
+    callers.until_kept(kept_before + 2_000).await;
+    let ids = callers.stop().await;
 
     let open = "SELECT COUNT(*) FROM chunks WHERE ended_at IS NULL";
     until("everything has ended", || async { (number(&database, open).await == 0).then_some(()) }).await;

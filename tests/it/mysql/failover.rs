@@ -2,10 +2,7 @@
 
 use std::{
     collections::HashSet,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
-    },
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -19,9 +16,9 @@ use super::Account;
 use crate::{
     store::{NOW, eventually},
     support::{
-        client::Client,
+        callers::Callers,
         database::PrivateServer,
-        world::{TOPIC, World, until},
+        world::{World, until},
     },
 };
 
@@ -136,28 +133,6 @@ async fn one_server_that_is_started_again_fails_nobody_who_comes_later() {
     store.probe(NOW).await.unwrap();
 }
 
-/// Posts one notification until it is accepted; counts those who were told to come back.
-pub(crate) async fn post(client: &Client, number: usize, refused: &AtomicUsize) -> String {
-    let body = json!({
-        "topic": TOPIC, "to": { "user_ids": ["rider"] }, "payload": { "aps": { "alert": { "title": format!("n-{number}") } } },
-    })
-    .to_string();
-    let key = format!("order-{number}");
-    until("the notification is accepted", || async {
-        let headers = [("idempotency-key", key.as_str())];
-        let answer = client.send(http::Method::POST, "/v1/notifications", &headers, body.clone()).await.ok()?;
-        if answer.status == 202 {
-            return Some(answer.body["id"].as_str().unwrap().to_owned());
-        }
-        assert_eq!(answer.status, 503, "{}", answer.text);
-        assert!(answer.header("retry-after").is_some(), "{answer:?}");
-        refused.fetch_add(1, Ordering::Relaxed);
-        tokio::time::sleep(Duration::from_millis(20)).await;
-        None
-    })
-    .await
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_drill_primary_read_only_then_killed_replica_takes_over_and_everything_adds_up() {
     // The real thing: asynchronous replication, and a replica that is read-only until it is promoted.
@@ -178,46 +153,28 @@ async fn the_drill_primary_read_only_then_killed_replica_takes_over_and_everythi
     .await;
     world.device(&"ab".repeat(32), Some("rider")).await;
 
-    let (refused, kept, stop) =
-        (Arc::<AtomicUsize>::default(), Arc::<AtomicUsize>::default(), Arc::<AtomicBool>::default());
-    let mut posting = Vec::new();
-    for lane in 0..8 {
-        let (client, refused, kept, stop) =
-            (world.server.clone(), Arc::clone(&refused), Arc::clone(&kept), Arc::clone(&stop));
-        posting.push(tokio::spawn(async move {
-            let mut ids = Vec::new();
-            while !stop.load(Ordering::Relaxed) {
-                ids.push(post(&client, lane * 1_000_000 + ids.len(), &refused).await);
-                kept.fetch_add(1, Ordering::Relaxed);
-            }
-            ids
-        }));
-    }
+    let callers = Callers::start(&world.server, 8);
     let ended = || async {
         replica.number(&format!("SELECT COUNT(*) FROM {}.chunks WHERE ended_at IS NOT NULL", account.name)).await
     };
     until("the load runs", || async { (ended().await > 500).then_some(()) }).await;
 
     primary.execute(&["SET GLOBAL read_only = ON"]).await;
-    until("callers are told to come back", || async { (refused.load(Ordering::Relaxed) > 0).then_some(()) }).await;
+    callers.until_refused().await;
     replica.catch_up(&primary).await;
     primary.kill();
     replica.promote().await;
     let promoted = Instant::now();
-    let (before, kept_before) = (ended().await, kept.load(Ordering::Relaxed));
-    until("something is kept", || async { (kept.load(Ordering::Relaxed) > kept_before).then_some(()) }).await;
+    let (before, kept_before) = (ended().await, callers.kept());
+    callers.until_kept(kept_before).await;
     eprintln!("the first 202 came {:?} after the promotion", promoted.elapsed());
     until("work goes on at the other host", || async { (ended().await > before + 500).then_some(()) }).await;
     eprintln!(
         "500 went out within {:?} of the promotion, {} were told to come back",
         promoted.elapsed(),
-        refused.load(Ordering::Relaxed)
+        callers.refused()
     );
-    stop.store(true, Ordering::Relaxed);
-    let mut ids = Vec::new();
-    for lane in posting {
-        ids.extend(lane.await.unwrap());
-    }
+    let ids = callers.stop().await;
 
     let open = format!("SELECT COUNT(*) FROM {}.chunks WHERE ended_at IS NULL", account.name);
     until("everything has ended", || async { (replica.number(&open).await == 0).then_some(()) }).await;

@@ -1,7 +1,7 @@
 //! MySQL as people run it: over TLS, with accounts that may little, on servers whose defaults are not ours.
 
 mod defaults;
-pub(crate) mod failover;
+mod failover;
 mod migration;
 mod privileges;
 mod slow;

@@ -1,6 +1,7 @@
 //! What the tests share: folders and processes that do not outlive them, databases of their own, the service and APNs.
 
 pub(crate) mod apns_server;
+pub(crate) mod callers;
 pub(crate) mod client;
 pub(crate) mod cluster;
 pub(crate) mod crowd;
