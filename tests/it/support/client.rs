@@ -18,6 +18,8 @@ pub(crate) struct Answer {
     pub(crate) headers: HeaderMap,
     pub(crate) body: Value,
     pub(crate) text: String,
+    /// Its stream came to an end without an error.
+    pub(crate) is_whole: bool,
 }
 
 impl Answer {
@@ -129,13 +131,16 @@ impl Client {
         }
         let response = self.http.request(request.body(Full::new(Bytes::from(body))).unwrap()).await?;
         let (head, body) = response.into_parts();
-        let bytes = body.collect().await.map(http_body_util::Collected::to_bytes).unwrap_or_default();
+        let body = body.collect().await.map(http_body_util::Collected::to_bytes);
+        let is_whole = body.is_ok();
+        let bytes = body.unwrap_or_default();
         let text = String::from_utf8_lossy(&bytes).into_owned();
         Ok(Answer {
             status: head.status,
             headers: head.headers,
             body: serde_json::from_slice(&bytes).unwrap_or(Value::Null),
             text,
+            is_whole,
         })
     }
 }
