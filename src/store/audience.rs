@@ -32,9 +32,6 @@ use crate::domain::{
 /// How many values go into one `IN (…)`.
 pub(super) const LIST: usize = 500;
 
-/// The most devices that one read of everyone brings.
-const PAGE: usize = 2_000;
-
 /// The words with which a target may end without having been leased.
 pub(super) const WORDS: [Cause; 7] = [
     own::WRONG_PUSH_TYPE,
@@ -414,7 +411,7 @@ async fn next_of_all(
         Piece { targets: Vec::with_capacity(most), addresses: HashMap::with_capacity(most), reached: after };
     let mut left = most;
     while piece.reached < up_to && left > 0 {
-        let page = left.min(PAGE);
+        let page = left.min(ranges::PAGE);
         let mut statement = Statement::new("-- queue.resolve_everyone\nSELECT ");
         statement.push(COLUMNS).push(", push_type").push(ranges::devices_of_an_app(conn.kind()));
         statement.bind(notification.topic.as_str()).push(" AND seq > ").bind(piece.reached);

@@ -17,7 +17,7 @@ use crate::domain::{
 };
 
 /// The most rows of one read.
-const PAGE: usize = 2_000;
+pub(super) const PAGE: usize = 2_000;
 
 /// The fewest, where many tags share the room.
 const SMALL_PAGE: usize = 100;

@@ -156,7 +156,7 @@ impl Statement {
         match values.last().cloned() {
             Some(last) => {
                 values.resize(values.len().next_power_of_two(), last);
-                self.row(values, &[], "")
+                self.push("(").values(values).push(")")
             }
             None => self.push("(NULL)"),
         }

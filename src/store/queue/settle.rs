@@ -87,8 +87,14 @@ fn is_plain(settled: &Settled<'_>) -> bool {
     accepted && targets.len() == states.len() && settled.unique_ids.is_empty()
 }
 
+/// The most chunks that one statement ends: on a server each looks for its states in a list of so many.
+const ENDED_A_STATEMENT: usize = 128;
+
 /// Ends chunks that were accepted as a whole, each with states of its own, without looking at them first. False if not
 /// all of them were this replica's in their epoch: then the transaction is to be rolled back.
+///
+/// A statement for those that have their number and their epoch in common: of notifications for a few, hundreds; of a
+/// broadcast each chunk has a number of its own, and there are few.
 async fn end(
     conn: &mut Conn<'_>,
     context: &Context,
@@ -98,81 +104,42 @@ async fn end(
 ) -> Result<bool, Failure> {
     let mut plain = plain.to_vec();
     plain.sort_unstable_by_key(|settled| (settled.key.number, settled.epoch, settled.key));
-    // Differs: how rows are changed, each in a way of its own.
-    let alike: Vec<&[&Settled<'_>]> = match conn.kind() {
-        Kind::Sqlite => vec![&plain],
-        Kind::Mysql => {
-            plain.chunk_by(|one, next| (one.key.number, one.epoch) == (next.key.number, next.epoch)).collect()
+    let alike = plain.chunk_by(|one, next| (one.key.number, one.epoch) == (next.key.number, next.epoch));
+    for piece in alike.flat_map(|alike| powers_of_two(alike, ENDED_A_STATEMENT)) {
+        let Some(first) = piece.first() else { continue };
+        let ids = piece.iter().map(|settled| id_value(settled.key.notification.as_uuid()));
+        let states = piece
+            .iter()
+            .map(|settled| Ok(chunk::states(settled.chunk, &context.reasons)?.into()))
+            .collect::<Result<Vec<Value>, StoreError>>()?;
+        let mut statement = Statement::new("-- queue.end\nUPDATE chunks SET ended_at = ");
+        statement.bind(now).push(", accepted = targeted, waiting_since = NULL, holder = NULL, states = ");
+        // Differs: how each row gets a value of its own.
+        match conn.kind() {
+            Kind::Sqlite => {
+                statement
+                    .push("ended.column2 FROM (VALUES ")
+                    .rows(ids.zip(states).map(|(id, states)| [id, states]), "");
+                statement.push(") AS ended WHERE notification_id = ended.column1");
+            }
+            // An insert that becomes an update is what is mostly used for this; it costs the server more by a sixth. The
+            // column itself stands first in the list, so that what comes of it is bytes to every server.
+            Kind::Mysql => {
+                statement
+                    .push("ELT(1 + FIELD(notification_id, ")
+                    .values(ids.clone())
+                    .push("), states, ")
+                    .values(states);
+                statement.push(") WHERE notification_id IN ").list(ids);
+            }
         }
-    };
-    for piece in alike.into_iter().flat_map(|alike| powers_of_two(alike, ENDED_A_STATEMENT)) {
-        let statement = match conn.kind() {
-            Kind::Sqlite => end_each(piece, context, replica, now)?,
-            Kind::Mysql => end_alike(piece, context, replica, now)?,
-        };
+        statement.push(" AND number = ").bind(first.key.number).push(" AND epoch = ").bind(first.epoch);
+        statement.push(BY_KEY_HOLDER).bind(replica.0);
         if conn.execute(statement).await? != piece.len() as u64 {
             return Ok(false);
         }
     }
     Ok(true)
-}
-
-/// The most chunks that one statement ends: each looks for its states in a list of so many.
-const ENDED_A_STATEMENT: usize = 128;
-
-/// Ends chunks in SQLite's words.
-fn end_each(
-    piece: &[&Settled<'_>],
-    context: &Context,
-    replica: ReplicaId,
-    now: Timestamp,
-) -> Result<Statement, StoreError> {
-    let mut rows = Vec::with_capacity(piece.len());
-    for settled in piece {
-        rows.push([
-            id_value(settled.key.notification.as_uuid()),
-            settled.key.number.into(),
-            settled.epoch.into(),
-            chunk::states(settled.chunk, &context.reasons)?.into(),
-        ]);
-    }
-    let mut statement = Statement::new("-- queue.end\nUPDATE chunks SET ended_at = ");
-    statement
-        .bind(now)
-        .push(", states = ended.column4, accepted = targeted, waiting_since = NULL, holder = NULL FROM (VALUES ");
-    statement
-        .rows(rows, "")
-        .push(") AS ended WHERE notification_id = ended.column1 AND number = ended.column2 AND epoch = ended.column3");
-    statement.push(BY_KEY_HOLDER).bind(replica.0);
-    Ok(statement)
-}
-
-/// Ends chunks that have their number and their epoch in common, in MySQL's words: notifications for a few, hundreds at
-/// once; of a broadcast each chunk has a number of its own, and there are few. An insert that becomes an update is what is
-/// mostly used for this; it costs the server more by a sixth. The column itself stands first in the list, so that what
-/// comes of it is bytes to every server.
-fn end_alike(
-    piece: &[&Settled<'_>],
-    context: &Context,
-    replica: ReplicaId,
-    now: Timestamp,
-) -> Result<Statement, StoreError> {
-    let ids = || piece.iter().map(|settled| id_value(settled.key.notification.as_uuid()));
-    let mut statement = Statement::new("-- queue.end\nUPDATE chunks SET ended_at = ");
-    statement.bind(now).push(", states = ELT(1 + FIELD(notification_id, ").values(ids()).push("), states, ");
-    let states: Vec<Value> = piece
-        .iter()
-        .map(|settled| Ok(chunk::states(settled.chunk, &context.reasons)?.into()))
-        .collect::<Result<_, StoreError>>()?;
-    statement
-        .values(states)
-        .push("), accepted = targeted, waiting_since = NULL, holder = NULL WHERE notification_id IN ");
-    statement.list(ids());
-    if let Some(first) = piece.first() {
-        statement.push(" AND number = ").bind(first.key.number).push(" AND epoch = ").bind(first.epoch);
-    }
-    statement.push(BY_KEY_HOLDER).bind(replica.0);
-    Ok(statement)
 }
 
 /// Records progress of chunks that are looked at first; the keys of those whose lease was lost.
