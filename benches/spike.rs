@@ -343,6 +343,7 @@ impl Spike {
                 .map(|((lease, chunk), effects)| Settled {
                     key: lease.key,
                     epoch: lease.epoch,
+                    seat: lease.seat,
                     chunk,
                     disposition: Disposition::Keep,
                     effects,
@@ -393,6 +394,7 @@ impl Spike {
                     .map(|((lease, chunk), effects)| Settled {
                         key: lease.key,
                         epoch: lease.epoch,
+                        seat: lease.seat,
                         chunk,
                         disposition: Disposition::Keep,
                         effects,

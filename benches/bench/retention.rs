@@ -88,19 +88,30 @@ async fn with_old_notifications(database: &Database, count: usize) -> usize {
                     on_unknown, environment, payload, audience, audience_complete, unmatched, due_at, cancelled_at, warnings";
         let outcome = "number, lane, holder, epoch, due_at, targets, states, targeted, accepted, failed, unregistered, \
                        expired, cancelled, suppressed, unanswered, waiting_since";
+        let together = "topic, lane, holder, due_at, targets, seats, open, accepted";
+        let cohort = format!("CONCAT(UNHEX(LPAD(HEX({first} + copy), 12, '0')), SUBSTR(cohort, 7))");
         let recent = |id: &str| format!("SUBSTR({id}, 1, 6) > UNHEX(LPAD(HEX({}), 12, '0'))", then + 24 * 3_600_000);
         [
             from(
                 "notifications",
                 "id",
                 &recent("id"),
-                [&format!("{kept}, created_at"), &format!("{kept}, {first} + copy")],
+                [
+                    &format!("{kept}, seat, created_at, cohort"),
+                    &format!("{kept}, seat, {first} + copy, {cohort}"),
+                ],
             ),
             from(
                 "chunks",
                 "notification_id",
                 &recent("notification_id"),
                 [&format!("{outcome}, ended_at"), &format!("{outcome}, {first} + copy")],
+            ),
+            from(
+                "cohorts",
+                "id",
+                &recent("id"),
+                [&format!("{together}, accepted_at"), &format!("{together}, {first} + copy")],
             ),
             from("notification_users", "notification_id", &recent("notification_id"), ["user_id", "user_id"]),
         ]

@@ -852,7 +852,8 @@ impl Open {
 
 fn progress(work: &Work, chunk: Chunk, disposition: Disposition, learned: Learned) -> Progress {
     let Learned { effects, unique_ids } = learned;
-    Progress { key: work.lease.key, epoch: work.lease.epoch, chunk, disposition, effects, unique_ids }
+    let Lease { key, epoch, seat, .. } = work.lease;
+    Progress { key, epoch, seat, chunk, disposition, effects, unique_ids }
 }
 
 /// How a round went.

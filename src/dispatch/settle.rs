@@ -15,7 +15,7 @@ use crate::{
         device::{DeviceSeq, DeviceToken},
     },
     lifecycle::Tasks,
-    store::{Disposition, Settled, Store, StoreError, intake::Identity},
+    store::{Disposition, Seat, Settled, Store, StoreError, intake::Identity},
 };
 
 /// Progress of one chunk, on its way to the database.
@@ -23,6 +23,7 @@ use crate::{
 pub(super) struct Progress {
     pub(super) key: ChunkKey,
     pub(super) epoch: i64,
+    pub(super) seat: Option<Seat>,
     pub(super) chunk: Chunk,
     pub(super) disposition: Disposition,
     pub(super) effects: Vec<(DeviceSeq, DeviceToken, DeviceEffect)>,
@@ -193,6 +194,7 @@ fn settled(progress: &Progress) -> Settled<'_> {
     Settled {
         key: progress.key,
         epoch: progress.epoch,
+        seat: progress.seat,
         chunk: &progress.chunk,
         disposition: progress.disposition,
         effects: &progress.effects,

@@ -115,6 +115,7 @@ impl Keeper {
             (Subject::Remains, Some(now)),
             // Payloads of what goes altogether need not be emptied first.
             (Subject::Notifications, since(notifications)),
+            (Subject::Cohorts, since(notifications)),
             (Subject::Remains, Some(now)),
             (Subject::Payloads, since(payloads)),
             (Subject::IdempotencyKeys, since(Some(IDEMPOTENCY))),

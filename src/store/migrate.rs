@@ -161,7 +161,13 @@ impl SqliteStore {
                 .await?;
         let steps = lacking(&SQLITE, &rows.into_iter().collect())?;
         for step in &steps {
-            sqlx::raw_sql(text(step)).execute(&mut *tx).await?;
+            match sqlx::raw_sql(text(step)).execute(&mut *tx).await {
+                // There is no ADD COLUMN IF NOT EXISTS: what the step would add is there.
+                Err(error) if is_duplicate_column(&error) => {}
+                done => {
+                    done?;
+                }
+            }
             let Migration { version, name } = named(step);
             sqlx::query("-- migrate.record\nINSERT INTO schema_migrations (version, name, checksum, applied_at) VALUES (?, ?, ?, ?)")
                 .bind(version)
@@ -174,6 +180,10 @@ impl SqliteStore {
         tx.commit().await.map_err(|error| StoreError::CommitUnknown(without_values(error)))?;
         Ok(steps.into_iter().map(named).collect())
     }
+}
+
+fn is_duplicate_column(error: &sqlx::Error) -> bool {
+    error.as_database_error().is_some_and(|error| error.message().starts_with("duplicate column name"))
 }
 
 impl MysqlStore {

@@ -304,6 +304,17 @@ pub struct Lease {
     pub addresses: Vec<Address>,
     /// When the read of `addresses` began, on the clock's monotonic scale.
     pub read_at: Duration,
+    /// Where the chunk was put, if it was accepted together with others.
+    pub seat: Option<Seat>,
+}
+
+/// The place of a chunk of one target that was accepted together with others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Seat {
+    /// The one of them that is first by its id.
+    pub cohort: NotificationId,
+    /// Counts from 0.
+    pub number: u32,
 }
 
 /// What a claim has come to.
@@ -341,6 +352,8 @@ pub struct Settled<'a> {
     pub key: ChunkKey,
     /// The epoch in which it was leased.
     pub epoch: i64,
+    /// As it was leased.
+    pub seat: Option<Seat>,
     /// Where each target stands now.
     pub chunk: &'a Chunk,
     /// What the chunk does next.

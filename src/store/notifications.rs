@@ -11,7 +11,10 @@ use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use super::{
     BoxError, DeliveryView, NotificationFilter, Notifications, Page, PageRequest, StoreError,
     audience::{LIST, parsed, parsed_or_null},
-    queue::{self, Context, breaker_of},
+    queue::{
+        self, Context, breaker_of,
+        cohort::{self, Standing},
+    },
     sql::{Failure, on_both, read},
     statement::{Conn, Row, Statement, corrupt, id_value},
 };
@@ -66,12 +69,14 @@ on_both! {
 }
 
 const SELECT: &str = "SELECT id, topic, reference, audience_complete, unmatched, due_at, created_at, cancelled_at, \
-    warnings FROM notifications";
+    warnings, cohort IS NOT NULL FROM notifications n";
 
 /// A notification as its row.
 struct Asked {
     view: NotificationView,
     due_at: Timestamp,
+    /// It was accepted together with others, and how it stands may be said by a seat.
+    seated: bool,
 }
 
 /// What its chunks add up to.
@@ -112,7 +117,15 @@ async fn list(
 ) -> Result<Page<NotificationView>, Failure> {
     let limit = page.limit.clamp(1, 1_000);
     let mut statement = Statement::new("-- notifications.notifications\n");
-    statement.push(SELECT).push(" n WHERE 1 = 1");
+    statement.push(SELECT);
+    if let Some(NotificationStatus::Scheduled | NotificationStatus::Queued | NotificationStatus::Sending) =
+        filter.status
+    {
+        for part in OPEN {
+            statement.push(part);
+        }
+    }
+    statement.push(" WHERE 1 = 1");
     filtered(&mut statement, filter, now);
     if let Some(Cursor::Notification(before)) = page.cursor.as_deref().and_then(Cursor::parse) {
         statement.push(" AND n.id < ").bind(id_value(before.as_uuid()));
@@ -126,8 +139,12 @@ async fn list(
     Ok(Page { items, next_cursor })
 }
 
-/// By the index of what is open, which is little of what there is.
-const OPEN: &str = " AND n.id IN (SELECT c.notification_id FROM chunks c WHERE c.holder IS NOT NULL)";
+/// By the indexes of what is open, which is little of what there is.
+const OPEN: [&str; 3] = [
+    " JOIN (SELECT c.notification_id AS open_id FROM chunks c WHERE c.holder IS NOT NULL UNION ",
+    cohort::OPEN_IDS,
+    ") o ON o.open_id = n.id",
+];
 const ALL_ENDED: &str = " AND n.audience_complete = 1 AND NOT EXISTS \
     (SELECT 1 FROM chunks c WHERE c.notification_id = n.id AND c.holder IS NOT NULL)";
 const DUE: &str = " AND (n.cancelled_at IS NOT NULL OR n.due_at <= ";
@@ -155,21 +172,35 @@ fn filtered(statement: &mut Statement, filter: &NotificationFilter, now: Timesta
         statement.push(" AND n.created_at < ").bind(until);
     }
     if let Some(outcome) = filter.outcome {
-        statement.push(" AND EXISTS (SELECT 1 FROM chunks c WHERE c.notification_id = n.id AND ");
-        statement.push(some_are(outcome)).push(")");
+        statement.push(" AND (EXISTS (SELECT 1 FROM chunks c WHERE c.notification_id = n.id AND ");
+        statement.push(some_are(outcome)).push(")").push(match outcome {
+            DeliveryStatus::Pending => cohort::OR_OPEN,
+            DeliveryStatus::Accepted => cohort::OR_ACCEPTED,
+            DeliveryStatus::Failed
+            | DeliveryStatus::Unregistered
+            | DeliveryStatus::Expired
+            | DeliveryStatus::Cancelled
+            | DeliveryStatus::Suppressed
+            | DeliveryStatus::Unknown => "",
+        });
+        statement.push(")");
     }
     match filter.status {
         None => {}
-        Some(NotificationStatus::Done) => drop(statement.push(" AND n.cancelled_at IS NULL").push(ALL_ENDED)),
-        Some(NotificationStatus::Cancelled) => drop(statement.push(" AND n.cancelled_at IS NOT NULL").push(ALL_ENDED)),
+        Some(NotificationStatus::Done) => {
+            statement.push(" AND n.cancelled_at IS NULL").push(ALL_ENDED).push(cohort::AND_NOT_OPEN);
+        }
+        Some(NotificationStatus::Cancelled) => {
+            statement.push(" AND n.cancelled_at IS NOT NULL").push(ALL_ENDED).push(cohort::AND_NOT_OPEN);
+        }
         Some(NotificationStatus::Scheduled) => {
-            statement.push(OPEN).push(" AND n.cancelled_at IS NULL AND n.due_at > ").bind(now);
+            statement.push(" AND n.cancelled_at IS NULL AND n.due_at > ").bind(now);
         }
         Some(NotificationStatus::Queued) => {
-            statement.push(OPEN).push(DUE).bind(now).push(")").push(NONE_TRIED).push(queue::chunk::TRIED).push(")");
+            statement.push(DUE).bind(now).push(")").push(NONE_TRIED).push(queue::chunk::TRIED).push(")");
         }
         Some(NotificationStatus::Sending) => {
-            statement.push(OPEN).push(DUE).bind(now).push(")").push(ONE_TRIED).push(queue::chunk::TRIED).push(")");
+            statement.push(DUE).bind(now).push(")").push(ONE_TRIED).push(queue::chunk::TRIED).push(")");
         }
     }
 }
@@ -210,6 +241,7 @@ fn asked_from(row: &Row) -> Result<Asked, StoreError> {
             done_at: None,
         },
         due_at: Timestamp::from_millis(row.int(5)?),
+        seated: row.int(9)? != 0,
     })
 }
 
@@ -218,10 +250,15 @@ pub(super) fn warnings(bytes: Option<&[u8]>) -> Result<Vec<Warning>, BoxError> {
     Ok(bytes.map(serde_json::from_slice).transpose()?.unwrap_or_default())
 }
 
-/// Sums up the chunks of all of them in one read.
+/// Sums up the chunks of all of them, in two reads at most.
 async fn views(conn: &mut Conn<'_>, asked: Vec<Asked>, now: Timestamp) -> Result<Vec<NotificationView>, Failure> {
     let mut sums: HashMap<NotificationId, Sum> = HashMap::with_capacity(asked.len());
-    for piece in asked.chunks(LIST) {
+    let seated: Vec<NotificationId> = asked.iter().filter(|one| one.seated).map(|one| one.view.id).collect();
+    for (id, standing) in cohort::standings(conn, &seated).await? {
+        sums.extend(seat_sum(standing?).map(|sum| (id, sum)));
+    }
+    let others: Vec<NotificationId> = asked.iter().map(|one| one.view.id).filter(|id| !sums.contains_key(id)).collect();
+    for piece in others.chunks(LIST) {
         let mut statement = Statement::new(
             "-- notifications.sums\nSELECT notification_id, CAST(SUM(targeted) AS SIGNED), \
              CAST(SUM(accepted) AS SIGNED), CAST(SUM(failed) AS SIGNED), CAST(SUM(unregistered) AS SIGNED), \
@@ -236,7 +273,7 @@ async fn views(conn: &mut Conn<'_>, asked: Vec<Asked>, now: Timestamp) -> Result
         );
         statement.bind(now).push(" AND waiting_since IS NOT NULL THEN 1 ELSE 0 END) AS SIGNED), ");
         statement.push("MIN(CASE WHEN holder = 0 THEN waiting_since END) FROM chunks WHERE notification_id IN ");
-        statement.list(piece.iter().map(|one| id_value(one.view.id.as_uuid()))).push(" GROUP BY notification_id");
+        statement.list(piece.iter().map(|id| id_value(id.as_uuid()))).push(" GROUP BY notification_id");
         for row in &conn.fetch(statement).await? {
             let id = queue::notification_id(row.bytes(0)?)?;
             sums.insert(id, sum_from(row, id)?);
@@ -251,6 +288,18 @@ async fn views(conn: &mut Conn<'_>, asked: Vec<Asked>, now: Timestamp) -> Result
             view(asked, &sum, &faults, now)
         })
         .collect())
+}
+
+/// What a seat adds up to; `None`: its chunk knows.
+fn seat_sum(standing: Standing) -> Option<Sum> {
+    let one = Counts { targeted: 1, ..Counts::default() };
+    match standing {
+        Standing::Open => Some(Sum { counts: Counts { pending: 1, ..one }, open: 1, ..Sum::default() }),
+        Standing::Accepted(at) => {
+            Some(Sum { counts: Counts { accepted: 1, ..one }, ended_at: Some(at), tried: 1, ..Sum::default() })
+        }
+        Standing::Moved => None,
+    }
 }
 
 fn sum_from(row: &Row, id: NotificationId) -> Result<Sum, StoreError> {
@@ -298,7 +347,7 @@ fn sum_from(row: &Row, id: NotificationId) -> Result<Sum, StoreError> {
 }
 
 fn view(asked: Asked, sum: &Sum, faults: &BTreeMap<i64, String>, now: Timestamp) -> NotificationView {
-    let Asked { mut view, due_at } = asked;
+    let Asked { mut view, due_at, seated: _ } = asked;
     let cancelled = view.cancelled_at.is_some();
     view.counts = sum.counts;
     view.status = if sum.open == 0 && view.audience_complete {
@@ -372,6 +421,13 @@ async fn deliveries(
         _ => (0, 0),
     };
     let mut items = Vec::with_capacity(limit);
+    if let Some(chunk) = cohort::chunk_of(conn, id).await? {
+        let wanted = chunk.states.iter().any(|state| status.is_none_or(|status| state.status == status));
+        if wanted && (number, position) == (0, 0) {
+            items = delivery_views(conn, ChunkKey { notification: id, number }, &chunk, &[0]).await?;
+        }
+        return Ok(Some(Page { items, next_cursor: None }));
+    }
     loop {
         let mut statement = Statement::new(
             "-- notifications.chunks\nSELECT c.notification_id, c.number, c.targets, c.states FROM chunks c \

@@ -5,12 +5,16 @@
 //! for the other, or either is refused (a deadlock) and made again. A Galera cluster knows a row lock on one node only, and
 //! lets both commit where neither writes what the other wrote: there [`Replicas::free_orphans`] finds what was left.
 
+use std::collections::BTreeMap;
+
 use async_trait::async_trait;
 
 use super::{
     Holding, Kind, Replica, ReplicaId, Replicas, StoreError, breakers,
+    queue::cohort,
     rows::ReplicaRow,
     sql::{Failure, Repeat, committed, on_both, read},
+    statement::Conn,
 };
 use crate::domain::{clock::Timestamp, delivery::SMALL_CHUNK};
 
@@ -21,15 +25,19 @@ pub(super) const A_DEATH: i64 = 1 << 40;
 /// Differs: MySQL adds up to a decimal number.
 const HOLDINGS_ON_SQLITE: &str = "-- replicas.holdings\nSELECT holder, COUNT(*), \
     SUM(targeted - accepted - failed - unregistered - expired - cancelled - suppressed - unanswered) \
-    FROM chunks WHERE holder > 0 GROUP BY holder";
+    FROM chunks WHERE holder > 0 GROUP BY holder \
+    UNION ALL SELECT holder, SUM(open), SUM(open) FROM cohorts WHERE holder IS NOT NULL GROUP BY holder";
 const HOLDINGS_ON_MYSQL: &str = "-- replicas.holdings\nSELECT holder, COUNT(*), CAST(\
     SUM(targeted - accepted - failed - unregistered - expired - cancelled - suppressed - unanswered) AS SIGNED) \
-    FROM chunks WHERE holder > 0 GROUP BY holder";
+    FROM chunks WHERE holder > 0 GROUP BY holder \
+    UNION ALL SELECT holder, CAST(SUM(open) AS SIGNED), CAST(SUM(open) AS SIGNED) FROM cohorts \
+    WHERE holder IS NOT NULL GROUP BY holder";
 
 /// In whose name work is held though nobody has it, and behind which breakers it is parked though there are none such.
 const ORPHANS: &str = "-- replicas.orphans\nSELECT DISTINCT holder FROM chunks WHERE \
     (holder > 0 AND holder NOT IN (SELECT id FROM replicas)) OR \
-    (holder < -1000 AND -1000 - holder NOT IN (SELECT id FROM breakers))";
+    (holder < -1000 AND -1000 - holder NOT IN (SELECT id FROM breakers)) \
+    UNION SELECT holder FROM cohorts WHERE holder IS NOT NULL AND holder NOT IN (SELECT id FROM replicas)";
 
 on_both! {
     #[async_trait]
@@ -91,12 +99,13 @@ on_both! {
             let rows: Vec<(i64, i64, i64)> =
                 read(|| self.single(|pool| async move { sqlx::query_as(text).fetch_all(&pool).await })).await?;
             let count = |number| u64::try_from(number).unwrap_or(0);
-            let holding = |(id, chunks, devices)| Holding {
-                replica: ReplicaId(id),
-                chunks: count(chunks),
-                devices: count(devices),
-            };
-            Ok(rows.into_iter().map(holding).collect())
+            let mut holdings: BTreeMap<i64, Holding> = BTreeMap::new();
+            for (id, chunks, devices) in rows {
+                let holding = holdings.entry(id).or_insert(Holding { replica: ReplicaId(id), chunks: 0, devices: 0 });
+                holding.chunks += count(chunks);
+                holding.devices += count(devices);
+            }
+            Ok(holdings.into_values().collect())
         }
 
         async fn bury(&self, replica: ReplicaId, beat: i64) -> Result<bool, StoreError> {
@@ -131,12 +140,13 @@ on_both! {
             if gone.rows_affected() == 0 {
                 return Ok((tx, false));
             }
-            Self::give_back(&mut tx, replica).await?;
+            self.give_back(&mut tx, replica).await?;
             Ok((tx, true))
         }
 
         /// Gives back what is held in this replica's name, with a higher epoch; how many chunks.
-        async fn give_back(tx: &mut Tx, replica: ReplicaId) -> Result<u64, Failure> {
+        async fn give_back(&self, tx: &mut Tx, replica: ReplicaId) -> Result<u64, Failure> {
+            cohort::disband(&mut Conn::from(&mut **tx), &self.context(), Some(replica), self.clock.now()).await?;
             let done = sqlx::query(
                 "-- replicas.give_back\nUPDATE chunks SET holder = 0, \
                  epoch = epoch + CASE WHEN targets IS NOT NULL AND targeted <= ? THEN ? ELSE 1 END WHERE holder = ?",
@@ -154,7 +164,7 @@ on_both! {
             let mut freed = 0;
             for holder in sqlx::query_scalar(ORPHANS).fetch_all(&mut *tx).await? {
                 freed += if holder > 0 {
-                    Self::give_back(&mut tx, ReplicaId(holder)).await?
+                    self.give_back(&mut tx, ReplicaId(holder)).await?
                 } else {
                     let done = sqlx::query(breakers::SET_FREE).bind(now.as_millis()).bind(holder).execute(&mut *tx).await?;
                     done.rows_affected()

@@ -11,7 +11,10 @@ use async_trait::async_trait;
 use super::{
     Kind, ReplicaId, StoreError,
     audience::LIST,
-    queue::notification_id,
+    queue::{
+        cohort::{self, Standing},
+        notification_id,
+    },
     sql::{Failure, Repeat, committed, on_both, read},
     statement::{Conn, Row, Statement, Value, corrupt, id_value},
 };
@@ -22,6 +25,8 @@ use crate::domain::{clock::Timestamp, device::DeviceToken, notification::Notific
 pub enum Subject {
     /// What is left of large notifications whose own row has gone.
     Remains,
+    /// Cohorts of notifications that came at or before the time given, and have gone.
+    Cohorts,
     /// Payloads of notifications that ended at or before the time given. Their rows stay.
     Payloads,
     /// Notifications that ended at or before the time given, with everything that belongs to them.
@@ -110,10 +115,11 @@ pub const WALKED_BYTES: u64 = 1 << 30;
 
 const HOUSE_KEPT_AT: &str = "house_kept_at";
 
-const TABLES: [&str; 16] = [
+const TABLES: [&str; 17] = [
     "api_keys",
     "breakers",
     "chunks",
+    "cohorts",
     "delivery_notes",
     "device_tags",
     "device_tombstones",
@@ -207,6 +213,7 @@ enum Doomed {
     Notifications(Vec<Value>),
     /// Too large for one transaction: its own row goes, the rest is remembered as remains.
     Large(Value),
+    Cohorts(Vec<Value>),
     /// One part of what remains of one notification, by place in [`PARTS`].
     Part(Value, usize),
     /// Nothing remains of it.
@@ -223,6 +230,7 @@ impl Doomed {
         match self {
             Self::Payloads(keys)
             | Self::Notifications(keys)
+            | Self::Cohorts(keys)
             | Self::IdempotencyKeys(keys)
             | Self::NewlyInactive(keys, _)
             | Self::Tombstones(keys)
@@ -247,6 +255,7 @@ async fn keeps_house(conn: &mut Conn<'_>, replica: ReplicaId) -> Result<bool, Fa
 async fn plan(conn: &mut Conn<'_>, subject: Subject, from: &Place, until: Timestamp) -> Result<Plan, Failure> {
     match subject {
         Subject::Remains => remains(conn).await,
+        Subject::Cohorts => cohorts(conn, from, until).await,
         Subject::Payloads => payloads(conn, from, until).await,
         Subject::Notifications => notifications(conn, from, until).await,
         Subject::IdempotencyKeys => idempotency_keys(conn, from, until).await,
@@ -316,12 +325,22 @@ async fn over(
     until: Timestamp,
 ) -> Result<HashMap<NotificationId, u64>, Failure> {
     let mut chunks: HashMap<NotificationId, (i64, i64, Option<i64>)> = HashMap::new();
-    for piece in candidates.chunks(LIST) {
+    let ids: Vec<NotificationId> = candidates.iter().map(|one| one.id).collect();
+    for (id, standing) in cohort::standings(conn, &ids).await? {
+        match standing {
+            // What cannot be read stays.
+            Ok(Standing::Open) | Err(_) => drop(chunks.insert(id, (0, 1, None))),
+            Ok(Standing::Accepted(at)) => drop(chunks.insert(id, (0, 0, Some(at.as_millis())))),
+            Ok(Standing::Moved) => {}
+        }
+    }
+    let others: Vec<NotificationId> = ids.into_iter().filter(|id| !chunks.contains_key(id)).collect();
+    for piece in others.chunks(LIST) {
         let mut statement = Statement::new(
             "-- retention.ended\nSELECT notification_id, COUNT(*), CAST(SUM(holder IS NOT NULL) AS SIGNED), \
              MAX(ended_at) FROM chunks WHERE notification_id IN ",
         );
-        statement.list(piece.iter().map(|one| id_value(one.id.as_uuid()))).push(" GROUP BY notification_id");
+        statement.list(piece.iter().map(|id| id_value(id.as_uuid()))).push(" GROUP BY notification_id");
         for row in &conn.fetch(statement).await? {
             chunks.insert(notification_id(row.bytes(0)?)?, (row.int(1)?, row.int(2)?, row.int_or_null(3)?));
         }
@@ -449,6 +468,23 @@ async fn idempotency_keys(conn: &mut Conn<'_>, from: &Place, until: Timestamp) -
     Ok(Plan { doomed: Doomed::IdempotencyKeys(keys.collect()), next })
 }
 
+async fn cohorts(conn: &mut Conn<'_>, from: &Place, until: Timestamp) -> Result<Plan, Failure> {
+    let mut statement = Statement::new(
+        "-- retention.cohorts\nSELECT k.id, EXISTS (SELECT 1 FROM notifications n WHERE n.cohort = k.id) FROM cohorts k WHERE k.id > ",
+    );
+    statement.bind(from.0.first().cloned().unwrap_or_else(|| Value::Bytes(Vec::new())));
+    statement.push(" AND k.id < ").bind(first_id_after(until)).push(" ORDER BY k.id LIMIT ").bind(PAGE as u64);
+    let rows = conn.fetch(statement).await?;
+    let next = next_page(PAGE, &rows, |row| Ok(vec![row.bytes(0)?.into()]))?;
+    let mut empty = Vec::new();
+    for row in &rows {
+        if row.int(1)? == 0 {
+            empty.push(row.bytes(0)?.into());
+        }
+    }
+    Ok(Plan { doomed: Doomed::Cohorts(empty), next })
+}
+
 /// Differs: how an index is named.
 const fn by_index(kind: Kind, sqlite: &'static str, mysql: &'static str) -> &'static str {
     match kind {
@@ -551,6 +587,7 @@ async fn carry_out(conn: &mut Conn<'_>, doomed: &Doomed, now: Timestamp) -> Resu
             }
             Ok(deleted)
         }
+        Doomed::Cohorts(ids) => Ok(vec![("cohorts", delete(conn, "cohorts", " WHERE id IN ", ids).await?)]),
         Doomed::Large(id) => {
             let row = vec![vec![id.clone()]];
             // Already there only if another replica has been as far.

@@ -20,7 +20,7 @@ use crate::{
     store::{execute, number, store},
     support::{
         client::Client,
-        database::{Store, TestDatabase, database, on_both_stores},
+        database::{ACCEPTED, Store, TestDatabase, database, on_both_stores},
         scratch::Folder,
         service::{Service, SimulatorProcess, run},
         world::{TOPIC, World, keys_folder, until},
@@ -82,7 +82,7 @@ fn sum(database: &TestDatabase, column: &str, table: &str) -> String {
 
 /// How many deliveries the database has as accepted.
 pub(crate) async fn accepted(database: &TestDatabase) -> i64 {
-    number(database, &sum(database, "accepted", "chunks")).await
+    number(database, ACCEPTED).await
 }
 
 /// Every delivery of a notification.

@@ -34,7 +34,7 @@ use crate::{
     support::{
         cluster::{Cluster, Member},
         crowd::registration,
-        database::TestDatabase,
+        database::{OPEN, TestDatabase},
         galera::{self, Galera},
         world::{TOPIC, patiently, until},
     },
@@ -163,8 +163,7 @@ async fn a_phone_that_passes_on_at_one_node_gets_nothing_more_for_its_former_use
         });
         assert_eq!(second.ok()["counts"]["targeted"], 0, "phone {phone}: nobody has it who is asked for");
     }
-    let open = "SELECT COUNT(*) FROM chunks WHERE ended_at IS NULL";
-    until("everything has ended", || async { (number(cluster.database(), open).await == 0).then_some(()) }).await;
+    until("everything has ended", || async { (number(cluster.database(), OPEN).await == 0).then_some(()) }).await;
     let ledger = arrived(&cluster.sim.control).await;
     assert_eq!(ledger.len(), PHONES);
     for ((phone, _), push) in &ledger {
@@ -243,8 +242,7 @@ async fn all_add_up(
     report: Report,
 ) -> std::collections::HashMap<(u64, String), Arrived> {
     let database = cluster.database();
-    let open = "SELECT COUNT(*) FROM chunks WHERE ended_at IS NULL";
-    patiently("everything has ended", || async { (number(database, open).await == 0).then_some(()) }).await;
+    patiently("everything has ended", || async { (number(database, OPEN).await == 0).then_some(()) }).await;
     let ledger = arrived(&cluster.sim.control).await;
     check(&report, &asked.0.into_inner().unwrap(), &ends(database).await, &ledger);
     ledger

@@ -12,7 +12,7 @@ use crate::{
     store::number,
     support::{
         client::Client,
-        database::{TestDatabase, on_both_stores},
+        database::{ACCEPTED, ENDED, OPEN, TestDatabase, on_both_stores},
         scratch::Folder,
         service::{Service, SimulatorProcess, run},
         world::{TOPIC, keys_folder, until},
@@ -56,7 +56,7 @@ async fn post(client: &Client, number: usize) -> String {
 }
 
 async fn settled(database: &TestDatabase) -> i64 {
-    number(database, "SELECT COUNT(*) FROM chunks WHERE ended_at IS NOT NULL").await
+    number(database, ENDED).await
 }
 
 /// Kills the service at a moment at which the ledger, in another process, shows pushes written and not yet settled.
@@ -117,12 +117,12 @@ on_both_stores! {
         }
 
         until("every notification has ended", || async {
-            let open = number(&database, "SELECT COUNT(*) FROM chunks WHERE ended_at IS NULL").await;
+            let open = number(&database, OPEN).await;
             (open == 0 && settled(&database).await == i64::try_from(NOTIFICATIONS).unwrap()).then_some(())
         })
         .await;
         assert_eq!(ids.iter().collect::<HashSet<_>>().len(), NOTIFICATIONS, "each accepted once");
-        assert_eq!(number(&database, "SELECT COUNT(*) FROM chunks WHERE accepted = 1").await, 10_000, "all accepted");
+        assert_eq!(number(&database, ACCEPTED).await, 10_000, "all accepted");
         for id in ids.iter().step_by(997) {
             assert_eq!(client.get(&format!("/v1/notifications/{id}")).await.ok()["status"], "done");
         }

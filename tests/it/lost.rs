@@ -17,7 +17,7 @@ use crate::{
     support::{
         callers::Callers,
         client::Client,
-        database::{PrivateServer, on_both_stores},
+        database::{ACCEPTED, OPEN, PrivateServer, on_both_stores},
         scratch::Folder,
         service::{Service, SimulatorProcess, run},
         world::{TOPIC, World, keys_folder, until},
@@ -126,12 +126,11 @@ async fn a_database_that_is_killed_under_load_and_gone_for_a_while_loses_nothing
     callers.until_kept(kept_before + 2_000).await;
     let ids = callers.stop().await;
 
-    let open = "SELECT COUNT(*) FROM chunks WHERE ended_at IS NULL";
-    until("everything has ended", || async { (number(&database, open).await == 0).then_some(()) }).await;
+    until("everything has ended", || async { (number(&database, OPEN).await == 0).then_some(()) }).await;
     let count = i64::try_from(ids.len()).unwrap();
     assert_eq!(ids.iter().collect::<HashSet<_>>().len(), ids.len(), "each accepted once");
     assert_eq!(number(&database, "SELECT COUNT(*) FROM notifications").await, count, "nothing but what was accepted");
-    assert_eq!(number(&database, "SELECT CAST(SUM(accepted) AS SIGNED) FROM chunks").await, count, "one outcome each");
+    assert_eq!(number(&database, ACCEPTED).await, count, "one outcome each");
     assert_eq!(sim.total().await["accepted"], count, "and sent once");
 }
 

@@ -6,16 +6,18 @@ use std::collections::{BTreeMap, HashMap};
 use super::{
     Context,
     chunk::{self, NewChunk, Notes},
+    cohort::{self, NewCohort},
 };
 use crate::domain::{
     clock::Timestamp,
     delivery::{Chunk, ChunkKey, Target},
     device::{Address, DeviceSeq},
-    notification::{Audience, Counts, Notification, NotificationStatus, NotificationView},
-    topic::Environment,
+    notification::{Audience, Counts, Notification, NotificationId, NotificationStatus, NotificationView},
+    push::{Expiration, OnUnknown},
+    topic::{Environment, Topic},
 };
 use crate::store::{
-    Accepted, Idempotency, Kind, Lease, ReplicaId, StoreError, Submission,
+    Accepted, Idempotency, Kind, Lease, ReplicaId, Seat, StoreError, Submission,
     audience::{self, LIST, Wanted},
     sql::Failure,
     statement::{Conn, Statement, Usual, Value, corrupt, id_value},
@@ -27,6 +29,8 @@ struct Entry<'s> {
     /// `None`: not resolved yet.
     chunks: Option<Vec<Chunk>>,
     view: NotificationView,
+    /// Where its chunk is put, if that is accepted together with others.
+    seat: Option<Seat>,
 }
 
 /// Accepts a group; the answers come in its order.
@@ -44,7 +48,7 @@ pub(in crate::store) async fn accept(
         .collect();
     let resolution = audience::resolve(conn, &*context.clock, &due, now).await?;
     let mut resolved = resolution.resolved.into_iter();
-    let entries: Vec<Entry<'_>> = group
+    let mut entries: Vec<Entry<'_>> = group
         .iter()
         .map(|submission| {
             let resolved = if at_once(submission, now) { resolved.next() } else { None };
@@ -52,10 +56,12 @@ pub(in crate::store) async fn accept(
         })
         .collect();
     let mut answers = known(conn, &entries, now).await?;
+    let cohorts = seat(&mut entries, &answers);
     let new: Vec<&Entry<'_>> =
         entries.iter().enumerate().filter(|(at, _)| !answers.contains_key(at)).map(|(_, entry)| entry).collect();
     let taken = insert(conn, context, &new, replica, now).await?;
-    let own = super::keeps(conn, &taken, replica).await?;
+    cohort::insert(conn, cohorts, replica, now).await?;
+    let own = super::keeps(conn, context, &taken, replica).await?;
     let mut accepted = Vec::with_capacity(group.len());
     for (at, entry) in entries.into_iter().enumerate() {
         accepted.push(if let Some(answer) = answers.remove(&at) {
@@ -107,7 +113,43 @@ fn entry(submission: &Submission, resolved: Option<audience::Resolved>, now: Tim
         cancelled_at: None,
         done_at,
     };
-    Entry { submission, chunks, view }
+    Entry { submission, chunks, view, seat: None }
+}
+
+/// Seats those of the new ones that are for one device, and are sent at once by whoever accepts them: apps and lanes
+/// apart. What is never to be written twice gets a mark first, and so a row of its own; a raw token goes with its
+/// notification.
+fn seat<'s>(entries: &mut [Entry<'s>], answers: &BTreeMap<usize, Accepted>) -> Vec<NewCohort<'s>> {
+    let mut alike: BTreeMap<(&'s Topic, i64), Vec<(NotificationId, usize)>> = BTreeMap::new();
+    for (at, entry) in entries.iter().enumerate() {
+        let Submission { notification, own, .. } = entry.submission;
+        let is_open = matches!(entry.chunks.as_deref(), Some([one]) if !one.is_done());
+        let is_one = entry.chunks.iter().flatten().all(|one| matches!(one.targets.as_slice(), [Target::Device { .. }]));
+        if *own && is_open && is_one && notification.on_unknown == OnUnknown::Retry && !answers.contains_key(&at) {
+            alike.entry((&notification.topic, notification.lane.as_number())).or_default().push((notification.id, at));
+        }
+    }
+    let mut cohorts = Vec::with_capacity(alike.len());
+    for ((topic, _), mut members) in alike {
+        members.sort_unstable();
+        let Some((first, _)) = members.first().copied() else { continue };
+        let mut seated = Vec::with_capacity(members.len());
+        let mut oldest = None;
+        for (id, at) in members {
+            let Some(entry) = entries.get_mut(at) else { continue };
+            let Some(target) = entry.chunks.iter().flatten().flat_map(|chunk| &chunk.targets).next() else { continue };
+            let number = u32::try_from(seated.len()).unwrap_or(u32::MAX);
+            seated.push((id, target.clone()));
+            entry.seat = Some(Seat { cohort: first, number });
+            let Notification { lane, due_at, .. } = entry.submission.notification;
+            let (_, least) = oldest.get_or_insert((lane, due_at));
+            *least = due_at.min(*least);
+        }
+        if let Some((lane, due_at)) = oldest {
+            cohorts.push(NewCohort { topic, lane, due_at, members: seated });
+        }
+    }
+    cohorts
 }
 
 /// Claims the idempotency keys; the answers for those that were seen before, by place in the group.
@@ -217,7 +259,7 @@ async fn requests(conn: &mut Conn<'_>, keys: &[Value]) -> Result<HashMap<Vec<u8>
 
 const INSERT: &str = "-- queue.insert_notifications\nINSERT INTO notifications (id, topic, owner, reference, lane, \
     push_type, priority, expires_at, collapse_id, derives_collapse_id, on_unknown, environment, payload, audience, \
-    audience_complete, unmatched, due_at, created_at, warnings)";
+    audience_complete, unmatched, due_at, created_at, warnings, cohort, seat)";
 
 /// What a notification for a few has: no collapse id, no environment, nothing left to resolve, nothing suspicious.
 const PLAIN: [Usual; 6] = [
@@ -241,9 +283,10 @@ async fn insert(
     let mut links = Vec::new();
     let mut chunks = Vec::with_capacity(new.len());
     let mut notes = Vec::new();
+    let mut seated = Vec::new();
     for entry in new {
         let Submission { notification, audience, own, .. } = entry.submission;
-        notifications.push(notification_row(notification, audience, &entry.view)?);
+        notifications.push(notification_row(notification, audience, entry)?);
         // The users of a long list are linked as it is resolved.
         if audience.is_short() || !matches!(audience, Audience::Users(_)) {
             links.extend(audience::links(notification.id, audience));
@@ -255,6 +298,7 @@ async fn insert(
                 let key = ChunkKey { notification: notification.id, number: 0 };
                 chunks.push(NewChunk { key, lane, due_at, owner: None, chunk: None });
             }
+            Some(_) if entry.seat.is_some() => seated.push(ChunkKey { notification: notification.id, number: 0 }),
             Some(resolved) => {
                 for (number, chunk) in (0..).zip(resolved) {
                     let key = ChunkKey { notification: notification.id, number };
@@ -268,7 +312,8 @@ async fn insert(
     chunk::insert(conn, &context.reasons, &chunks, now).await?;
     link(conn, links).await?;
     chunk::note(conn, context, &notes).await?;
-    Ok(chunks.iter().filter(|chunk| chunk.owner.is_some()).map(|chunk| chunk.key).collect())
+    seated.extend(chunks.iter().filter(|chunk| chunk.owner.is_some()).map(|chunk| chunk.key));
+    Ok(seated)
 }
 
 /// Notes who is addressed, in the order of the users.
@@ -293,9 +338,9 @@ fn key_of(row: &[Value]) -> Option<&[u8]> {
 fn notification_row(
     notification: &Notification,
     audience: &Audience,
-    view: &NotificationView,
+    entry: &Entry<'_>,
 ) -> Result<Vec<Value>, StoreError> {
-    use crate::domain::push::Expiration;
+    let Entry { view, seat, .. } = entry;
     let expires_at = match notification.expiration {
         Expiration::Immediate => 0,
         Expiration::At(at) => at.as_millis(),
@@ -325,6 +370,8 @@ fn notification_row(
         notification.due_at.into(),
         notification.created_at.into(),
         warnings.into(),
+        seat.map_or(Value::Null, |seat| id_value(seat.cohort.as_uuid())),
+        seat.map(|seat| seat.number).into(),
     ])
 }
 
@@ -341,6 +388,7 @@ fn leases(entry: &Entry<'_>, addresses: &HashMap<DeviceSeq, Address>, read_at: s
             chunk: chunk.clone(),
             addresses: addresses_of(chunk, addresses),
             read_at,
+            seat: entry.seat,
         })
         .collect()
 }

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeSet;
 
-use super::{Context, FREE, claim};
+use super::{Context, FREE, claim, cohort};
 use crate::domain::{
     clock::Timestamp,
     notification::{NotificationId, NotificationView},
@@ -33,6 +33,7 @@ pub(in crate::store) async fn cancel(
         Some(view) if view.done_at.is_none() => {}
         ended => return Ok(ended),
     }
+    cohort::leave(conn, context, std::iter::once(id), now).await?;
     // Chunks before the notification, as a claim locks them. What is held or parked would not be claimed by itself.
     let bytes = id_value(id.as_uuid());
     let mut statement = Statement::new("-- queue.cancel\nUPDATE chunks SET waiting_since = NULL, holder = ");

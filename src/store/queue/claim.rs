@@ -71,7 +71,7 @@ pub(in crate::store) async fn claim(
         }
     }
     let claimed = take(conn, context, chosen, max, replica, now).await?;
-    Ok(if keeps(conn, &claimed.leases, replica).await? { claimed } else { Claimed::default() })
+    Ok(if keeps(conn, context, &claimed.leases, replica).await? { claimed } else { Claimed::default() })
 }
 
 /// Takes one chunk that a breaker has parked. What was not tried says most, an urgent one soonest; among those that were
@@ -88,16 +88,16 @@ pub(in crate::store) async fn claim_probe(
         let chosen = choose(conn, parked_holder(breaker), &lanes, which, now, 1).await?;
         let mut leases = take(conn, context, chosen, 1, replica, now).await?.leases;
         if !leases.is_empty() {
-            return Ok(if keeps(conn, &leases, replica).await? { leases.pop() } else { None });
+            return Ok(if keeps(conn, context, &leases, replica).await? { leases.pop() } else { None });
         }
     }
     Ok(None)
 }
 
 /// Whether this replica lives, and keeps what it has taken.
-async fn keeps(conn: &mut Conn<'_>, leases: &[Lease], replica: ReplicaId) -> Result<bool, Failure> {
+async fn keeps(conn: &mut Conn<'_>, context: &Context, leases: &[Lease], replica: ReplicaId) -> Result<bool, Failure> {
     let taken: Vec<ChunkKey> = leases.iter().map(|lease| lease.key).collect();
-    super::keeps(conn, &taken, replica).await
+    super::keeps(conn, context, &taken, replica).await
 }
 
 /// Which chunks of a holder, and in which order. Of what is parked, `due_at` is the end of its time.
@@ -260,7 +260,7 @@ pub(super) async fn take(
     addresses.extend(read.into_iter().map(|address| (address.seq, address)));
     let lease = |Own { key, epoch, notification, chunk }| {
         let addresses = addresses_of(&chunk, &addresses);
-        Lease { key, epoch, notification, chunk, addresses, read_at }
+        Lease { key, epoch, notification, chunk, addresses, read_at, seat: None }
     };
     Ok(Claimed { leases: open.into_iter().map(lease).collect(), more: resolution.more })
 }
@@ -275,7 +275,7 @@ async fn set_aside(conn: &mut Conn<'_>, keys: &[ChunkKey], now: Timestamp) -> Re
     Ok(())
 }
 
-fn unreadable(id: NotificationId, error: &StoreError) {
+pub(super) fn unreadable(id: NotificationId, error: &StoreError) {
     let source = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
     tracing::error!(notification.id = %id, error = %error, source, "work of {id} cannot be read: it is held");
 }

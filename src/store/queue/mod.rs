@@ -8,6 +8,7 @@ pub(super) mod accept;
 pub(super) mod cancel;
 pub(super) mod chunk;
 pub(super) mod claim;
+pub(super) mod cohort;
 mod resolve;
 pub(super) mod settle;
 mod verbs;
@@ -89,11 +90,16 @@ pub(super) async fn committed(
 }
 
 /// Gives back what this transaction has taken in the replica's name if it lives no longer. True if all of it is kept.
-pub(super) async fn keeps(conn: &mut Conn<'_>, taken: &[ChunkKey], replica: ReplicaId) -> Result<bool, Failure> {
+pub(super) async fn keeps(
+    conn: &mut Conn<'_>,
+    context: &Context,
+    taken: &[ChunkKey],
+    replica: ReplicaId,
+) -> Result<bool, Failure> {
     if taken.is_empty() || lives(conn, replica).await? {
         return Ok(true);
     }
-    disown(conn, taken, replica).await?;
+    disown(conn, context, taken, replica).await?;
     Ok(false)
 }
 
@@ -102,11 +108,21 @@ pub(super) async fn owned(conn: &mut Conn<'_>, replica: ReplicaId) -> Result<Vec
     let mut statement = Statement::new("-- queue.owned\nSELECT notification_id, number FROM chunks WHERE holder = ");
     statement.bind(replica.0);
     let rows = conn.fetch(statement).await?;
-    Ok(rows.iter().map(|row| chunk::key_from(row, 0)).collect::<Result<_, _>>()?)
+    let mut owned = cohort::owned(conn, replica).await?;
+    for row in &rows {
+        owned.push(chunk::key_from(row, 0)?);
+    }
+    Ok(owned)
 }
 
 /// Gives chunks back.
-pub(super) async fn disown(conn: &mut Conn<'_>, keys: &[ChunkKey], replica: ReplicaId) -> Result<(), Failure> {
+pub(super) async fn disown(
+    conn: &mut Conn<'_>,
+    context: &Context,
+    keys: &[ChunkKey],
+    replica: ReplicaId,
+) -> Result<(), Failure> {
+    cohort::leave(conn, context, keys.iter().map(|key| key.notification), context.clock.now()).await?;
     let mut keys = keys.to_vec();
     keys.sort_unstable();
     for piece in keys.chunks(LIST) {
@@ -167,7 +183,7 @@ pub(super) async fn superseded(
             }
         }
         if i64::try_from(rows.len()).unwrap_or(i64::MAX) < NEWER_AT_A_TIME {
-            return Ok(false);
+            return cohort::superseded(conn, device, topic, collapse_id, than).await;
         }
     }
 }
@@ -214,11 +230,22 @@ pub(super) async fn depth(conn: &mut Conn<'_>, now: Timestamp) -> Result<Vec<Que
             waiting: many(5)?,
         });
     }
+    for more in cohort::depth(conn).await? {
+        match depth.iter_mut().find(|one| one.topic == more.topic && one.lane == more.lane) {
+            Some(one) => {
+                one.due += more.due;
+                one.oldest_due_at = one.oldest_due_at.into_iter().chain(more.oldest_due_at).min();
+            }
+            None => depth.push(more),
+        }
+    }
+    depth.sort_by(|one, other| (&one.topic, one.lane.as_number()).cmp(&(&other.topic, other.lane.as_number())));
     Ok(depth)
 }
 
 /// Holds whatever is open. What was parked bears the end of its time as `due_at`: released, it is due at once.
-pub(super) async fn hold(conn: &mut Conn<'_>, now: Timestamp) -> Result<u64, Failure> {
+pub(super) async fn hold(conn: &mut Conn<'_>, context: &Context, now: Timestamp) -> Result<u64, Failure> {
+    cohort::disband(conn, context, None, now).await?;
     let mut statement = Statement::new("-- queue.hold\nUPDATE chunks SET due_at = CASE WHEN holder < -1000 THEN ");
     statement.bind(now).push(" ELSE due_at END, holder = -1, waiting_since = ").bind(now);
     statement.push(" WHERE holder <> -1");

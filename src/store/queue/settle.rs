@@ -8,6 +8,7 @@ use std::{
 use super::{
     BY_KEY_HOLDER, Context, FREE,
     chunk::{self, Notes},
+    cohort,
 };
 use crate::domain::{
     clock::Timestamp,
@@ -68,8 +69,9 @@ pub(in crate::store) async fn settle(
     now: Timestamp,
     look: Look,
 ) -> Result<Option<Vec<ChunkKey>>, Failure> {
+    let rows = cohort::settle(conn, context, done, replica, now).await?;
     let (plain, others): (Vec<&Settled<'_>>, Vec<&Settled<'_>>) =
-        done.iter().partition(|settled| look == Look::Behind && is_plain(settled));
+        rows.into_iter().partition(|settled| look == Look::Behind && is_plain(settled));
     if !end(conn, context, &plain, replica, now).await? {
         return Ok(None);
     }

@@ -167,9 +167,10 @@ on_both! {
         }
 
         async fn disown(&self, keys: &[ChunkKey], replica: ReplicaId) -> Result<(), StoreError> {
+            let context = self.context();
             committed(Repeat::Deadlocks, || async {
                 let mut tx = self.begin().await?;
-                super::super::disown(&mut Conn::from(&mut *tx), keys, replica).await?;
+                super::super::disown(&mut Conn::from(&mut *tx), &context, keys, replica).await?;
                 Ok((tx, ()))
             })
             .await
@@ -208,9 +209,10 @@ on_both! {
         }
 
         async fn hold(&self, now: Timestamp) -> Result<u64, StoreError> {
+            let context = self.context();
             committed(Repeat::Deadlocks, || async {
                 let mut tx = self.begin().await?;
-                let held = super::super::hold(&mut Conn::from(&mut *tx), now).await?;
+                let held = super::super::hold(&mut Conn::from(&mut *tx), &context, now).await?;
                 Ok((tx, held))
             })
             .await

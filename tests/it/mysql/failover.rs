@@ -17,7 +17,7 @@ use crate::{
     store::{NOW, eventually},
     support::{
         callers::Callers,
-        database::PrivateServer,
+        database::{ACCEPTED, ENDED, OPEN, PrivateServer},
         world::{World, until},
     },
 };
@@ -133,6 +133,11 @@ async fn one_server_that_is_started_again_fails_nobody_who_comes_later() {
     store.probe(NOW).await.unwrap();
 }
 
+/// A question about the tables of this database.
+fn of(question: &str, database: &str) -> String {
+    question.replace("FROM ", &format!("FROM {database}."))
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_drill_primary_read_only_then_killed_replica_takes_over_and_everything_adds_up() {
     // The real thing: asynchronous replication, and a replica that is read-only until it is promoted.
@@ -154,9 +159,7 @@ async fn the_drill_primary_read_only_then_killed_replica_takes_over_and_everythi
     world.device(&"ab".repeat(32), Some("rider")).await;
 
     let callers = Callers::start(&world.server, 8);
-    let ended = || async {
-        replica.number(&format!("SELECT COUNT(*) FROM {}.chunks WHERE ended_at IS NOT NULL", account.name)).await
-    };
+    let ended = || async { replica.number(&of(ENDED, &account.name)).await };
     until("the load runs", || async { (ended().await > 500).then_some(()) }).await;
 
     primary.execute(&["SET GLOBAL read_only = ON"]).await;
@@ -176,13 +179,13 @@ async fn the_drill_primary_read_only_then_killed_replica_takes_over_and_everythi
     );
     let ids = callers.stop().await;
 
-    let open = format!("SELECT COUNT(*) FROM {}.chunks WHERE ended_at IS NULL", account.name);
+    let open = of(OPEN, &account.name);
     until("everything has ended", || async { (replica.number(&open).await == 0).then_some(()) }).await;
     assert_eq!(ids.iter().collect::<HashSet<_>>().len(), ids.len(), "each accepted once");
     let count = i64::try_from(ids.len()).unwrap();
     let notifications = format!("SELECT COUNT(*) FROM {}.notifications", account.name);
     assert_eq!(replica.number(&notifications).await, count, "nothing but what was accepted");
-    let accepted = format!("SELECT CAST(SUM(accepted) AS SIGNED) FROM {}.chunks", account.name);
+    let accepted = of(ACCEPTED, &account.name);
     assert_eq!(replica.number(&accepted).await, count, "one outcome each");
     for id in ids.iter().step_by(997) {
         assert_eq!(world.done(id).await["counts"]["accepted"], 1);

@@ -111,6 +111,7 @@ fn tomorrow() -> Vec<String> {
         "device_tombstones",
         "notifications",
         "chunks",
+        "cohorts",
         "audiences",
         "cancellations",
         "notification_users",

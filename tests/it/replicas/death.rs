@@ -23,7 +23,7 @@ use crate::{
     support::{
         client::Client,
         cluster::{Cluster, Member},
-        database::{TestDatabase, mysql_database},
+        database::{OPEN, TestDatabase, mysql_database},
         running::running,
         service::Service,
         world::{TOPIC, patiently, until},
@@ -154,7 +154,9 @@ async fn held(database: &TestDatabase, pid: u32) -> BTreeSet<(String, i32)> {
     sqlx::raw_sql("SET @seen = 1 /*M!100107 , SESSION wsrep_sync_wait = 1 */").execute(&mut connection).await.unwrap();
     let question = format!(
         "SELECT LOWER(HEX(notification_id)), number FROM chunks \
-         WHERE holder = (SELECT MAX(id) FROM replicas WHERE name LIKE '%:{pid}')"
+         WHERE holder = (SELECT MAX(id) FROM replicas WHERE name LIKE '%:{pid}') \
+         UNION ALL SELECT LOWER(HEX(n.id)), 0 FROM cohorts k JOIN notifications n ON n.cohort = k.id WHERE SUBSTR(k.seats, 4 * n.seat + 1, 4) = X'00000000' \
+         AND k.holder = (SELECT MAX(id) FROM replicas WHERE name LIKE '%:{pid}')"
     );
     let rows: Vec<(String, i32)> = sqlx::query_as(AssertSqlSafe(question)).fetch_all(&mut connection).await.unwrap();
     rows.into_iter().collect()
@@ -166,9 +168,11 @@ async fn open(database: &TestDatabase, chunks: &BTreeSet<(String, i32)>) -> i64 
         return 0;
     }
     let keys: Vec<String> = chunks.iter().map(|(id, number)| format!("(X'{id}', {number})")).collect();
+    let keys = keys.join(", ");
     let question = format!(
-        "SELECT COUNT(*) FROM chunks WHERE ended_at IS NULL AND (notification_id, number) IN ({})",
-        keys.join(", ")
+        "SELECT (SELECT COUNT(*) FROM chunks WHERE ended_at IS NULL AND (notification_id, number) IN ({keys})) + \
+         (SELECT COUNT(*) FROM notifications n JOIN cohorts k ON k.id = n.cohort \
+          WHERE SUBSTR(k.seats, 4 * n.seat + 1, 4) = X'00000000' AND (n.id, 0) IN ({keys}))"
     );
     number(database, &question).await
 }
@@ -286,7 +290,11 @@ pub(crate) async fn ends(database: &TestDatabase) -> HashMap<String, [i64; 4]> {
     let mut connection = MySqlConnection::connect(database.url()).await.unwrap();
     let sum = |column: &str| format!("CAST(SUM({column}) AS SIGNED)");
     let sums = ["targeted", "accepted", "suppressed", "unanswered"].map(sum).join(", ");
-    let question = format!("SELECT LOWER(HEX(notification_id)), {sums} FROM chunks GROUP BY notification_id");
+    let question = format!(
+        "SELECT LOWER(HEX(notification_id)), {sums} FROM chunks GROUP BY notification_id \
+         UNION ALL SELECT LOWER(HEX(n.id)), 1, IF(SUBSTR(k.seats, 4 * n.seat + 1, 4) = X'00000000', 0, 1), 0, 0 \
+         FROM notifications n JOIN cohorts k ON k.id = n.cohort WHERE SUBSTR(k.seats, 4 * n.seat + 1, 4) <> X'FFFFFFFF'"
+    );
     let rows: Vec<(String, i64, i64, i64, i64)> =
         sqlx::query_as(AssertSqlSafe(question)).fetch_all(&mut connection).await.unwrap();
     rows.into_iter().map(|(id, a, b, c, d)| (id, [a, b, c, d])).collect()
@@ -416,10 +424,7 @@ async fn replicas_that_die_and_hang_lose_nothing_and_repeat_only_what_they_had_n
     let report = fate.report;
 
     let database = cluster.database();
-    until("everything has ended", || async {
-        (number(database, "SELECT COUNT(*) FROM chunks WHERE ended_at IS NULL").await == 0).then_some(())
-    })
-    .await;
+    until("everything has ended", || async { (number(database, OPEN).await == 0).then_some(()) }).await;
     let asked = asked.0.into_inner().unwrap();
     check(&report, &asked, &ends(database).await, &arrived(&cluster.sim.control).await);
 }

@@ -399,7 +399,7 @@ on_both_stores! {
         }).collect();
         for group in [&[1_usize, 2, 3, 4, 5, 6][..], &[7, 8, 9, 10, 11], &[12], &[0]] {
             let done: Vec<_> = group.iter().map(|at| sonnette::store::Settled {
-                key: leases[*at].key, epoch: leases[*at].epoch, chunk: &chunks[*at], disposition: Disposition::Keep,
+                key: leases[*at].key, epoch: leases[*at].epoch, seat: leases[*at].seat, chunk: &chunks[*at], disposition: Disposition::Keep,
                 effects: &[], unique_ids: &[],
             }).collect();
             assert_eq!(world.store.settle(&done, world.replica, NOW).await.unwrap(), []);

@@ -56,7 +56,7 @@ on_both_stores! {
         let known = store.schema().await.unwrap().known;
         execute(&database, &[
             &format!("INSERT INTO schema_migrations (version, name, checksum, applied_at) VALUES ({}, 'tomorrow', X'00', 0)", known + 1),
-            &format!("INSERT INTO service_facts (name, value) VALUES ('min_reader', X'{}')", hex::encode(known.to_string())),
+            &format!("REPLACE INTO service_facts (name, value) VALUES ('min_reader', X'{}')", hex::encode(known.to_string())),
         ]).await;
         let newer = store.schema().await.unwrap();
         assert_eq!((newer.version, newer.min_reader), (known + 1, known));

@@ -4,6 +4,7 @@ mod api_keys;
 mod audience;
 mod breakers;
 mod cancel;
+mod cohorts;
 pub(crate) mod connection;
 mod devices;
 mod migrations;

@@ -8,7 +8,7 @@ use sonnette::{
         notification::{Audience, Lane, NotificationId, NotificationStatus},
         push::{ApnsId, Recipient},
     },
-    store::{Disposition, NotificationFilter, PageRequest, StoreError},
+    store::{Disposition, NotificationFilter, PageRequest, StoreError, Submission},
 };
 
 use super::world::{NOW, World, apple, devices, ended, topic, users};
@@ -161,7 +161,7 @@ on_both_stores! {
     async fn counts_that_do_not_add_up_are_an_error_not_an_answer(database) {
         let world = World::on(database).await;
         let phone = world.phone("ab12", None).await;
-        let (view, _) = world.accept(world.submission(devices(&[&phone]))).await;
+        let (view, _) = world.accept(Submission { own: false, ..world.submission(devices(&[&phone])) }).await;
         for damage in ["accepted = 2", "accepted = 0, holder = NULL, ended_at = 1"] {
             world.run(&format!("UPDATE chunks SET {damage}")).await;
             let error = world.store.notification(view.id).await.unwrap_err();

@@ -11,7 +11,7 @@ use sonnette::{
         push::PushType,
         topic::Environment,
     },
-    store::{Accepted, Disposition, ReplicaId, Settled, StoreError},
+    store::{Accepted, Disposition, Lease, ReplicaId, Settled, StoreError, Submission},
 };
 
 use sqlx::{Connection, MySqlConnection};
@@ -22,6 +22,19 @@ use crate::support::{
     running::running,
     waiting::within,
 };
+
+/// Accepts them for whoever is free, and claims them: each has a row of its own. In their order.
+async fn claimed(world: &World, group: impl IntoIterator<Item = Submission>) -> Vec<Lease> {
+    let group: Vec<_> = group.into_iter().map(|one| Submission { own: false, ..one }).collect();
+    for answer in world.store.accept(&group, world.replica, NOW).await.unwrap() {
+        new(answer);
+    }
+    let claimed = world.store.claim(&Lane::ALL, group.len(), &[], &[], world.replica, NOW).await.unwrap().leases;
+    let place = |lease: &Lease| group.iter().position(|one| one.notification.id == lease.key.notification);
+    let mut leases: Vec<_> = claimed.into_iter().map(|lease| (place(&lease).unwrap(), lease)).collect();
+    leases.sort_by_key(|(place, _)| *place);
+    leases.into_iter().map(|(_, lease)| lease).collect()
+}
 
 fn accepted_state() -> State {
     ended(DeliveryStatus::Accepted, None, NOW)
@@ -187,7 +200,7 @@ on_both_stores! {
             }
         }
         assert_eq!(world.number("SELECT COUNT(*) FROM notifications").await, 32);
-        assert_eq!(world.number("SELECT COUNT(*) FROM chunks").await, 32);
+        assert_eq!(world.chunks().await, 32);
     }
 
     async fn a_bad_row_never_fails_its_group(database) {
@@ -239,7 +252,7 @@ on_both_stores! {
         assert!(world.store.bury(world.replica, beat).await.unwrap());
         let mut done = leases[0].chunk.clone();
         done.states[0] = accepted_state();
-        let settled = Settled { key: leases[0].key, epoch: leases[0].epoch, chunk: &done,
+        let settled = Settled { key: leases[0].key, epoch: leases[0].epoch, seat: leases[0].seat, chunk: &done,
             disposition: Disposition::Keep, effects: &[], unique_ids: &[] };
         assert_eq!(world.store.settle(&[settled], world.replica, NOW).await.unwrap(), [leases[0].key]);
         let (late, leases) = world.accept(world.submission(users(&["u"]))).await;
@@ -400,7 +413,7 @@ on_both_stores! {
         let dead = |phone: &super::world::Phone| [(phone.seq, phone.token.clone(),
             DeviceEffect::Dead { reason: "Unregistered".into(), since: NOW })];
         let (old, fresh) = (dead(&phone), dead(&ours));
-        let settled = |lease: &sonnette::store::Lease, effects| Settled { key: lease.key, epoch: lease.epoch,
+        let settled = |lease: &sonnette::store::Lease, effects| Settled { key: lease.key, epoch: lease.epoch, seat: lease.seat,
             chunk: &done, disposition: Disposition::Keep, effects, unique_ids: &[] };
         let mut theirs = done.clone();
         theirs.targets.clone_from(&ours_leases[0].chunk.targets);
@@ -442,7 +455,7 @@ on_both_stores! {
         for (at, (status, cause)) in outcomes.iter().enumerate() {
             chunk.states[at] = ended(*status, cause.clone(), NOW);
             let unique = [(u32::try_from(at).unwrap(), format!("unique-{at}").into())];
-            let settled = Settled { key: lease.key, epoch: lease.epoch, chunk: &chunk, disposition: Disposition::Keep,
+            let settled = Settled { key: lease.key, epoch: lease.epoch, seat: lease.seat, chunk: &chunk, disposition: Disposition::Keep,
                 effects: &[], unique_ids: &unique };
             assert_eq!(world.store.settle(&[settled], world.replica, NOW).await.unwrap(), []);
             world.counts_add_up(view.id).await;
@@ -472,8 +485,7 @@ on_both_stores! {
             world.phone(&format!("71{n:02x}"), Some(&names[n])).await;
         }
         let group: Vec<_> = names.iter().map(|name| world.submission(users(&[name]))).collect();
-        let leases: Vec<_> = world.store.accept(&group, world.replica, NOW).await.unwrap().into_iter()
-            .map(|answer| new(answer).1.remove(0)).collect();
+        let leases = claimed(&world, group).await;
         let chunks: Vec<_> = leases.iter().enumerate().map(|(n, lease)| {
             let mut chunk = lease.chunk.clone();
             chunk.states[0] = match n % 3 {
@@ -487,7 +499,7 @@ on_both_stores! {
             [(address.seq, address.token.clone(), DeviceEffect::Accepted(Environment::Production))]
         }).collect();
         let done: Vec<_> = leases.iter().zip(&chunks).enumerate().map(|(n, (lease, chunk))| Settled { key: lease.key,
-            epoch: lease.epoch, chunk, disposition: Disposition::Keep,
+            epoch: lease.epoch, seat: lease.seat, chunk, disposition: Disposition::Keep,
             effects: if n % 3 == 0 { &[] } else { &effects[n] }, unique_ids: &[] }).collect();
         assert_eq!(world.store.settle(&done, world.replica, NOW).await.unwrap(), []);
         for (n, lease) in leases.iter().enumerate() {
@@ -502,8 +514,7 @@ on_both_stores! {
         let world = World::on(database).await;
         world.phone("73", Some("u")).await;
         let group = [world.submission(users(&["u"])), world.submission(users(&["u"]))];
-        let leases: Vec<_> = world.store.accept(&group, world.replica, NOW).await.unwrap().into_iter()
-            .map(|answer| new(answer).1.remove(0)).collect();
+        let leases = claimed(&world, group).await;
         world.store.disown(&[leases[1].key], world.replica).await.unwrap();
         // This replica has it again: only the epoch tells.
         assert_eq!(world.store.claim(&Lane::ALL, 9, &[], &[], world.replica, NOW).await.unwrap().leases.len(), 1);
@@ -511,7 +522,7 @@ on_both_stores! {
         let chunks: Vec<_> = leases.iter().map(|lease| sonnette::domain::delivery::Chunk { states: done.clone(),
             ..lease.chunk.clone() }).collect();
         let settled: Vec<_> = leases.iter().zip(&chunks).map(|(lease, chunk)| Settled { key: lease.key,
-            epoch: lease.epoch, chunk, disposition: Disposition::Keep, effects: &[], unique_ids: &[] }).collect();
+            epoch: lease.epoch, seat: lease.seat, chunk, disposition: Disposition::Keep, effects: &[], unique_ids: &[] }).collect();
         assert_eq!(world.store.settle(&settled, world.replica, NOW).await.unwrap(), [leases[1].key]);
         assert_eq!(world.view(leases[0].key.notification).await.counts.accepted, 1);
         assert_eq!(world.view(leases[1].key.notification).await.counts.pending, 1);
@@ -526,8 +537,7 @@ on_both_stores! {
             phones.push(world.phone(&format!("72{n:02x}"), Some(&names[n])).await);
         }
         let group: Vec<_> = names.iter().map(|name| world.submission(users(&[name]))).collect();
-        let leases: Vec<_> = world.store.accept(&group, world.replica, NOW).await.unwrap().into_iter()
-            .map(|answer| new(answer).1.remove(0)).collect();
+        let leases = claimed(&world, group).await;
         let id = |n: usize| leases[n].key.notification;
         // One was taken over, one has been deleted.
         world.store.disown(&[leases[1].key], world.replica).await.unwrap();
@@ -545,7 +555,7 @@ on_both_stores! {
             [(address.seq, address.token.clone(), DeviceEffect::Accepted(Environment::Sandbox))]
         }).collect();
         let done: Vec<_> = leases.iter().zip(&chunks).zip(&effects).map(|((lease, chunk), effects)| Settled {
-            key: lease.key, epoch: lease.epoch, chunk, disposition: Disposition::Keep, effects, unique_ids: &[] }).collect();
+            key: lease.key, epoch: lease.epoch, seat: lease.seat, chunk, disposition: Disposition::Keep, effects, unique_ids: &[] }).collect();
         let mut lost = world.store.settle(&done, world.replica, NOW).await.unwrap();
         lost.sort_unstable();
         let mut expected = vec![leases[1].key, leases[4].key];
@@ -644,7 +654,7 @@ on_both_stores! {
         assert_eq!(world.store.hold(NOW).await.unwrap(), 0);
         let waiting = world.view(view.id).await.waiting_for.unwrap();
         assert_eq!((waiting.reason.as_str(), waiting.since), ("held", NOW));
-        let settled = Settled { key: leases[0].key, epoch: leases[0].epoch, chunk: &leases[0].chunk,
+        let settled = Settled { key: leases[0].key, epoch: leases[0].epoch, seat: leases[0].seat, chunk: &leases[0].chunk,
             disposition: Disposition::Keep, effects: &[], unique_ids: &[] };
         assert_eq!(world.store.settle(&[settled], world.replica, NOW).await.unwrap(), [leases[0].key]);
         let later = NOW.plus(Duration::from_secs(90));

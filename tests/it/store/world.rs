@@ -124,6 +124,12 @@ impl World {
         self.raw.lock().await.number(sql).await
     }
 
+    /// How many chunks there are: as rows, and in seats that have not been left.
+    pub(crate) async fn chunks(&self) -> i64 {
+        let of_seats = "SELECT CAST(COALESCE(SUM(open + accepted), 0) AS SIGNED) FROM cohorts";
+        self.number("SELECT COUNT(*) FROM chunks").await + self.number(of_seats).await
+    }
+
     pub(crate) async fn text(&self, sql: &str) -> Option<String> {
         self.raw.lock().await.text(sql).await
     }
@@ -219,7 +225,15 @@ impl World {
         disposition: Disposition,
         effects: &[(DeviceSeq, DeviceToken, DeviceEffect)],
     ) {
-        let settled = Settled { key: lease.key, epoch: lease.epoch, chunk, disposition, effects, unique_ids: &[] };
+        let settled = Settled {
+            key: lease.key,
+            epoch: lease.epoch,
+            seat: lease.seat,
+            chunk,
+            disposition,
+            effects,
+            unique_ids: &[],
+        };
         let lost = self.store.settle(&[settled], self.replica, self.now()).await.unwrap();
         assert_eq!(lost, [], "the lease was lost");
     }

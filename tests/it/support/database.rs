@@ -25,6 +25,18 @@ use super::{
     scratch::{Folder, Process},
 };
 
+/// How many deliveries are open: in rows of their own, and in what was accepted together.
+pub(crate) const OPEN: &str = "SELECT (SELECT COUNT(*) FROM chunks WHERE ended_at IS NULL) + \
+    (SELECT CAST(COALESCE(SUM(open), 0) AS SIGNED) FROM cohorts)";
+
+/// How many of single notifications have ended.
+pub(crate) const ENDED: &str = "SELECT (SELECT COUNT(*) FROM chunks WHERE ended_at IS NOT NULL) + \
+    (SELECT CAST(COALESCE(SUM(accepted), 0) AS SIGNED) FROM cohorts)";
+
+/// How many were accepted by APNs.
+pub(crate) const ACCEPTED: &str = "SELECT (SELECT CAST(COALESCE(SUM(accepted), 0) AS SIGNED) FROM chunks) + \
+    (SELECT CAST(COALESCE(SUM(accepted), 0) AS SIGNED) FROM cohorts)";
+
 /// What the names of our databases begin with, on whatever server.
 const PREFIX: &str = "sonnette_test_";
 

@@ -1,0 +1,2 @@
+-- cohorts_holder: made with its table.
+DO 0;

@@ -1,0 +1,2 @@
+-- notifications.seat: made with notifications.cohort.
+DO 0;

@@ -1,0 +1,2 @@
+-- notifications_cohort: made with notifications.cohort.
+DO 0;

@@ -1,0 +1,2 @@
+-- and its place there.
+ALTER TABLE notifications ADD COLUMN seat INTEGER NULL;

@@ -1,0 +1,552 @@
+//! Chunks of one target that were accepted together: one row holds them all.
+//!
+//! Promises: a cohort says of each of its seats where it stands: open, accepted by APNs at its first attempt, or moved
+//! out, to a row of its own in `chunks`, where everything else is said that can become of a delivery. Whoever wants to do
+//! more with an open one than to end it so moves it out first, in the same transaction and in the name of whoever holds it:
+//! from then on it is a chunk as any other. A cohort is held by the replica that accepted it until nothing in it is open,
+//! and never by another. A seat that is not there is an error, never an outcome.
+
+use std::collections::{BTreeMap, HashMap};
+
+use super::{
+    Context, NEWER_AT_A_TIME,
+    chunk::{self, NewChunk},
+    claim::unreadable,
+    lane_from, notification_id,
+};
+use crate::domain::{
+    clock::Timestamp,
+    delivery::{Chunk, ChunkKey, DeliveryStatus, State, Target, decode_targets, encode_targets},
+    device::DeviceSeq,
+    notification::{Lane, NotificationId},
+    push::CollapseId,
+    topic::Topic,
+};
+use crate::store::{
+    Kind, QueueDepth, ReplicaId, Seat, Settled, StoreError,
+    audience::{LIST, parsed},
+    sql::Failure,
+    statement::{Conn, Row, Statement, Value, corrupt, id_value},
+};
+
+/// The bytes of a seat.
+const SEAT: usize = 4;
+/// Of one that is open.
+const OPEN: [u8; SEAT] = [0; SEAT];
+/// Of one that has moved out.
+const MOVED: [u8; SEAT] = [0xff; SEAT];
+
+/// SQL: the seat of notification `n` in cohort `k`.
+macro_rules! seat {
+    () => {
+        "SUBSTR(k.seats, n.seat * 4 + 1, 4)"
+    };
+}
+
+/// SQL: the ids of notifications that are open in a cohort. Crossed, because SQLite then begins with the cohorts.
+pub(in crate::store) const OPEN_IDS: &str = concat!(
+    "SELECT n.id FROM cohorts k CROSS JOIN notifications n WHERE n.cohort = k.id AND k.holder IS NOT NULL AND ",
+    seat!(),
+    " = X'00000000'"
+);
+
+/// SQL: and notification `n` is in no cohort, or not open there.
+pub(in crate::store) const AND_NOT_OPEN: &str = concat!(
+    " AND (n.cohort IS NULL OR EXISTS (SELECT 1 FROM cohorts k WHERE k.id = n.cohort AND ",
+    seat!(),
+    " <> X'00000000'))"
+);
+
+/// SQL: or notification `n` is open in a cohort.
+pub(in crate::store) const OR_OPEN: &str =
+    concat!(" OR EXISTS (SELECT 1 FROM cohorts k WHERE k.id = n.cohort AND ", seat!(), " = X'00000000')");
+
+/// SQL: or notification `n` was accepted by APNs, and is in a cohort.
+pub(in crate::store) const OR_ACCEPTED: &str = concat!(
+    " OR EXISTS (SELECT 1 FROM cohorts k WHERE k.id = n.cohort AND ",
+    seat!(),
+    " <> X'00000000' AND ",
+    seat!(),
+    " <> X'FFFFFFFF')"
+);
+
+/// Where a seat stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::store) enum Standing {
+    /// Nothing has come of it yet.
+    Open,
+    /// APNs accepted it then, at the first attempt.
+    Accepted(Timestamp),
+    /// Its chunk has a row of its own.
+    Moved,
+}
+
+impl Standing {
+    fn read(seat: &[u8], accepted_at: Timestamp) -> Option<Self> {
+        let seat: [u8; SEAT] = seat.try_into().ok()?;
+        Some(match seat {
+            OPEN => Self::Open,
+            MOVED => Self::Moved,
+            after => {
+                let millis = i64::from(u32::from_be_bytes(after)) - 1;
+                Self::Accepted(Timestamp::from_millis(accepted_at.as_millis() + millis))
+            }
+        })
+    }
+
+    /// The state that it stands for; `None`: its chunk knows.
+    fn state(self) -> Option<State> {
+        match self {
+            Self::Open => Some(State::PENDING),
+            Self::Accepted(at) => {
+                Some(State { status: DeliveryStatus::Accepted, attempts: 1, at: Some(at), ..State::PENDING })
+            }
+            Self::Moved => None,
+        }
+    }
+}
+
+/// A seat for a chunk that was accepted, if one can say all there is to say of it.
+fn seat_of(settled: &Settled<'_>, accepted_at: Timestamp) -> Option<[u8; SEAT]> {
+    let [state] = settled.chunk.states.as_slice() else { return None };
+    let at = state.at?;
+    if Standing::Accepted(at).state().as_ref() != Some(state) || !settled.unique_ids.is_empty() {
+        return None;
+    }
+    let seat = u32::try_from(at.as_millis() - accepted_at.as_millis() + 1).ok()?.to_be_bytes();
+    (seat != OPEN && seat != MOVED).then_some(seat)
+}
+
+const INSERT: &str = "-- queue.insert_cohorts\nINSERT INTO cohorts (id, topic, lane, holder, due_at, accepted_at, targets, \
+    seats, open, accepted)";
+
+/// A cohort about to be inserted.
+pub(super) struct NewCohort<'c> {
+    pub(super) topic: &'c Topic,
+    pub(super) lane: Lane,
+    pub(super) due_at: Timestamp,
+    /// In the order of their seats, by id.
+    pub(super) members: Vec<(NotificationId, Target)>,
+}
+
+/// Inserts cohorts, all of whose seats are open, as this replica's.
+pub(super) async fn insert(
+    conn: &mut Conn<'_>,
+    cohorts: Vec<NewCohort<'_>>,
+    replica: ReplicaId,
+    now: Timestamp,
+) -> Result<(), Failure> {
+    let mut rows = Vec::with_capacity(cohorts.len());
+    for NewCohort { topic, lane, due_at, members } in cohorts {
+        let Some((first, _)) = members.first() else { continue };
+        let (id, open) = (id_value(first.as_uuid()), members.len());
+        let targets: Vec<Target> = members.into_iter().map(|(_, target)| target).collect();
+        rows.push(vec![
+            id,
+            topic.as_str().into(),
+            lane.as_number().into(),
+            replica.0.into(),
+            due_at.into(),
+            now.into(),
+            encode_targets(&targets).into(),
+            OPEN.repeat(open).into(),
+            (open as u64).into(),
+            Value::Int(0),
+        ]);
+    }
+    Ok(conn.insert(INSERT, rows, "").await?)
+}
+
+/// A cohort as its row, locked.
+struct Cohort {
+    id: NotificationId,
+    lane: i64,
+    holder: Option<i64>,
+    due_at: Timestamp,
+    accepted_at: Timestamp,
+    targets: Vec<u8>,
+    seats: Vec<u8>,
+}
+
+impl Cohort {
+    fn from_row(row: &Row) -> Result<Self, StoreError> {
+        Ok(Self {
+            id: notification_id(row.bytes(0)?)?,
+            lane: row.int(1)?,
+            holder: row.int_or_null(2)?,
+            due_at: Timestamp::from_millis(row.int(3)?),
+            accepted_at: Timestamp::from_millis(row.int(4)?),
+            targets: row.bytes(5)?.to_vec(),
+            seats: row.bytes(6)?.to_vec(),
+        })
+    }
+
+    fn seat(&mut self, number: u32) -> Result<&mut [u8], StoreError> {
+        let id = self.id;
+        let begin = usize::try_from(number).unwrap_or(usize::MAX).saturating_mul(SEAT);
+        self.seats.get_mut(begin..begin.saturating_add(SEAT)).ok_or_else(|| no_seat(id))
+    }
+
+    fn standing(&mut self, number: u32) -> Result<Standing, StoreError> {
+        let (id, accepted_at) = (self.id, self.accepted_at);
+        Standing::read(self.seat(number)?, accepted_at).ok_or_else(|| no_seat(id))
+    }
+
+    fn count(&self, what: impl Fn(&[u8]) -> bool) -> u64 {
+        self.seats.chunks(SEAT).filter(|seat| what(seat)).count() as u64
+    }
+
+    /// Gives up those of these seats that are open; their chunks are to be inserted, in the name of the cohort's holder.
+    fn move_out(&mut self, members: &[(NotificationId, u32)]) -> Result<Vec<Moved>, StoreError> {
+        let targets = decode_targets(&self.targets).unwrap_or_default();
+        let mut moved = Vec::with_capacity(members.len());
+        for (id, number) in members {
+            if self.standing(*number)? == Standing::Open {
+                self.seat(*number)?.copy_from_slice(&MOVED);
+                let target = usize::try_from(*number).ok().and_then(|number| targets.get(number));
+                moved.push(self.moved(*id, target.cloned()));
+            }
+        }
+        Ok(moved)
+    }
+
+    /// A chunk of its own for a member. One whose target cannot be read has none: whoever claims it holds it, and it shows.
+    fn moved(&self, id: NotificationId, target: Option<Target>) -> Moved {
+        Moved {
+            key: ChunkKey { notification: id, number: 0 },
+            lane: lane_from(self.lane).unwrap_or(Lane::Transactional),
+            due_at: self.due_at,
+            owner: self.holder.map(ReplicaId),
+            chunk: target.map(|target| Chunk::new(vec![target])),
+        }
+    }
+}
+
+/// A chunk that leaves its seat.
+struct Moved {
+    key: ChunkKey,
+    lane: Lane,
+    due_at: Timestamp,
+    owner: Option<ReplicaId>,
+    chunk: Option<Chunk>,
+}
+
+async fn insert_moved(conn: &mut Conn<'_>, context: &Context, moved: &[Moved], now: Timestamp) -> Result<(), Failure> {
+    let rows: Vec<NewChunk<'_>> = moved
+        .iter()
+        .map(|one| NewChunk {
+            key: one.key,
+            lane: one.lane,
+            due_at: one.due_at,
+            owner: one.owner,
+            chunk: one.chunk.as_ref(),
+        })
+        .collect();
+    chunk::insert(conn, &context.reasons, &rows, now).await
+}
+
+/// Writes how the seats of these stand, which are there and locked. One nothing of which is open is nobody's any more.
+async fn keep(conn: &mut Conn<'_>, cohorts: &[Cohort]) -> Result<(), Failure> {
+    let rows = cohorts.iter().map(|cohort| {
+        let open = cohort.count(|seat| seat == OPEN);
+        vec![
+            id_value(cohort.id.as_uuid()),
+            // Not written: all rows are there.
+            "".into(),
+            cohort.lane.into(),
+            cohort.holder.filter(|_| open > 0).into(),
+            cohort.due_at.into(),
+            cohort.accepted_at.into(),
+            Value::Bytes(Vec::new()),
+            cohort.seats.as_slice().into(),
+            open.into(),
+            cohort.count(|seat| seat != OPEN && seat != MOVED).into(),
+        ]
+    });
+    // Differs: how a row that is there is brought up to date. One statement for all of them, however many.
+    let tail = match conn.kind() {
+        Kind::Sqlite => {
+            " ON CONFLICT (id) DO UPDATE SET seats = excluded.seats, open = excluded.open, accepted = excluded.accepted, \
+             holder = excluded.holder"
+        }
+        Kind::Mysql => {
+            " ON DUPLICATE KEY UPDATE seats = VALUES(seats), open = VALUES(open), accepted = VALUES(accepted), \
+             holder = VALUES(holder)"
+        }
+    };
+    Ok(conn.insert(INSERT, rows.collect(), tail).await?)
+}
+
+fn no_seat(id: NotificationId) -> StoreError {
+    corrupt("cohorts", "seats", id, "no such seat")
+}
+
+const COHORT: &str = "-- queue.cohorts\nSELECT id, lane, holder, due_at, accepted_at, targets, seats FROM cohorts";
+
+/// Reads cohorts and locks them, in the order of their ids.
+async fn lock(conn: &mut Conn<'_>, ids: impl Iterator<Item = NotificationId>) -> Result<Vec<Cohort>, Failure> {
+    let ids: std::collections::BTreeSet<NotificationId> = ids.collect();
+    let ids: Vec<NotificationId> = ids.into_iter().collect();
+    let mut locked = Vec::with_capacity(ids.len());
+    for piece in ids.chunks(LIST) {
+        let mut statement = Statement::new(COHORT);
+        // Differs: MySQL reads a small table as a whole, and would lock the rows of others.
+        if conn.kind() == Kind::Mysql {
+            statement.push(" FORCE INDEX (PRIMARY)");
+        }
+        statement.push(" WHERE id IN ").list(piece.iter().map(|id| id_value(id.as_uuid())));
+        locked.extend(fetch_locked(conn, statement).await?);
+    }
+    Ok(locked)
+}
+
+async fn fetch_locked(conn: &mut Conn<'_>, mut statement: Statement) -> Result<Vec<Cohort>, Failure> {
+    // Differs: SQLite's one writer has locked everything already.
+    if conn.kind() == Kind::Mysql {
+        statement.push(" FOR UPDATE");
+    }
+    Ok(conn.fetch(statement).await?.iter().map(Cohort::from_row).collect::<Result<_, _>>()?)
+}
+
+/// Records what became of chunks in cohorts of this replica; those that are to be recorded as rows come back: they are not,
+/// or no longer, in a cohort that it holds, or more became of them than a seat can say.
+pub(super) async fn settle<'s>(
+    conn: &mut Conn<'_>,
+    context: &Context,
+    done: &'s [Settled<'s>],
+    replica: ReplicaId,
+    now: Timestamp,
+) -> Result<Vec<&'s Settled<'s>>, Failure> {
+    let mut rest = Vec::with_capacity(done.len());
+    let mut seated: BTreeMap<NotificationId, Vec<(&Settled<'_>, u32)>> = BTreeMap::new();
+    for settled in done {
+        match settled.seat {
+            Some(Seat { cohort, number }) => seated.entry(cohort).or_default().push((settled, number)),
+            None => rest.push(settled),
+        }
+    }
+    if seated.is_empty() {
+        return Ok(rest);
+    }
+    let mut changed = Vec::with_capacity(seated.len());
+    let mut leaving = Vec::new();
+    for mut cohort in lock(conn, seated.keys().copied()).await? {
+        let is_ours = cohort.holder == Some(replica.0);
+        let (mut has_changed, mut leave) = (false, Vec::new());
+        for (settled, number) in seated.remove(&cohort.id).unwrap_or_default() {
+            match (cohort.standing(number)?, seat_of(settled, cohort.accepted_at)) {
+                // Settled again, because the answer of its commit was lost.
+                (Standing::Accepted(_), Some(seat)) if cohort.seat(number)? == seat => {}
+                (Standing::Open, Some(seat)) if is_ours => {
+                    cohort.seat(number)?.copy_from_slice(&seat);
+                    has_changed = true;
+                }
+                (Standing::Open, None) if is_ours => {
+                    leave.push((settled.key.notification, number));
+                    rest.push(settled);
+                    has_changed = true;
+                }
+                (Standing::Open | Standing::Accepted(_) | Standing::Moved, _) => rest.push(settled),
+            }
+        }
+        leaving.extend(cohort.move_out(&leave)?);
+        if has_changed {
+            changed.push(cohort);
+        }
+    }
+    insert_moved(conn, context, &leaving, now).await?;
+    keep(conn, &changed).await?;
+    rest.extend(seated.into_values().flatten().map(|(settled, _)| settled));
+    Ok(rest)
+}
+
+/// Moves these out as far as they are open in a cohort.
+pub(super) async fn leave(
+    conn: &mut Conn<'_>,
+    context: &Context,
+    ids: impl Iterator<Item = NotificationId>,
+    now: Timestamp,
+) -> Result<(), Failure> {
+    let ids: Vec<NotificationId> = ids.collect();
+    let mut leaving: HashMap<NotificationId, Vec<(NotificationId, u32)>> = HashMap::new();
+    for piece in ids.chunks(LIST) {
+        let mut statement = Statement::new(
+            "-- queue.members\nSELECT id, seat, cohort FROM notifications WHERE cohort IS NOT NULL AND id IN ",
+        );
+        statement.list(piece.iter().map(|id| id_value(id.as_uuid())));
+        for row in &conn.fetch(statement).await? {
+            leaving.entry(notification_id(row.bytes(2)?)?).or_default().push(member_from(row)?);
+        }
+    }
+    let mut cohorts = lock(conn, leaving.keys().copied()).await?;
+    cohorts.retain(|cohort| cohort.holder.is_some());
+    let mut moved = Vec::new();
+    for cohort in &mut cohorts {
+        moved.extend(cohort.move_out(&leaving.remove(&cohort.id).unwrap_or_default())?);
+    }
+    insert_moved(conn, context, &moved, now).await?;
+    keep(conn, &cohorts).await
+}
+
+/// Moves out whatever is open in the cohorts of this replica, or of all: in a few statements, whatever there is. What is
+/// damaged keeps nothing else from going.
+pub(in crate::store) async fn disband(
+    conn: &mut Conn<'_>,
+    context: &Context,
+    holder: Option<ReplicaId>,
+    now: Timestamp,
+) -> Result<(), Failure> {
+    let mut statement = Statement::new(COHORT);
+    match holder {
+        Some(replica) => drop(statement.push(" WHERE holder = ").bind(replica.0)),
+        None => drop(statement.push(" WHERE holder IS NOT NULL")),
+    }
+    let mut cohorts = fetch_locked(conn, statement).await?;
+    let ids: Vec<Value> = cohorts.iter().map(|cohort| id_value(cohort.id.as_uuid())).collect();
+    let mut members: HashMap<NotificationId, Vec<(NotificationId, u32)>> = HashMap::with_capacity(ids.len());
+    for piece in ids.chunks(LIST) {
+        let mut statement =
+            Statement::new("-- queue.members\nSELECT id, seat, cohort FROM notifications WHERE cohort IN ");
+        statement.list(piece.iter().cloned());
+        for row in &conn.fetch(statement).await? {
+            members.entry(notification_id(row.bytes(2)?)?).or_default().push(member_from(row)?);
+        }
+    }
+    let mut moved = Vec::new();
+    for cohort in &mut cohorts {
+        let members = members.remove(&cohort.id).unwrap_or_default();
+        match cohort.move_out(&members) {
+            Ok(all) => moved.extend(all),
+            Err(error) => {
+                unreadable(cohort.id, &error);
+                moved.extend(members.iter().map(|(id, _)| cohort.moved(*id, None)));
+            }
+        }
+    }
+    insert_moved(conn, context, &moved, now).await?;
+    for cohort in &mut cohorts {
+        cohort.holder = None;
+    }
+    keep(conn, &cohorts).await
+}
+
+/// From `id, seat`.
+fn member_from(row: &Row) -> Result<(NotificationId, u32), StoreError> {
+    let id = notification_id(row.bytes(0)?)?;
+    let seat = row.int(1)?;
+    Ok((id, u32::try_from(seat).map_err(|error| corrupt("notifications", "seat", id, error))?))
+}
+
+/// The chunks that this replica holds in cohorts.
+pub(super) async fn owned(conn: &mut Conn<'_>, replica: ReplicaId) -> Result<Vec<ChunkKey>, Failure> {
+    let mut statement = Statement::new("-- queue.owned_seats\n");
+    statement.push(OPEN_IDS).push(" AND k.holder = ").bind(replica.0);
+    let rows = conn.fetch(statement).await?;
+    let key = |row: &Row| Ok(ChunkKey { notification: notification_id(row.bytes(0)?)?, number: 0 });
+    Ok(rows.iter().map(key).collect::<Result<_, StoreError>>()?)
+}
+
+/// Where those of these stand that are in a cohort; an error for each that is damaged.
+pub(in crate::store) async fn standings(
+    conn: &mut Conn<'_>,
+    ids: &[NotificationId],
+) -> Result<HashMap<NotificationId, Result<Standing, StoreError>>, Failure> {
+    let mut standings = HashMap::with_capacity(ids.len());
+    for piece in ids.chunks(LIST) {
+        let mut statement = Statement::new(concat!(
+            "-- queue.standings\nSELECT n.id, ",
+            seat!(),
+            ", k.accepted_at FROM notifications n LEFT JOIN cohorts k ON k.id = n.cohort \
+             WHERE n.cohort IS NOT NULL AND n.id IN "
+        ));
+        statement.list(piece.iter().map(|id| id_value(id.as_uuid())));
+        for row in &conn.fetch(statement).await? {
+            let id = notification_id(row.bytes(0)?)?;
+            standings.insert(id, standing_from(row, 1, id));
+        }
+    }
+    Ok(standings)
+}
+
+/// From a seat and the time from which it counts.
+fn standing_from(row: &Row, column: usize, id: NotificationId) -> Result<Standing, StoreError> {
+    let seat = row.bytes_or_null(column)?.zip(row.int_or_null(column + 1)?);
+    seat.and_then(|(seat, at)| Standing::read(seat, Timestamp::from_millis(at))).ok_or_else(|| no_seat(id))
+}
+
+/// The chunk of a notification, if it is in a cohort.
+pub(in crate::store) async fn chunk_of(conn: &mut Conn<'_>, id: NotificationId) -> Result<Option<Chunk>, Failure> {
+    let mut statement = Statement::new(concat!(
+        "-- queue.seat\nSELECT n.seat, k.targets, ",
+        seat!(),
+        ", k.accepted_at FROM notifications n LEFT JOIN cohorts k ON k.id = n.cohort \
+         WHERE n.cohort IS NOT NULL AND n.id = "
+    ));
+    statement.bind(id_value(id.as_uuid()));
+    let rows = conn.fetch(statement).await?;
+    let Some(row) = rows.first() else { return Ok(None) };
+    let Some(state) = standing_from(row, 2, id)?.state() else { return Ok(None) };
+    let targets = decode_targets(row.bytes(1)?).map_err(|error| corrupt("cohorts", "targets", id, error))?;
+    let target = usize::try_from(row.int(0)?).ok().and_then(|seat| targets.into_iter().nth(seat));
+    Ok(Some(Chunk { targets: vec![target.ok_or_else(|| no_seat(id))?], states: vec![state] }))
+}
+
+/// Whether a newer notification with this collapse id has gone, or is going, to the device, of those that are in a cohort.
+pub(super) async fn superseded(
+    conn: &mut Conn<'_>,
+    device: DeviceSeq,
+    topic: &Topic,
+    collapse_id: &CollapseId,
+    than: NotificationId,
+) -> Result<bool, Failure> {
+    let mut after = than;
+    loop {
+        let mut statement = Statement::new(concat!(
+            "-- queue.superseded_by_seat\nSELECT n.id, n.seat, k.targets, ",
+            seat!(),
+            ", k.accepted_at FROM notifications n LEFT JOIN cohorts k ON k.id = n.cohort \
+             WHERE n.cohort IS NOT NULL AND n.due_at >= (SELECT own.due_at FROM notifications own WHERE own.id = "
+        ));
+        statement.bind(id_value(than.as_uuid())).push(") AND n.collapse_id = ");
+        statement.bind(collapse_id.as_str().as_bytes()).push(" AND n.id > ").bind(id_value(after.as_uuid()));
+        statement.push(" AND n.topic = ").bind(topic.as_str()).push(" ORDER BY n.id LIMIT ").bind(NEWER_AT_A_TIME);
+        let rows = conn.fetch(statement).await?;
+        for row in &rows {
+            let (id, seat) = member_from(row)?;
+            after = id;
+            if standing_from(row, 3, id)? == Standing::Moved {
+                continue;
+            }
+            let targets = decode_targets(row.bytes(2)?).map_err(|error| corrupt("cohorts", "targets", id, error))?;
+            let target = usize::try_from(seat).ok().and_then(|seat| targets.get(seat)).ok_or_else(|| no_seat(id))?;
+            if matches!(target, Target::Device { seq, .. } if *seq == device) {
+                return Ok(true);
+            }
+        }
+        if i64::try_from(rows.len()).unwrap_or(i64::MAX) < NEWER_AT_A_TIME {
+            return Ok(false);
+        }
+    }
+}
+
+/// How much of cohorts is open, by app and lane.
+pub(super) async fn depth(conn: &mut Conn<'_>) -> Result<Vec<QueueDepth>, Failure> {
+    let rows = conn
+        .fetch(Statement::new(
+            "-- queue.depth_of_cohorts\nSELECT topic, lane, CAST(SUM(open) AS SIGNED), MIN(due_at) FROM cohorts \
+             WHERE holder IS NOT NULL GROUP BY topic, lane",
+        ))
+        .await?;
+    let depth = |row: &Row| {
+        let lane = row.int(1)?;
+        Ok(QueueDepth {
+            topic: parsed(row.bytes(0)?).map_err(|e| corrupt("cohorts", "topic", "of a cohort", e))?,
+            lane: lane_from(lane).ok_or_else(|| corrupt("cohorts", "lane", lane, "no such lane"))?,
+            due: u64::try_from(row.int(2)?).unwrap_or(0),
+            oldest_due_at: row.int_or_null(3)?.map(Timestamp::from_millis),
+            scheduled: 0,
+            waiting: 0,
+        })
+    };
+    Ok(rows.iter().map(depth).collect::<Result<_, StoreError>>()?)
+}
