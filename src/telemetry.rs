@@ -200,6 +200,31 @@ pub mod names {
         metrics::gauge!(CLOCK_SKEW).set(seconds as f64);
     }
 
+    /// A request was answered, or its client left: `seconds` after it came.
+    pub fn request_answered(method: &'static str, route: &str, status: u16, seconds: f64) {
+        thread_local! {
+            static LAST: Last<(&'static str, String, u16), (Counter, Histogram)> = const { Last::new() };
+        }
+        LAST.with(|last| {
+            last.or_look_up(
+                |labels| (labels.0, &*labels.1, labels.2) == (method, route, status),
+                || {
+                    let route = route.to_owned();
+                    let status_text = status.to_string();
+                    let answered = metrics::counter!(
+                        HTTP_REQUESTS, "method" => method, "route" => route.clone(), "status" => status_text
+                    );
+                    let durations = metrics::histogram!(HTTP_DURATION, "route" => route.clone());
+                    ((method, route, status), (answered, durations))
+                },
+                |(answered, durations)| {
+                    answered.increment(1);
+                    durations.record(seconds);
+                },
+            );
+        });
+    }
+
     /// APNs has answered a push: `seconds` from the write.
     pub fn apns_answered(environment: &'static str, status: u16, seconds: f64) {
         thread_local! {
@@ -243,7 +268,7 @@ pub mod names {
         });
     }
 
-    /// What was counted last, with its labels: of a broadcast nearly all is the same, and looking it up would cost more than
+    /// What was counted last, with its labels: under load nearly all is the same, and looking it up would cost more than
     /// all else that is done about an answer. A thread has its own.
     struct Last<L, M>(RefCell<Option<(L, M)>>);
 

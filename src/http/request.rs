@@ -102,14 +102,7 @@ impl Drop for Record {
             ..400 if watched => line!(debug),
             _ => line!(info),
         }
-        metrics::counter!(
-            names::HTTP_REQUESTS,
-            "method" => method,
-            "route" => self.route.clone(),
-            "status" => status.to_string()
-        )
-        .increment(1);
-        metrics::histogram!(names::HTTP_DURATION, "route" => self.route.clone()).record(duration.as_secs_f64());
+        names::request_answered(method, route, status, duration.as_secs_f64());
     }
 }
 
