@@ -80,7 +80,8 @@ on_both_stores! {
         let tried = requests(&world) - before;
         assert!((3..=7).contains(&tried), "30 s, 30 s, 30 s, 2 min, 15 min with some spread, not {tried} requests");
         pass(&world, &clock, Duration::from_secs(200)).await;
-        assert_eq!(ticking_until_done(&world, &clock, &bad).await["counts"]["expired"], 1);
+        let seen = ticking_until_done(&world, &clock, &bad).await;
+        assert_eq!(seen["counts"]["expired"], 1, "{seen}");
         assert_eq!(status(&world, &shop.ids[0]).await, "active");
     }
 

@@ -351,7 +351,7 @@ impl PrivateServer {
 
     /// SIGSTOP: connections stay open and nothing answers, as with a machine that hangs.
     pub(crate) fn freeze(&self) {
-        self.process.as_ref().expect("the server runs").signal("STOP");
+        self.process.as_ref().expect("the server runs").freeze();
     }
 
     /// Ends [`Self::freeze`].

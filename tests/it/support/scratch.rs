@@ -123,6 +123,24 @@ impl Process {
         assert!(sent.success(), "SIG{name} could not be sent to {pid}");
     }
 
+    /// SIGSTOP, and waits until no thread of it runs: the signal is on its way to them for a moment.
+    pub(crate) fn freeze(&self) {
+        self.signal("STOP");
+        let threads = format!("/proc/{}/task", self.0.id());
+        let runs = |thread: std::io::Result<std::fs::DirEntry>| {
+            let stat =
+                thread.and_then(|thread| std::fs::read_to_string(thread.path().join("stat"))).unwrap_or_default();
+            // Its state stands behind its name, which is in brackets.
+            stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with('T'))
+        };
+        let started = std::time::Instant::now();
+        // Elsewhere than on Linux there is no such folder, and nothing to be seen.
+        while std::fs::read_dir(&threads).is_ok_and(|mut threads| threads.any(runs)) {
+            assert!(started.elapsed() < Duration::from_secs(20), "{} does not stand still", self.0.id());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     /// SIGKILL, and waits until it is gone.
     pub(crate) fn kill(&mut self) -> ExitStatus {
         // Refused only if it has ended already.
