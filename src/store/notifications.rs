@@ -411,17 +411,19 @@ async fn deliveries(
     page: &PageRequest,
 ) -> Result<Option<Page<DeliveryView>>, Failure> {
     let limit = page.limit.clamp(1, 1_000);
-    let mut statement = Statement::new("-- notifications.exists\nSELECT 1 FROM notifications WHERE id = ");
+    let mut statement =
+        Statement::new("-- notifications.exists\nSELECT cohort IS NOT NULL FROM notifications WHERE id = ");
     statement.bind(id_value(id.as_uuid()));
-    if conn.fetch(statement).await?.is_empty() {
-        return Ok(None);
-    }
+    let seated = match conn.fetch(statement).await?.first() {
+        Some(row) => row.int(0)? != 0,
+        None => return Ok(None),
+    };
     let (mut number, mut position) = match page.cursor.as_deref().and_then(Cursor::parse) {
         Some(Cursor::Delivery { of, number, position }) if of == id => (number, position),
         _ => (0, 0),
     };
     let mut items = Vec::with_capacity(limit);
-    if let Some(chunk) = cohort::chunk_of(conn, id).await? {
+    if seated && let Some(chunk) = cohort::chunk_of(conn, id).await? {
         let wanted = chunk.states.iter().any(|state| status.is_none_or(|status| state.status == status));
         if wanted && (number, position) == (0, 0) {
             items = delivery_views(conn, ChunkKey { notification: id, number }, &chunk, &[0]).await?;

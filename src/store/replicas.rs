@@ -22,12 +22,8 @@ use crate::domain::{clock::Timestamp, delivery::SMALL_CHUNK};
 /// that of what is open nobody knows whether it was written. A larger chunk bears marks. Any other change counts one.
 pub(super) const A_DEATH: i64 = 1 << 40;
 
-/// Differs: MySQL adds up to a decimal number.
-const HOLDINGS_ON_SQLITE: &str = "-- replicas.holdings\nSELECT holder, COUNT(*), \
-    SUM(targeted - accepted - failed - unregistered - expired - cancelled - suppressed - unanswered) \
-    FROM chunks WHERE holder > 0 GROUP BY holder \
-    UNION ALL SELECT holder, SUM(open), SUM(open) FROM cohorts WHERE holder IS NOT NULL GROUP BY holder";
-const HOLDINGS_ON_MYSQL: &str = "-- replicas.holdings\nSELECT holder, COUNT(*), CAST(\
+/// Pieces of work and open devices by holder: of chunks, and of cohorts.
+const HOLDINGS: &str = "-- replicas.holdings\nSELECT holder, COUNT(*), CAST(\
     SUM(targeted - accepted - failed - unregistered - expired - cancelled - suppressed - unanswered) AS SIGNED) \
     FROM chunks WHERE holder > 0 GROUP BY holder \
     UNION ALL SELECT holder, CAST(SUM(open) AS SIGNED), CAST(SUM(open) AS SIGNED) FROM cohorts \
@@ -92,12 +88,8 @@ on_both! {
         }
 
         async fn holdings(&self) -> Result<Vec<Holding>, StoreError> {
-            let text = match DIALECT {
-                Kind::Sqlite => HOLDINGS_ON_SQLITE,
-                Kind::Mysql => HOLDINGS_ON_MYSQL,
-            };
             let rows: Vec<(i64, i64, i64)> =
-                read(|| self.single(|pool| async move { sqlx::query_as(text).fetch_all(&pool).await })).await?;
+                read(|| self.single(|pool| async move { sqlx::query_as(HOLDINGS).fetch_all(&pool).await })).await?;
             let count = |number| u64::try_from(number).unwrap_or(0);
             let mut holdings: BTreeMap<i64, Holding> = BTreeMap::new();
             for (id, chunks, devices) in rows {

@@ -13,7 +13,7 @@ use super::{
     audience::LIST,
     queue::{
         cohort::{self, Standing},
-        notification_id,
+        for_update, notification_id,
     },
     sql::{Failure, Repeat, committed, on_both, read},
     statement::{Conn, Row, Statement, Value, corrupt, id_value},
@@ -284,6 +284,12 @@ fn first_id_after(at: Timestamp) -> Value {
     Value::Bytes(millis.to_be_bytes().into_iter().skip(2).chain([0; 10]).collect())
 }
 
+/// A page of what was made at or before `until`, oldest first, by ids that begin with their time.
+fn by_id(statement: &mut Statement, page: usize, from: &Place, until: Timestamp) {
+    statement.push("id > ").bind(from.0.first().cloned().unwrap_or_else(|| Value::Bytes(Vec::new())));
+    statement.push(" AND id < ").bind(first_id_after(until)).push(" ORDER BY id LIMIT ").bind(page as u64);
+}
+
 /// A notification that may be over.
 struct Candidate {
     id: NotificationId,
@@ -301,10 +307,9 @@ async fn candidates(
     until: Timestamp,
 ) -> Result<(Vec<Candidate>, Option<Place>), Failure> {
     let mut statement = Statement::new(
-        "-- retention.candidates\nSELECT id, created_at, audience_complete, payload IS NOT NULL FROM notifications WHERE id > ",
+        "-- retention.candidates\nSELECT id, created_at, audience_complete, payload IS NOT NULL FROM notifications WHERE ",
     );
-    statement.bind(from.0.first().cloned().unwrap_or_else(|| Value::Bytes(Vec::new())));
-    statement.push(" AND id < ").bind(first_id_after(until)).push(" ORDER BY id LIMIT ").bind(page as u64);
+    by_id(&mut statement, page, from, until);
     let rows = conn.fetch(statement).await?;
     let next = next_page(page, &rows, |row| Ok(vec![row.bytes(0)?.into()]))?;
     let candidates = rows.iter().map(|row| {
@@ -470,10 +475,9 @@ async fn idempotency_keys(conn: &mut Conn<'_>, from: &Place, until: Timestamp) -
 
 async fn cohorts(conn: &mut Conn<'_>, from: &Place, until: Timestamp) -> Result<Plan, Failure> {
     let mut statement = Statement::new(
-        "-- retention.cohorts\nSELECT k.id, EXISTS (SELECT 1 FROM notifications n WHERE n.cohort = k.id) FROM cohorts k WHERE k.id > ",
+        "-- retention.cohorts\nSELECT k.id, EXISTS (SELECT 1 FROM notifications n WHERE n.cohort = k.id) FROM cohorts k WHERE ",
     );
-    statement.bind(from.0.first().cloned().unwrap_or_else(|| Value::Bytes(Vec::new())));
-    statement.push(" AND k.id < ").bind(first_id_after(until)).push(" ORDER BY k.id LIMIT ").bind(PAGE as u64);
+    by_id(&mut statement, PAGE, from, until);
     let rows = conn.fetch(statement).await?;
     let next = next_page(PAGE, &rows, |row| Ok(vec![row.bytes(0)?.into()]))?;
     let mut empty = Vec::new();
@@ -660,8 +664,7 @@ async fn forget(conn: &mut Conn<'_>, seqs: &[i64], now: Timestamp) -> Result<Vec
          WHERE d.status <> 'active' AND d.last_registered_at <= i.since AND d.seq IN ",
     );
     statement.list(all.iter().cloned());
-    // Differs: SQLite's one writer has locked everything already.
-    statement.push(by_index(conn.kind(), "", " FOR UPDATE"));
+    statement.push(for_update(conn.kind()));
     let mut gone = Vec::new();
     let mut tombstones = Vec::new();
     for row in &conn.fetch(statement).await? {

@@ -12,7 +12,7 @@ use crate::domain::{
     clock::Timestamp,
     delivery::{Chunk, ChunkKey, Target},
     device::{Address, DeviceSeq},
-    notification::{Audience, Counts, Notification, NotificationId, NotificationStatus, NotificationView},
+    notification::{Audience, Counts, Notification, NotificationStatus, NotificationView},
     push::{Expiration, OnUnknown},
     topic::{Environment, Topic},
 };
@@ -120,36 +120,27 @@ fn entry(submission: &Submission, resolved: Option<audience::Resolved>, now: Tim
 /// apart. What is never to be written twice gets a mark first, and so a row of its own; a raw token goes with its
 /// notification.
 fn seat<'s>(entries: &mut [Entry<'s>], answers: &BTreeMap<usize, Accepted>) -> Vec<NewCohort<'s>> {
-    let mut alike: BTreeMap<(&'s Topic, i64), Vec<(NotificationId, usize)>> = BTreeMap::new();
-    for (at, entry) in entries.iter().enumerate() {
+    let mut new: Vec<&mut Entry<'s>> =
+        entries.iter_mut().enumerate().filter(|(at, _)| !answers.contains_key(at)).map(|(_, entry)| entry).collect();
+    new.sort_unstable_by_key(|entry| entry.view.id);
+    let mut cohorts: BTreeMap<(&'s Topic, i64), NewCohort<'s>> = BTreeMap::new();
+    for entry in new {
         let Submission { notification, own, .. } = entry.submission;
-        let is_open = matches!(entry.chunks.as_deref(), Some([one]) if !one.is_done());
-        let is_one = entry.chunks.iter().flatten().all(|one| matches!(one.targets.as_slice(), [Target::Device { .. }]));
-        if *own && is_open && is_one && notification.on_unknown == OnUnknown::Retry && !answers.contains_key(&at) {
-            alike.entry((&notification.topic, notification.lane.as_number())).or_default().push((notification.id, at));
+        let Some([chunk]) = entry.chunks.as_deref() else { continue };
+        let [target @ Target::Device { .. }] = chunk.targets.as_slice() else { continue };
+        if !own || chunk.is_done() || notification.on_unknown != OnUnknown::Retry {
+            continue;
         }
+        let (id, topic, lane, due_at) = (notification.id, &notification.topic, notification.lane, notification.due_at);
+        let empty = || NewCohort { topic, lane, due_at, members: Vec::new() };
+        let cohort = cohorts.entry((topic, lane.as_number())).or_insert_with(empty);
+        cohort.due_at = cohort.due_at.min(due_at);
+        let first = cohort.members.first().map_or(id, |(first, _)| *first);
+        let number = u32::try_from(cohort.members.len()).unwrap_or(u32::MAX);
+        cohort.members.push((id, target.clone()));
+        entry.seat = Some(Seat { cohort: first, number });
     }
-    let mut cohorts = Vec::with_capacity(alike.len());
-    for ((topic, _), mut members) in alike {
-        members.sort_unstable();
-        let Some((first, _)) = members.first().copied() else { continue };
-        let mut seated = Vec::with_capacity(members.len());
-        let mut oldest = None;
-        for (id, at) in members {
-            let Some(entry) = entries.get_mut(at) else { continue };
-            let Some(target) = entry.chunks.iter().flatten().flat_map(|chunk| &chunk.targets).next() else { continue };
-            let number = u32::try_from(seated.len()).unwrap_or(u32::MAX);
-            seated.push((id, target.clone()));
-            entry.seat = Some(Seat { cohort: first, number });
-            let Notification { lane, due_at, .. } = entry.submission.notification;
-            let (_, least) = oldest.get_or_insert((lane, due_at));
-            *least = due_at.min(*least);
-        }
-        if let Some((lane, due_at)) = oldest {
-            cohorts.push(NewCohort { topic, lane, due_at, members: seated });
-        }
-    }
-    cohorts
+    cohorts.into_values().collect()
 }
 
 /// Claims the idempotency keys; the answers for those that were seen before, by place in the group.

@@ -12,7 +12,7 @@ use super::{
     Context, NEWER_AT_A_TIME,
     chunk::{self, NewChunk},
     claim::unreadable,
-    lane_from, notification_id,
+    for_update, lane_from, newer, notification_id,
 };
 use crate::domain::{
     clock::Timestamp,
@@ -23,8 +23,8 @@ use crate::domain::{
     topic::Topic,
 };
 use crate::store::{
-    Kind, QueueDepth, ReplicaId, Seat, Settled, StoreError,
-    audience::{LIST, parsed},
+    Kind, ReplicaId, Seat, Settled, StoreError,
+    audience::LIST,
     sql::Failure,
     statement::{Conn, Row, Statement, Value, corrupt, id_value},
 };
@@ -203,8 +203,7 @@ impl Cohort {
         for (id, number) in members {
             if self.standing(*number)? == Standing::Open {
                 self.seat(*number)?.copy_from_slice(&MOVED);
-                let target = usize::try_from(*number).ok().and_then(|number| targets.get(number));
-                moved.push(self.moved(*id, target.cloned()));
+                moved.push(self.moved(*id, target_at(&targets, *number)));
             }
         }
         Ok(moved)
@@ -220,6 +219,10 @@ impl Cohort {
             chunk: target.map(|target| Chunk::new(vec![target])),
         }
     }
+}
+
+fn target_at(targets: &[Target], number: u32) -> Option<Target> {
+    usize::try_from(number).ok().and_then(|number| targets.get(number)).cloned()
 }
 
 /// A chunk that leaves its seat.
@@ -301,10 +304,7 @@ async fn lock(conn: &mut Conn<'_>, ids: impl Iterator<Item = NotificationId>) ->
 }
 
 async fn fetch_locked(conn: &mut Conn<'_>, mut statement: Statement) -> Result<Vec<Cohort>, Failure> {
-    // Differs: SQLite's one writer has locked everything already.
-    if conn.kind() == Kind::Mysql {
-        statement.push(" FOR UPDATE");
-    }
+    statement.push(for_update(conn.kind()));
     Ok(conn.fetch(statement).await?.iter().map(Cohort::from_row).collect::<Result<_, _>>()?)
 }
 
@@ -367,17 +367,8 @@ pub(super) async fn leave(
     ids: impl Iterator<Item = NotificationId>,
     now: Timestamp,
 ) -> Result<(), Failure> {
-    let ids: Vec<NotificationId> = ids.collect();
-    let mut leaving: HashMap<NotificationId, Vec<(NotificationId, u32)>> = HashMap::new();
-    for piece in ids.chunks(LIST) {
-        let mut statement = Statement::new(
-            "-- queue.members\nSELECT id, seat, cohort FROM notifications WHERE cohort IS NOT NULL AND id IN ",
-        );
-        statement.list(piece.iter().map(|id| id_value(id.as_uuid())));
-        for row in &conn.fetch(statement).await? {
-            leaving.entry(notification_id(row.bytes(2)?)?).or_default().push(member_from(row)?);
-        }
-    }
+    let ids: Vec<Value> = ids.map(|id| id_value(id.as_uuid())).collect();
+    let mut leaving = members(conn, "id", &ids).await?;
     let mut cohorts = lock(conn, leaving.keys().copied()).await?;
     cohorts.retain(|cohort| cohort.holder.is_some());
     let mut moved = Vec::new();
@@ -403,15 +394,7 @@ pub(in crate::store) async fn disband(
     }
     let mut cohorts = fetch_locked(conn, statement).await?;
     let ids: Vec<Value> = cohorts.iter().map(|cohort| id_value(cohort.id.as_uuid())).collect();
-    let mut members: HashMap<NotificationId, Vec<(NotificationId, u32)>> = HashMap::with_capacity(ids.len());
-    for piece in ids.chunks(LIST) {
-        let mut statement =
-            Statement::new("-- queue.members\nSELECT id, seat, cohort FROM notifications WHERE cohort IN ");
-        statement.list(piece.iter().cloned());
-        for row in &conn.fetch(statement).await? {
-            members.entry(notification_id(row.bytes(2)?)?).or_default().push(member_from(row)?);
-        }
-    }
+    let mut members = members(conn, "cohort", &ids).await?;
     let mut moved = Vec::new();
     for cohort in &mut cohorts {
         let members = members.remove(&cohort.id).unwrap_or_default();
@@ -428,6 +411,25 @@ pub(in crate::store) async fn disband(
         cohort.holder = None;
     }
     keep(conn, &cohorts).await
+}
+
+/// Notifications with their seats, by cohort: those of which a column has one of these values.
+async fn members(
+    conn: &mut Conn<'_>,
+    column: &'static str,
+    values: &[Value],
+) -> Result<HashMap<NotificationId, Vec<(NotificationId, u32)>>, Failure> {
+    let mut members: HashMap<NotificationId, Vec<(NotificationId, u32)>> = HashMap::new();
+    for piece in values.chunks(LIST) {
+        let mut statement = Statement::new(
+            "-- queue.members\nSELECT id, seat, cohort FROM notifications WHERE cohort IS NOT NULL AND ",
+        );
+        statement.push(column).push(" IN ").list(piece.iter().cloned());
+        for row in &conn.fetch(statement).await? {
+            members.entry(notification_id(row.bytes(2)?)?).or_default().push(member_from(row)?);
+        }
+    }
+    Ok(members)
 }
 
 /// From `id, seat`.
@@ -474,21 +476,28 @@ fn standing_from(row: &Row, column: usize, id: NotificationId) -> Result<Standin
     seat.and_then(|(seat, at)| Standing::read(seat, Timestamp::from_millis(at))).ok_or_else(|| no_seat(id))
 }
 
+/// SQL: what is said of notifications `n` by their seats, for [`seated_from`].
+const SEATED: &str = concat!(
+    "SELECT n.id, n.seat, k.targets, ",
+    seat!(),
+    ", k.accepted_at FROM notifications n LEFT JOIN cohorts k ON k.id = n.cohort WHERE n.cohort IS NOT NULL AND "
+);
+
+/// Who sits there, and where that stands; `None`: it has moved out.
+fn seated_from(row: &Row) -> Result<Option<(Target, State)>, StoreError> {
+    let (id, number) = member_from(row)?;
+    let Some(state) = standing_from(row, 3, id)?.state() else { return Ok(None) };
+    let targets = decode_targets(row.bytes(2)?).map_err(|error| corrupt("cohorts", "targets", id, error))?;
+    Ok(Some((target_at(&targets, number).ok_or_else(|| no_seat(id))?, state)))
+}
+
 /// The chunk of a notification, if it is in a cohort.
 pub(in crate::store) async fn chunk_of(conn: &mut Conn<'_>, id: NotificationId) -> Result<Option<Chunk>, Failure> {
-    let mut statement = Statement::new(concat!(
-        "-- queue.seat\nSELECT n.seat, k.targets, ",
-        seat!(),
-        ", k.accepted_at FROM notifications n LEFT JOIN cohorts k ON k.id = n.cohort \
-         WHERE n.cohort IS NOT NULL AND n.id = "
-    ));
-    statement.bind(id_value(id.as_uuid()));
+    let mut statement = Statement::new("-- queue.seat\n");
+    statement.push(SEATED).push("n.id = ").bind(id_value(id.as_uuid()));
     let rows = conn.fetch(statement).await?;
-    let Some(row) = rows.first() else { return Ok(None) };
-    let Some(state) = standing_from(row, 2, id)?.state() else { return Ok(None) };
-    let targets = decode_targets(row.bytes(1)?).map_err(|error| corrupt("cohorts", "targets", id, error))?;
-    let target = usize::try_from(row.int(0)?).ok().and_then(|seat| targets.into_iter().nth(seat));
-    Ok(Some(Chunk { targets: vec![target.ok_or_else(|| no_seat(id))?], states: vec![state] }))
+    let seated = rows.first().map(seated_from).transpose()?.flatten();
+    Ok(seated.map(|(target, state)| Chunk { targets: vec![target], states: vec![state] }))
 }
 
 /// Whether a newer notification with this collapse id has gone, or is going, to the device, of those that are in a cohort.
@@ -501,25 +510,15 @@ pub(super) async fn superseded(
 ) -> Result<bool, Failure> {
     let mut after = than;
     loop {
-        let mut statement = Statement::new(concat!(
-            "-- queue.superseded_by_seat\nSELECT n.id, n.seat, k.targets, ",
-            seat!(),
-            ", k.accepted_at FROM notifications n LEFT JOIN cohorts k ON k.id = n.cohort \
-             WHERE n.cohort IS NOT NULL AND n.due_at >= (SELECT own.due_at FROM notifications own WHERE own.id = "
-        ));
-        statement.bind(id_value(than.as_uuid())).push(") AND n.collapse_id = ");
-        statement.bind(collapse_id.as_str().as_bytes()).push(" AND n.id > ").bind(id_value(after.as_uuid()));
-        statement.push(" AND n.topic = ").bind(topic.as_str()).push(" ORDER BY n.id LIMIT ").bind(NEWER_AT_A_TIME);
+        let mut statement = Statement::new("-- queue.superseded_by_seat\n");
+        statement.push(SEATED);
+        newer(&mut statement, topic, collapse_id, than);
+        statement.push(" AND n.id > ").bind(id_value(after.as_uuid()));
+        statement.push(" ORDER BY n.id LIMIT ").bind(NEWER_AT_A_TIME);
         let rows = conn.fetch(statement).await?;
         for row in &rows {
-            let (id, seat) = member_from(row)?;
-            after = id;
-            if standing_from(row, 3, id)? == Standing::Moved {
-                continue;
-            }
-            let targets = decode_targets(row.bytes(2)?).map_err(|error| corrupt("cohorts", "targets", id, error))?;
-            let target = usize::try_from(seat).ok().and_then(|seat| targets.get(seat)).ok_or_else(|| no_seat(id))?;
-            if matches!(target, Target::Device { seq, .. } if *seq == device) {
+            after = notification_id(row.bytes(0)?)?;
+            if matches!(seated_from(row)?, Some((Target::Device { seq, .. }, _)) if seq == device) {
                 return Ok(true);
             }
         }
@@ -527,26 +526,4 @@ pub(super) async fn superseded(
             return Ok(false);
         }
     }
-}
-
-/// How much of cohorts is open, by app and lane.
-pub(super) async fn depth(conn: &mut Conn<'_>) -> Result<Vec<QueueDepth>, Failure> {
-    let rows = conn
-        .fetch(Statement::new(
-            "-- queue.depth_of_cohorts\nSELECT topic, lane, CAST(SUM(open) AS SIGNED), MIN(due_at) FROM cohorts \
-             WHERE holder IS NOT NULL GROUP BY topic, lane",
-        ))
-        .await?;
-    let depth = |row: &Row| {
-        let lane = row.int(1)?;
-        Ok(QueueDepth {
-            topic: parsed(row.bytes(0)?).map_err(|e| corrupt("cohorts", "topic", "of a cohort", e))?,
-            lane: lane_from(lane).ok_or_else(|| corrupt("cohorts", "lane", lane, "no such lane"))?,
-            due: u64::try_from(row.int(2)?).unwrap_or(0),
-            oldest_due_at: row.int_or_null(3)?.map(Timestamp::from_millis),
-            scheduled: 0,
-            waiting: 0,
-        })
-    };
-    Ok(rows.iter().map(depth).collect::<Result<_, StoreError>>()?)
 }

@@ -13,7 +13,10 @@ mod resolve;
 pub(super) mod settle;
 mod verbs;
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use super::{
     Kind, QueueDepth, ReplicaId, StoreError,
@@ -69,6 +72,14 @@ pub(super) const fn for_share(kind: Kind) -> &'static str {
     match kind {
         Kind::Sqlite => "",
         Kind::Mysql => " LOCK IN SHARE MODE",
+    }
+}
+
+/// Differs: SQLite's one writer has locked everything already.
+pub(super) const fn for_update(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Sqlite => "",
+        Kind::Mysql => " FOR UPDATE",
     }
 }
 
@@ -136,6 +147,14 @@ pub(super) async fn disown(
 /// How many notifications, or chunks of them, are looked through at a time for something newer.
 const NEWER_AT_A_TIME: i64 = 50;
 
+/// SQL, a condition on notification `n`: it bears this collapse id, and was due no sooner. What was made after and was due
+/// before is the older one on the phone.
+fn newer(statement: &mut Statement, topic: &Topic, collapse_id: &CollapseId, than: NotificationId) {
+    statement.push("n.due_at >= (SELECT own.due_at FROM notifications own WHERE own.id = ");
+    statement.bind(id_value(than.as_uuid())).push(") AND n.collapse_id = ").bind(collapse_id.as_str().as_bytes());
+    statement.push(" AND n.topic = ").bind(topic.as_str());
+}
+
 /// Whether something newer with this collapse id has gone, or is going, to the device.
 pub(super) async fn superseded(
     conn: &mut Conn<'_>,
@@ -150,14 +169,10 @@ pub(super) async fn superseded(
         // Held work is not going, and an audience that is not resolved has not been due.
         let mut statement = Statement::new(
             "-- queue.superseded\nSELECT c.notification_id, c.number, c.targets, c.states \
-             FROM notifications n JOIN chunks c ON c.notification_id = n.id WHERE n.due_at >= \
-             (SELECT own.due_at FROM notifications own WHERE own.id = ",
+             FROM notifications n JOIN chunks c ON c.notification_id = n.id WHERE ",
         );
-        // What was made after and was due before is the older one on the phone.
-        statement.bind(id_value(than.as_uuid())).push(") AND n.collapse_id = ");
-        statement.bind(collapse_id.as_str().as_bytes());
+        newer(&mut statement, topic, collapse_id, than);
         statement.push(" AND n.id >= ").bind(id_value(after.notification.as_uuid()));
-        statement.push(" AND n.topic = ").bind(topic.as_str());
         statement.push(" AND (c.notification_id > ").bind(id_value(after.notification.as_uuid()));
         statement.push(" OR c.number > ").bind(after.number);
         statement.push(") AND c.targets IS NOT NULL AND (c.holder IS NULL OR c.holder <> -1) ");
@@ -214,33 +229,23 @@ pub(super) async fn depth(conn: &mut Conn<'_>, now: Timestamp) -> Result<Vec<Que
     statement.push(
         ") AS SIGNED), CAST(SUM(c.holder < 0) AS SIGNED) \
          FROM chunks c JOIN notifications n ON n.id = c.notification_id WHERE c.holder IS NOT NULL \
-         GROUP BY n.topic, c.lane ORDER BY n.topic, c.lane",
+         GROUP BY n.topic, c.lane UNION ALL SELECT topic, lane, CAST(SUM(open) AS SIGNED), MIN(due_at), 0, 0 \
+         FROM cohorts WHERE holder IS NOT NULL GROUP BY topic, lane",
     );
-    let rows = conn.fetch(statement).await?;
-    let mut depth = Vec::with_capacity(rows.len());
-    for row in &rows {
+    let mut depth: BTreeMap<(Topic, i64), QueueDepth> = BTreeMap::new();
+    for row in &conn.fetch(statement).await? {
         let many = |column| row.int(column).map(|many| u64::try_from(many).unwrap_or(0));
-        let lane = row.int(1)?;
-        depth.push(QueueDepth {
-            topic: parsed(row.bytes(0)?).map_err(|e| corrupt("notifications", "topic", "of a chunk", e))?,
-            lane: lane_from(lane).ok_or_else(|| corrupt("chunks", "lane", lane, "no such lane"))?,
-            due: many(2)?,
-            oldest_due_at: row.int_or_null(3)?.map(Timestamp::from_millis),
-            scheduled: many(4)?,
-            waiting: many(5)?,
-        });
+        let topic: Topic = parsed(row.bytes(0)?).map_err(|e| corrupt("notifications", "topic", "of a chunk", e))?;
+        let number = row.int(1)?;
+        let lane = lane_from(number).ok_or_else(|| corrupt("chunks", "lane", number, "no such lane"))?;
+        let nothing = QueueDepth { topic: topic.clone(), lane, due: 0, oldest_due_at: None, scheduled: 0, waiting: 0 };
+        let sum = depth.entry((topic, number)).or_insert(nothing);
+        sum.due += many(2)?;
+        sum.oldest_due_at = sum.oldest_due_at.into_iter().chain(row.int_or_null(3)?.map(Timestamp::from_millis)).min();
+        sum.scheduled += many(4)?;
+        sum.waiting += many(5)?;
     }
-    for more in cohort::depth(conn).await? {
-        match depth.iter_mut().find(|one| one.topic == more.topic && one.lane == more.lane) {
-            Some(one) => {
-                one.due += more.due;
-                one.oldest_due_at = one.oldest_due_at.into_iter().chain(more.oldest_due_at).min();
-            }
-            None => depth.push(more),
-        }
-    }
-    depth.sort_by(|one, other| (&one.topic, one.lane.as_number()).cmp(&(&other.topic, other.lane.as_number())));
-    Ok(depth)
+    Ok(depth.into_values().collect())
 }
 
 /// Holds whatever is open. What was parked bears the end of its time as `due_at`: released, it is due at once.

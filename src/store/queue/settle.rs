@@ -210,11 +210,7 @@ async fn lock(
             "-- queue.settle_lock\nSELECT notification_id, number, epoch, targets, states, \
              failed + unregistered + expired + cancelled + suppressed + unanswered FROM chunks WHERE ",
         );
-        statement.keys(conn.kind(), piece).push(BY_KEY_HOLDER).bind(replica.0);
-        // Differs: SQLite's one writer has locked everything already.
-        if conn.kind() == Kind::Mysql {
-            statement.push(" FOR UPDATE");
-        }
+        statement.keys(conn.kind(), piece).push(BY_KEY_HOLDER).bind(replica.0).push(super::for_update(conn.kind()));
         for row in &conn.fetch(statement).await? {
             let found = Before {
                 epoch: row.int(2)?,
