@@ -487,16 +487,17 @@ pub(super) fn addresses_from(rows: &[Row], devices: &[DeviceSeq]) -> Result<Vec<
     Ok(addresses)
 }
 
-/// Finds at least these numbers, which are in order. Where they are close together it reads all from the first to the
-/// last: that walks through the table once, and a list looks each up.
-fn numbered(statement: &mut Statement, devices: &[DeviceSeq]) {
+/// Finds at least these numbers, which are in order; true if it may find others. Where they are close together it reads all
+/// from the first to the last: that walks through the table once, and a list looks each up.
+pub(super) fn numbered(statement: &mut Statement, devices: &[DeviceSeq]) -> bool {
     if let (Some(first), Some(last)) = (devices.first(), devices.last())
         && last.0 - first.0 < 2 * i64::try_from(devices.len()).unwrap_or(0)
     {
         statement.push("seq BETWEEN ").bind(first.0).push(" AND ").bind(last.0);
-        return;
+        return true;
     }
     statement.push("seq IN ").list(devices.iter().map(|seq| seq.0));
+    false
 }
 
 fn found_from(row: &Row) -> Result<Found, StoreError> {

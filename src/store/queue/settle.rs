@@ -19,7 +19,7 @@ use crate::domain::{
 };
 use crate::store::{
     Disposition, Kind, ReplicaId, Settled, StoreError,
-    audience::LIST,
+    audience::{LIST, numbered},
     breakers::parked_holder,
     reasons,
     sql::Failure,
@@ -318,7 +318,7 @@ async fn notes(conn: &mut Conn<'_>, context: &Context, held: &[(&Settled<'_>, &B
     chunk::note(conn, context, &notes).await
 }
 
-/// Applies what was learned of devices, in the order of their numbers.
+/// Applies what was learned of devices.
 async fn effects(conn: &mut Conn<'_>, settled: &[&Settled<'_>], now: Timestamp) -> Result<(), Failure> {
     let mut accepted: BTreeMap<Environment, Vec<(DeviceSeq, &DeviceToken)>> = BTreeMap::new();
     let mut others: Vec<(DeviceSeq, &DeviceToken, &DeviceEffect)> = Vec::new();
@@ -335,15 +335,11 @@ async fn effects(conn: &mut Conn<'_>, settled: &[&Settled<'_>], now: Timestamp) 
     for (environment, mut devices) in accepted {
         devices.sort_unstable();
         devices.dedup();
-        for piece in devices.chunks(LIST) {
-            // A token stands in one row of a topic: where both lists meet, the row still bears the token that was tried.
-            let mut statement = Statement::new("-- queue.settle_accepted\nUPDATE devices SET last_accepted_at = ");
-            statement.bind(now).push(", environment = ").bind(environment.as_str()).push(" WHERE seq IN ");
-            statement.list(piece.iter().map(|(seq, _)| seq.0)).push(" AND token IN ");
-            statement.list(piece.iter().map(|(_, token)| token.to_bytes())).push(" AND (last_accepted_at < ");
-            statement.bind(now.minus(ACCEPTED_WITHIN)).push(" OR environment IS NULL OR environment <> ");
-            statement.bind(environment.as_str()).push(")");
-            conn.execute(statement).await?;
+        let runs = devices.chunk_by(|(one, _), (next, _)| next.0 - one.0 <= APART);
+        let (runs, scattered): (Vec<&[_]>, Vec<&[_]>) = runs.partition(|run| run.len() >= A_RUN);
+        let scattered = scattered.concat();
+        for piece in runs.into_iter().flat_map(|run| run.chunks(LIST)).chain(scattered.chunks(LIST)) {
+            learn_accepted(conn, environment, piece, now).await?;
         }
     }
     others.sort_by_key(|(seq, ..)| *seq);
@@ -356,6 +352,32 @@ async fn effects(conn: &mut Conn<'_>, settled: &[&Settled<'_>], now: Timestamp) 
             conn.execute(statement).await?;
         }
     }
+    Ok(())
+}
+
+/// Devices whose numbers are no further apart than this, and that are at least so many, have a statement of their own: a
+/// server walks through them in one go, which takes it a third less than to look up each.
+const APART: i64 = 8;
+const A_RUN: usize = 32;
+
+/// Notes that the tokens of these devices, in the order of their numbers, were accepted.
+async fn learn_accepted(
+    conn: &mut Conn<'_>,
+    environment: Environment,
+    devices: &[(DeviceSeq, &DeviceToken)],
+    now: Timestamp,
+) -> Result<(), Failure> {
+    let numbers: Vec<DeviceSeq> = devices.iter().map(|(seq, _)| *seq).collect();
+    let mut statement = Statement::new("-- queue.settle_accepted\nUPDATE devices SET last_accepted_at = ");
+    statement.bind(now).push(", environment = ").bind(environment.as_str()).push(" WHERE ");
+    if numbered(&mut statement, &numbers) {
+        statement.push(" AND seq + 0 IN ").list(numbers.iter().map(|seq| seq.0));
+    }
+    // A token stands in one row of a topic: where both lists meet, the row still bears the token that was tried.
+    statement.push(" AND token IN ").list(devices.iter().map(|(_, token)| token.to_bytes()));
+    statement.push(" AND (last_accepted_at < ").bind(now.minus(ACCEPTED_WITHIN));
+    statement.push(" OR environment IS NULL OR environment <> ").bind(environment.as_str()).push(")");
+    conn.execute(statement).await?;
     Ok(())
 }
 

@@ -749,6 +749,38 @@ on_both_stores! {
         assert_eq!(seen, [(0, "production".into()), (0, "production".into()), (2, "sandbox".into()), (30, "sandbox".into())]);
     }
 
+    async fn an_acceptance_of_many_that_lie_together_teaches_of_those_that_were_tried_and_of_nobody_between(database) {
+        let world = World::on(database).await;
+        let token = |n: usize| format!("84{n:04x}");
+        let mut tried = Vec::new();
+        let mut expected = Vec::new();
+        for n in 0..120 {
+            let phone = world.phone(&token(n), Some("u")).await;
+            // First most of them, then one here and there.
+            let is_tried = if n < 60 { n % 5 != 0 } else { n % 20 == 0 };
+            if n == 30 {
+                world.phone_with(&token(11), None, "fr.example.other", "alert", "active").await;
+            }
+            if is_tried {
+                // One has got another token since.
+                let was = if n == 7 || n == 100 { "8a8a".parse().unwrap() } else { phone.token.clone() };
+                if was == phone.token {
+                    expected.push(phone.seq.0);
+                }
+                tried.push((phone.seq, was, DeviceEffect::Accepted(Environment::Sandbox)));
+            }
+        }
+        let (_, leases) = world.accept(world.submission(users(&["u"]))).await;
+        world.settle_with(&leases[0], &leases[0].chunk, Disposition::Keep, &tried).await;
+        let taught = "SELECT seq FROM devices WHERE last_accepted_at > 0 AND environment = 'sandbox' AND seq > ";
+        let mut seen = vec![0];
+        while let Some(next) = world.text(&format!("SELECT CAST(MIN(seq) AS CHAR) FROM ({taught}{}) taught", seen.last().unwrap())).await {
+            seen.push(next.parse().unwrap());
+        }
+        assert_eq!(seen[1..], expected);
+        assert_eq!(world.number("SELECT COUNT(*) FROM devices WHERE last_accepted_at <> 0").await, i64::try_from(expected.len()).unwrap());
+    }
+
     async fn only_something_newer_that_goes_to_the_same_device_supersedes(database) {
         let world = World::on(database).await;
         let phone = world.phone("90", Some("u")).await;
