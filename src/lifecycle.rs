@@ -75,11 +75,15 @@ impl Tasks {
     /// Spawns a task that ends when its work is done. A panic in it stops everything.
     pub fn spawn_brief(&self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
         let tasks = self.clone();
-        self.launch(name, async move {
-            let mut ended = Ended { name, tasks, normally: false };
-            task.await;
-            ended.normally = true;
-        });
+        // On the heap at once: on its way into a task a future is moved several times, and it may be large.
+        self.launch(
+            name,
+            Box::pin(async move {
+                let mut ended = Ended { name, tasks, normally: false };
+                task.await;
+                ended.normally = true;
+            }),
+        );
     }
 
     fn launch(&self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {

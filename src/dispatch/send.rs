@@ -12,7 +12,11 @@ use std::{
     time::Duration,
 };
 
-use futures_util::{FutureExt, StreamExt, stream::FuturesUnordered};
+use futures_util::{
+    FutureExt, StreamExt,
+    future::{BoxFuture, OptionFuture},
+    stream::FuturesUnordered,
+};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
 
@@ -187,6 +191,30 @@ impl Attempted {
             proves: false,
             hearing: None,
         }
+    }
+
+    /// Enters a conclusion.
+    fn learn(&mut self, notification: &Notification, facts: &Facts, conclusion: Conclusion, now: Timestamp) {
+        let Conclusion { state, effect, fault, .. } = conclusion;
+        let (answer, token) = (&facts.reply.answer, &facts.device.token);
+        tracing::debug!(
+            notification.id = %notification.id,
+            token = token.fingerprint(),
+            environment = facts.environment.as_str(),
+            apns.status = answer.as_ref().map(|a| a.status),
+            apns.reason = answer.as_ref().and_then(|a| a.reason.as_ref()).map(tracing::field::display),
+            attempts = state.attempts,
+            outcome = state.status.as_str(),
+            "one attempt: {}",
+            state.status
+        );
+        self.effect = effect
+            .zip(facts.device.address.as_ref())
+            .filter(|(effect, address)| is_news(effect, address, now))
+            .map(|(effect, address)| (address.seq, token.clone(), effect));
+        self.fault = fault.map(|fault| (facts.environment, fault));
+        self.unique_id = answer.as_ref().and_then(|a| a.apns_unique_id.clone());
+        self.state = state;
     }
 }
 
@@ -409,8 +437,9 @@ impl Sender {
         let notification = Arc::clone(&work.lease.notification);
         let mut rest = in_order(work, due).into_iter();
         let mut running = FuturesUnordered::new();
-        let mut judged = FuturesUnordered::new();
-        let mut settling = FuturesUnordered::new();
+        // Rare, and large.
+        let mut judged = FuturesUnordered::<BoxFuture<'_, Attempted>>::new();
+        let mut settling = OptionFuture::<BoxFuture<'_, Settlement>>::default();
         let mut ended = VecDeque::new();
         let mut open = Open { unsettled: 0, settling: 0, settled_at: self.guard.clock.monotonic() };
         // A probe is one push; the others wait for what it says.
@@ -436,7 +465,7 @@ impl Sender {
                     weight.shrink(STRAGGLING_WEIGHT);
                 }
             }
-            let next = if let Some(settlement) = settling.next().now_or_never().flatten() {
+            let next = if let Some(settlement) = (&mut settling).now_or_never().flatten() {
                 Next::Settled(settlement)
             } else if let Some(attempted) = ended.pop_front().or_else(|| running.next().now_or_never().flatten()) {
                 Next::Ended(attempted)
@@ -448,7 +477,7 @@ impl Sender {
             } else {
                 tokio::select! {
                     biased;
-                    Some(settlement) = settling.next(), if !settling.is_empty() => Next::Settled(settlement),
+                    Some(settlement) = &mut settling => Next::Settled(settlement),
                     Some(attempted) = running.next(), if !running.is_empty() => Next::Ended(attempted),
                     Some(attempted) = judged.next(), if !judged.is_empty() => Next::Ended(attempted),
                     () = self.guard.clock.sleep(SETTLE_EVERY), if open.is_to_be_settled() => Next::Pause,
@@ -470,13 +499,13 @@ impl Sender {
                         round.block(attempted.position, *environment);
                     }
                     if let Some(hearing) = attempted.hearing.take() {
-                        judged.push(self.judged(Arc::clone(&notification), attempted, *hearing));
+                        judged.push(self.judged(Arc::clone(&notification), attempted, *hearing).boxed());
                         continue;
                     }
                     round.take(&notification, attempted, &mut work.lease.chunk, addresses, &mut learned);
                     open.unsettled += 1;
                 }
-                Next::Settled(Settlement::Done) => open.settling = 0,
+                Next::Settled(Settlement::Done) => (settling, open.settling) = (OptionFuture::default(), 0),
                 Next::Settled(_) => {
                     // What is in flight is still read to its end: a written push is never dropped.
                     while running.next().await.is_some() {}
@@ -496,11 +525,12 @@ impl Sender {
                 // A copy: the chunk goes on meanwhile.
                 let chunk = work.lease.chunk.clone();
                 let progress = progress(work, chunk, Disposition::Keep, std::mem::take(&mut learned));
-                settling.push(self.settled(work.lease.key, progress).map(|(_, settlement)| settlement));
+                let settled = self.settled(work.lease.key, progress).map(|(_, settlement)| settlement);
+                settling = Some(settled.boxed()).into();
             }
         }
         // In the order of what happened.
-        while let Some(settlement) = settling.next().await {
+        if let Some(settlement) = settling.await {
             round.over |= settlement != Settlement::Done;
         }
         drop(running);
@@ -660,11 +690,11 @@ impl Sender {
 
     /// What follows from an answer, or from none.
     fn answered(&self, notification: &Notification, mut facts: Facts, probe: Option<Probe>, attempted: &mut Attempted) {
-        let reply = &facts.reply;
+        let (reply, now) = (&facts.reply, self.guard.clock.now());
         attempted.went = if reply.sent_at.is_some() { Went::Out } else { Went::Back };
         attempted.proves = probe.is_some_and(|probe| probe.proves(&reply.outcome));
         if let (Some(sent_at), Some(answer)) = (reply.sent_at, &reply.answer) {
-            let took = self.guard.clock.now().since(sent_at);
+            let took = now.since(sent_at);
             names::apns_answered(facts.environment.as_str(), answer.status, took.as_secs_f64());
             // A refusal may come sooner than an acceptance.
             attempted.took = (reply.outcome == Outcome::Accepted).then_some(took);
@@ -681,9 +711,9 @@ impl Sender {
         }
         // Through a breaker that is open because tokens are refused, one more of them is nothing new.
         let wave = probe.filter(|probe| probe.wave).map(|_| Judgement::Wave);
-        let conclusion = self.conclude(notification, &facts, wave);
+        let conclusion = self.conclude(notification, &facts, wave, now);
         let awaits = conclusion.awaits_judgement;
-        self.learn(notification, &facts, conclusion, attempted);
+        attempted.learn(notification, &facts, conclusion, now);
         let goes_elsewhere = facts.reply.outcome == Outcome::BadToken && wave.is_none() && !awaits;
         if let Some(answer) = facts.reply.answer.as_ref().filter(|_| awaits || goes_elsewhere) {
             let (fault, passed) = (Fault::from(answer), probe.is_some());
@@ -696,9 +726,15 @@ impl Sender {
         }
     }
 
-    fn conclude(&self, notification: &Notification, facts: &Facts, judgement: Option<Judgement>) -> Conclusion {
+    fn conclude(
+        &self,
+        notification: &Notification,
+        facts: &Facts,
+        judgement: Option<Judgement>,
+        now: Timestamp,
+    ) -> Conclusion {
         let with = Circumstances {
-            now: self.guard.clock.now(),
+            now,
             deadline: notification.deadline(),
             on_unknown: notification.on_unknown,
             named_environment: notification.environment,
@@ -709,31 +745,6 @@ impl Sender {
             jitter: rand::random(),
         };
         conclude(&facts.before, &facts.reply, with)
-    }
-
-    /// Enters a conclusion.
-    fn learn(&self, notification: &Notification, facts: &Facts, conclusion: Conclusion, attempted: &mut Attempted) {
-        let Conclusion { state, effect, fault, .. } = conclusion;
-        let (answer, token) = (&facts.reply.answer, &facts.device.token);
-        tracing::debug!(
-            notification.id = %notification.id,
-            token = token.fingerprint(),
-            environment = facts.environment.as_str(),
-            apns.status = answer.as_ref().map(|a| a.status),
-            apns.reason = answer.as_ref().and_then(|a| a.reason.as_ref()).map(tracing::field::display),
-            attempts = state.attempts,
-            outcome = state.status.as_str(),
-            "one attempt: {}",
-            state.status
-        );
-        let now = self.guard.clock.now();
-        attempted.effect = effect
-            .zip(facts.device.address.as_ref())
-            .filter(|(effect, address)| is_news(effect, address, now))
-            .map(|(effect, address)| (address.seq, token.clone(), effect));
-        attempted.fault = fault.map(|fault| (facts.environment, fault));
-        attempted.unique_id = answer.as_ref().and_then(|a| a.apns_unique_id.clone());
-        attempted.state = state;
     }
 
     /// A token was refused for good: who else was, here and where it was tried before?
@@ -782,8 +793,9 @@ impl Sender {
                 notification.topic
             );
         }
-        let conclusion = self.conclude(&notification, &facts, Some(judgement));
-        self.learn(&notification, &facts, conclusion, &mut attempted);
+        let now = self.guard.clock.now();
+        let conclusion = self.conclude(&notification, &facts, Some(judgement), now);
+        attempted.learn(&notification, &facts, conclusion, now);
         if let Some((at, _)) = &mut attempted.fault {
             *at = environment;
         }

@@ -3,7 +3,7 @@
 //! Promises: a key is `sonnette_<id>_<secret>`; the secret has 256 bits and only its SHA-256 is kept, compared in
 //! constant time; neither the secret nor the whole key is ever printed but once, when it is made.
 
-use std::{collections::BTreeSet, fmt, str::FromStr};
+use std::{collections::BTreeSet, fmt, str::FromStr, sync::Arc};
 
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
@@ -68,7 +68,7 @@ super::serde_by_text!(Scope);
 
 /// The public part of a key: 16 hex digits. Safe to log.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct ApiKeyId(Box<str>);
+pub struct ApiKeyId(Arc<str>);
 
 /// A text that is no key id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

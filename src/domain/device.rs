@@ -4,7 +4,7 @@
 //! *generation* that grows whenever its user changes, logs out or is erased; a registration never undoes a learned
 //! environment unless it names another value than it named before.
 
-use std::{fmt, str::FromStr};
+use std::{fmt, str::FromStr, sync::Arc};
 
 use sha2::{Digest, Sha256};
 
@@ -21,7 +21,7 @@ use super::{
 /// Apple gives no fixed length, so only the shape is checked: whole bytes, at most [`Self::MAX_BYTES`] of them.
 /// Source: Apple, "Registering your app with APNs".
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct DeviceToken(Box<str>);
+pub struct DeviceToken(Arc<str>);
 
 /// A text that is no device token. The text itself is not repeated: tokens are not shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -53,9 +53,10 @@ impl DeviceToken {
             return Err(NotADeviceToken);
         }
         // `hex::encode` goes digit by digit.
-        let mut digits = vec![0; 2 * bytes.len()];
-        hex::encode_to_slice(bytes, &mut digits).map_err(|_| NotADeviceToken)?;
-        String::from_utf8(digits).map(|digits| Self(digits.into())).map_err(|_| NotADeviceToken)
+        let mut digits = [0; 2 * Self::MAX_BYTES];
+        let digits = digits.get_mut(..2 * bytes.len()).ok_or(NotADeviceToken)?;
+        hex::encode_to_slice(bytes, digits).map_err(|_| NotADeviceToken)?;
+        std::str::from_utf8(digits).map(|digits| Self(digits.into())).map_err(|_| NotADeviceToken)
     }
 
     /// The last six digits, by which people recognise a token.
@@ -115,7 +116,7 @@ macro_rules! bounded_text {
     ($(#[$doc:meta])* $type:ident, $max:literal) => {
         $(#[$doc])*
         #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-        pub struct $type(Box<str>);
+        pub struct $type(Arc<str>);
 
         impl $type {
             /// The most bytes it may have; it has at least one.

@@ -1,13 +1,13 @@
 //! The topic: an app's bundle id, and the environment of APNs that a token belongs to.
 
-use std::{fmt, str::FromStr};
+use std::{fmt, str::FromStr, sync::Arc};
 
 use super::text_value;
 
 /// An app's bundle id, as the caller names it. The suffix that a push type needs is added by
 /// [`super::push::PushType::apns_topic`].
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Topic(Box<str>);
+pub struct Topic(Arc<str>);
 
 /// A text that is no bundle id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
