@@ -5,7 +5,7 @@
 FROM rust:1-slim-bookworm AS build
 WORKDIR /src
 COPY . .
-RUN cargo build --release --locked --bin sonnette
+RUN cargo build --profile dist --locked --bin sonnette
 
 FROM debian:bookworm-slim
 RUN groupadd --system --gid 10001 sonnette \
@@ -19,7 +19,7 @@ RUN groupadd --system --gid 10001 sonnette \
     '[database]' \
     'url = "sqlite:///var/lib/sonnette/sonnette.db"' \
     > /etc/sonnette/sonnette.toml
-COPY --from=build /src/target/release/sonnette /usr/local/bin/sonnette
+COPY --from=build /src/target/dist/sonnette /usr/local/bin/sonnette
 
 USER 10001:10001
 WORKDIR /var/lib/sonnette

@@ -41,7 +41,7 @@ database:
 	@sh tests/database.sh
 
 bench: database
-	$(CARGO) bench --locked --bench bench
+	$(CARGO) bench --locked --profile dist --bench bench
 
 # The short one is among the tests. The seed is printed, and decides what happens to each push.
 chaos: database

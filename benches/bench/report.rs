@@ -161,8 +161,8 @@ impl Rounds {
             "at": jiff::Timestamp::now().to_string(), "version": env!("CARGO_PKG_VERSION"), "cores": cores,
             "settings": settings, "figures": figures, "problems": self.problems,
         });
-        // target/release/sonnette -> target/bench.json
-        let target = Path::new(env!("CARGO_BIN_EXE_sonnette")).ancestors().nth(2).expect("target/release");
+        // target/dist/sonnette -> target/bench.json
+        let target = Path::new(env!("CARGO_BIN_EXE_sonnette")).ancestors().nth(2).expect("target/dist");
         let text = serde_json::to_string_pretty(&report).expect("plain data");
         std::fs::write(target.join("bench.json"), text + "\n").expect("target can be written");
         println!("\n{cores} cores; all rounds are in target/bench.json");
