@@ -217,7 +217,7 @@ on_both_stores! {
                 if sim.total().await["requests"].as_i64().unwrap() < kill * 3_000 {
                     return None;
                 }
-                let before = service.freeze(async || accepted(&database).await).await;
+                let before = service.freeze_and_count(async || accepted(&database).await).await;
                 let unsettled = sim.total().await["requests"].as_i64().unwrap() - before;
                 if unsettled > exposed {
                     return Some(unsettled - exposed);

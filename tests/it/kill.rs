@@ -68,7 +68,7 @@ async fn kill_in_the_middle(
     base: (i64, i64),
 ) -> i64 {
     for _ in 0..1_000 {
-        let before = service.freeze(async || settled(database).await).await;
+        let before = service.freeze_and_count(async || settled(database).await).await;
         let written = sim.total().await["requests"].as_i64().unwrap() - base.0;
         let unsettled = written - (before - base.1);
         if unsettled >= UNSETTLED {

@@ -80,7 +80,7 @@ async fn phones_come_and_go(client: Client, count: usize) {
 /// Kills the service while the ledger, in another process, shows pushes accepted that the database does not know of.
 async fn kill(service: &mut Service, sim: &SimulatorProcess, database: &TestDatabase, exposed: &mut i64) {
     let unsettled = patiently("pushes are accepted and not settled", || async {
-        let settled = service.freeze(async || accepted(database).await).await;
+        let settled = service.freeze_and_count(async || accepted(database).await).await;
         let acceptances = sim.control.get("/ledger/summary").await.ok()["acceptances"].as_i64().unwrap();
         if acceptances - settled > *exposed {
             return Some(acceptances - settled);

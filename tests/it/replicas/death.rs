@@ -179,7 +179,7 @@ async fn open(database: &TestDatabase, chunks: &BTreeSet<(String, i32)>) -> i64 
 
 /// Freezes a replica, and tells what it holds once a commit that was under way has ended.
 pub(crate) async fn freeze(service: &Service, pid: u32, database: &TestDatabase) -> BTreeSet<(String, i32)> {
-    service.signal("STOP");
+    service.freeze();
     let mut before = held(database, pid).await;
     loop {
         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -369,7 +369,10 @@ pub(crate) fn check(
                 push.at.iter().min().unwrap() <= &death.at.plus(slack) && death.open.contains(&asked[number])
             });
             if !died {
-                unexplained.push(format!("{number} to {token}: {:?}", push.at));
+                let deaths: Vec<(Timestamp, bool)> =
+                    report.deaths.iter().map(|death| (death.at, death.open.contains(&asked[number]))).collect();
+                unexplained
+                    .push(format!("{number} to {token}: {:?}; deaths, and whether they held it: {deaths:?}", push.at));
             }
         }
     }

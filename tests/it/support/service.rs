@@ -129,10 +129,15 @@ impl Service {
         self.process.as_ref().expect("the service was started").signal(name);
     }
 
-    /// Freezes it until it is told `CONT`, and returns what the database counts once that stands still: a commit that was
-    /// under way on the database's side may still end.
-    pub(crate) async fn freeze(&self, counted: impl AsyncFn() -> i64) -> i64 {
-        self.signal("STOP");
+    /// SIGSTOP until it is told `CONT`; no thread of it runs any more.
+    pub(crate) fn freeze(&self) {
+        self.process.as_ref().expect("the service was started").freeze();
+    }
+
+    /// Freezes it, and returns what the database counts once that stands still: a commit that was under way on the
+    /// database's side may still end.
+    pub(crate) async fn freeze_and_count(&self, counted: impl AsyncFn() -> i64) -> i64 {
+        self.freeze();
         let mut before = counted().await;
         loop {
             tokio::time::sleep(Duration::from_millis(20)).await;
