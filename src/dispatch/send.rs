@@ -26,7 +26,7 @@ use super::{
     fence::{AttemptFence, Guard, OWNERSHIP_MAX_AGE, Owned, Verdict, judge, millis},
     pace::Pace,
     settle::{Progress, Settlement, Settler},
-    slots::{self, Share, Slots},
+    slots::{self, Slot, Slots},
     wave::{Opinion, Refused},
     yielding::Traffic,
 };
@@ -76,15 +76,6 @@ pub(super) struct Work {
     pub(super) probe: Option<Probe>,
 }
 
-impl Work {
-    /// Of a claimed chunk no more than so many targets count: the rest has ended.
-    fn shrink(&mut self, targets: usize) {
-        if let Some(weight) = &mut self.weight {
-            weight.shrink(targets);
-        }
-    }
-}
-
 /// A try through an open breaker.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Probe {
@@ -132,9 +123,6 @@ const BLOCKED_PAUSE: Duration = Duration::from_secs(1);
 
 /// Progress of a large chunk is settled at least this often while it is sent.
 const SETTLE_EVERY: Duration = Duration::from_millis(25);
-
-/// And once so many were answered.
-const SETTLE_AT: usize = 250;
 
 /// A chunk that leaves the way free for urgent pushes looks at least this often whether it still has to.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
@@ -286,11 +274,11 @@ impl Sender {
             let mut due = due(&work.lease.chunk, now);
             let mut left = Left::Open;
             let mut blocked = HashSet::new();
-            let mut share = Share::default();
+            let mut slot = None;
             if !due.is_empty() {
                 tokio::select! {
                     (entered, may_leave) = self.admit(&work.lease.notification, due.len()) => {
-                        share = entered;
+                        slot = Some(entered);
                         due.truncate(may_leave);
                     }
                     () = self.guard.cancelled.reached(work.lease.key.notification) => continue,
@@ -320,7 +308,7 @@ impl Sender {
                     Settlement::Lost | Settlement::GivenUp => return,
                 }
                 let began = self.guard.clock.monotonic();
-                let round = self.round(work, &head, &due, &mut addresses, read_at, &mut share).await;
+                let round = self.round(work, &head, &due, &mut addresses, read_at, slot).await;
                 *spent |= round.spent;
                 left = round.left;
                 blocked = round.blocked;
@@ -353,8 +341,6 @@ impl Sender {
                 Left::Open => Disposition::Keep,
             };
             let settlement = self.settle(work, disposition, Learned::default()).await;
-            // Not before what came last is durable.
-            drop(share);
             if settlement != Settlement::Done || disposition != Disposition::Keep {
                 return;
             }
@@ -367,9 +353,9 @@ impl Sender {
     }
 
     /// Waits until some of so many due targets may be sent, and says how many.
-    async fn admit(&self, notification: &Notification, due: usize) -> (Share, usize) {
-        let share = self.slots.enter(notification, due).await;
-        (share, self.pace.leave(notification, due).await)
+    async fn admit(&self, notification: &Notification, due: usize) -> (Slot, usize) {
+        let slot = self.slots.enter(notification, due).await;
+        (slot, self.pace.leave(notification, due).await)
     }
 
     /// With `on_unknown: stop`, what was written, or may have been, before somebody died is never written again.
@@ -436,12 +422,6 @@ impl Sender {
         (progress, settlement)
     }
 
-    /// Settles a copy: the chunk goes on meanwhile.
-    fn settle_beside(&self, work: &Work, learned: Learned) -> BoxFuture<'_, Settlement> {
-        let progress = progress(work, work.lease.chunk.clone(), Disposition::Keep, learned);
-        self.settled(work.lease.key, progress).map(|(_, settlement)| settlement).boxed()
-    }
-
     /// Tries every due target once.
     async fn round(
         &self,
@@ -450,39 +430,40 @@ impl Sender {
         due: &[usize],
         addresses: &mut HashMap<DeviceSeq, Address>,
         read_at: Duration,
-        share: &mut Share,
+        mut slot: Option<Slot>,
     ) -> Round {
         let mut round = Round { left: Left::Open, moved: false, spent: false, over: false, blocked: HashSet::new() };
-        let (mut learned, mut ended) = (Learned::default(), VecDeque::new());
+        let mut learned = Learned::default();
         let notification = Arc::clone(&work.lease.notification);
         let mut rest = in_order(work, due).into_iter();
         let mut running = FuturesUnordered::new();
         // Rare, and large.
         let mut judged = FuturesUnordered::<BoxFuture<'_, Attempted>>::new();
         let mut settling = OptionFuture::<BoxFuture<'_, Settlement>>::default();
+        let mut ended = VecDeque::new();
         let mut open = Open { unsettled: 0, settling: 0, settled_at: self.guard.clock.monotonic() };
         // A probe is one push; the others wait for what it says.
         let mut room = if work.probe.is_some() { 1 } else { slots::IN_FLIGHT };
-        let gives_way = share.is_bounded();
+        let gives_way = slot.as_ref().is_some_and(Slot::is_taken);
         loop {
             let in_flight = if gives_way { self.traffic.room(self.guard.clock.monotonic()) } else { room };
             while running.len() < in_flight
                 && running.len() + ended.len() + open.all() < room
                 && !self.stopping.is_cancelled()
-                && rest.len() > 0
-                && share.covers(running.len() + ended.len() + open.all() + 1, rest.len())
-                && let Some(position) = rest.next()
             {
+                let Some(position) = rest.next() else { break };
                 if let Some(attempt) = attempt_at(work, addresses, position, read_at) {
                     running.push(self.attempt(Arc::clone(&notification), Arc::clone(head), attempt));
                 }
             }
-            // Once what was answered is settled, here or elsewhere.
-            let more =
-                rest.len() > 0 && (open.all() > 0 || share.is_waiting()) && room > 0 && !self.stopping.is_cancelled();
-            share.begin_next_if(rest.len() == 0);
-            if rest.len() == 0 && running.len() <= slots::STRAGGLERS {
-                work.shrink(STRAGGLING_WEIGHT);
+            // Once what was answered is settled.
+            let more = rest.len() > 0 && open.all() > 0 && room > 0 && !self.stopping.is_cancelled();
+            let is_straggling = rest.len() == 0 && running.len() <= slots::STRAGGLERS;
+            if is_straggling {
+                drop(slot.take_if(|_| open.all() <= slots::UNSETTLED));
+                if let Some(weight) = &mut work.weight {
+                    weight.shrink(STRAGGLING_WEIGHT);
+                }
             }
             let next = if let Some(settlement) = (&mut settling).now_or_never().flatten() {
                 Next::Settled(settlement)
@@ -497,11 +478,9 @@ impl Sender {
                 tokio::select! {
                     biased;
                     Some(settlement) = &mut settling => Next::Settled(settlement),
-                    () = share.granted(), if share.is_waiting() => continue,
                     Some(attempted) = running.next(), if !running.is_empty() => Next::Ended(attempted),
                     Some(attempted) = judged.next(), if !judged.is_empty() => Next::Ended(attempted),
                     () = self.guard.clock.sleep(SETTLE_EVERY), if open.is_to_be_settled() => Next::Pause,
-                    () = self.stopping.cancelled(), if more => continue,
                     // No answer says that it is quiet again.
                     () = self.guard.clock.sleep(LOOK_EVERY), if gives_way && running.len() >= in_flight && rest.len() > 0 => continue,
                     else => break,
@@ -521,32 +500,33 @@ impl Sender {
                     }
                     if let Some(hearing) = attempted.hearing.take() {
                         judged.push(self.judged(Arc::clone(&notification), attempted, *hearing).boxed());
-                        share.keep(running.len() + ended.len() + open.all());
                         continue;
                     }
                     round.take(&notification, attempted, &mut work.lease.chunk, addresses, &mut learned);
                     open.unsettled += 1;
                 }
-                Next::Settled(Settlement::Done) => {
-                    (settling, open.settling) = (OptionFuture::default(), 0);
-                    share.keep(running.len() + ended.len() + open.all());
-                }
+                Next::Settled(Settlement::Done) => (settling, open.settling) = (OptionFuture::default(), 0),
                 Next::Settled(_) => {
                     // What is in flight is still read to its end: a written push is never dropped.
                     while running.next().await.is_some() {}
                     round.over = true;
                     return round;
                 }
-                Next::Pause if running.is_empty() && rest.len() == 0 => work.shrink(judged.len().max(LEAST_WEIGHT)),
-                Next::Pause => {}
+                Next::Pause => {
+                    if let Some(weight) = work.weight.as_mut().filter(|_| running.is_empty()) {
+                        weight.shrink(judged.len().max(LEAST_WEIGHT));
+                    }
+                }
             }
+            let goes_on = !running.is_empty() || !judged.is_empty() || more;
             let now = self.guard.clock.monotonic();
-            if (!running.is_empty() || !judged.is_empty() || more)
-                && open.is_to_be_settled()
-                && (pause || open.is_due(now))
-            {
+            if goes_on && open.is_to_be_settled() && (pause || (is_straggling && slot.is_some()) || open.is_due(now)) {
                 open = Open { unsettled: 0, settling: open.unsettled, settled_at: now };
-                settling = Some(self.settle_beside(work, std::mem::take(&mut learned))).into();
+                // A copy: the chunk goes on meanwhile.
+                let chunk = work.lease.chunk.clone();
+                let progress = progress(work, chunk, Disposition::Keep, std::mem::take(&mut learned));
+                let settled = self.settled(work.lease.key, progress).map(|(_, settlement)| settlement);
+                settling = Some(settled.boxed()).into();
             }
         }
         // In the order of what happened.
@@ -878,7 +858,7 @@ impl Open {
 
     /// Whether it should, though answers still come in.
     fn is_due(&self, now: Duration) -> bool {
-        self.unsettled >= SETTLE_AT || now.saturating_sub(self.settled_at) >= SETTLE_EVERY
+        self.unsettled >= slots::IN_FLIGHT / 2 || now.saturating_sub(self.settled_at) >= SETTLE_EVERY
     }
 }
 
