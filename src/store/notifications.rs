@@ -121,9 +121,12 @@ async fn list(
     if let Some(NotificationStatus::Scheduled | NotificationStatus::Queued | NotificationStatus::Sending) =
         filter.status
     {
-        for part in OPEN {
-            statement.push(part);
+        let spans = cohort::open_spans(conn, None).await?;
+        statement.push(OPEN);
+        if !spans.is_empty() {
+            spans.push(statement.push(" UNION ").push(cohort::OPEN_IDS), "n.id");
         }
+        statement.push(") o ON o.open_id = n.id");
     }
     statement.push(" WHERE 1 = 1");
     filtered(&mut statement, filter, now);
@@ -140,11 +143,7 @@ async fn list(
 }
 
 /// By the indexes of what is open, which is little of what there is.
-const OPEN: [&str; 3] = [
-    " JOIN (SELECT c.notification_id AS open_id FROM chunks c WHERE c.holder IS NOT NULL UNION ",
-    cohort::OPEN_IDS,
-    ") o ON o.open_id = n.id",
-];
+const OPEN: &str = " JOIN (SELECT c.notification_id AS open_id FROM chunks c WHERE c.holder IS NOT NULL";
 const ALL_ENDED: &str = " AND n.audience_complete = 1 AND NOT EXISTS \
     (SELECT 1 FROM chunks c WHERE c.notification_id = n.id AND c.holder IS NOT NULL)";
 const DUE: &str = " AND (n.cancelled_at IS NOT NULL OR n.due_at <= ";

@@ -12,7 +12,7 @@ use super::{
     Kind, ReplicaId, StoreError,
     audience::LIST,
     queue::{
-        cohort::{self, Standing},
+        cohort::{self, Spans, Standing},
         for_update, notification_id,
     },
     sql::{Failure, Repeat, committed, on_both, read},
@@ -103,6 +103,9 @@ const ROWS: u64 = 500;
 
 /// Rows that one page looks at.
 const PAGE: usize = 256;
+
+/// Cohorts that one page looks at: of each the notifications that are left, up to 256, are looked at as well.
+const COHORTS_PAGE: usize = 64;
 
 /// Rows that one page looks at where most of them stay and little is read of each.
 const LONG_PAGE: usize = 1_000;
@@ -474,19 +477,44 @@ async fn idempotency_keys(conn: &mut Conn<'_>, from: &Place, until: Timestamp) -
 }
 
 async fn cohorts(conn: &mut Conn<'_>, from: &Place, until: Timestamp) -> Result<Plan, Failure> {
-    let mut statement = Statement::new(
-        "-- retention.cohorts\nSELECT k.id, EXISTS (SELECT 1 FROM notifications n WHERE n.cohort = k.id) FROM cohorts k WHERE ",
-    );
-    by_id(&mut statement, PAGE, from, until);
+    let mut statement = Statement::new("-- retention.cohorts\nSELECT id, last, accepted_at FROM cohorts WHERE ");
+    by_id(&mut statement, COHORTS_PAGE, from, until);
     let rows = conn.fetch(statement).await?;
-    let next = next_page(PAGE, &rows, |row| Ok(vec![row.bytes(0)?.into()]))?;
-    let mut empty = Vec::new();
+    let next = next_page(COHORTS_PAGE, &rows, |row| Ok(vec![row.bytes(0)?.into()]))?;
+    let (mut known, mut unknown) = (Vec::new(), Vec::new());
     for row in &rows {
-        if row.int(1)? == 0 {
-            empty.push(row.bytes(0)?.into());
+        let id = notification_id(row.bytes(0)?)?;
+        match row.bytes_or_null(1)? {
+            Some(last) => known.push((id, Some(notification_id(last)?))),
+            None => unknown.push((id, Timestamp::from_millis(row.int(2)?))),
         }
     }
-    Ok(Plan { doomed: Doomed::Cohorts(empty), next })
+    let mut empty: Vec<NotificationId> = known.iter().map(|(id, _)| *id).collect();
+    if !known.is_empty() {
+        let mut statement =
+            Statement::new("-- retention.members\nSELECT DISTINCT cohort FROM notifications WHERE cohort IN ");
+        statement.list(empty.iter().map(|id| id_value(id.as_uuid()))).push(" AND ");
+        Spans::of(known.into_iter()).push(&mut statement, "id");
+        let mut inhabited = HashSet::new();
+        for row in &conn.fetch(statement).await? {
+            inhabited.insert(notification_id(row.bytes(0)?)?);
+        }
+        empty.retain(|id| !inhabited.contains(id));
+    }
+    if !unknown.is_empty() {
+        // Where its last member is not known, nothing may be left that is old enough to be one.
+        let oldest = oldest(conn).await?.map(|oldest| oldest.minus(CLOCK_MARGIN));
+        let gone = unknown.into_iter().filter(|(_, accepted_at)| oldest.is_none_or(|oldest| *accepted_at < oldest));
+        empty.extend(gone.map(|(id, _)| id));
+    }
+    Ok(Plan { doomed: Doomed::Cohorts(empty.iter().map(|id| id_value(id.as_uuid())).collect()), next })
+}
+
+/// When the oldest notification came.
+async fn oldest(conn: &mut Conn<'_>) -> Result<Option<Timestamp>, Failure> {
+    let oldest = Statement::new("-- retention.oldest\nSELECT created_at FROM notifications ORDER BY id LIMIT 1");
+    let oldest = conn.fetch(oldest).await?.first().map(|row| row.int(0)).transpose()?;
+    Ok(oldest.map(Timestamp::from_millis))
 }
 
 /// Differs: how an index is named.
@@ -539,9 +567,7 @@ async fn inactive_devices(conn: &mut Conn<'_>, from: &Place, until: Timestamp) -
 
 async fn tombstones(conn: &mut Conn<'_>, from: &Place, until: Timestamp) -> Result<Plan, Failure> {
     // Whatever names a device was accepted before the device was forgotten.
-    let oldest = Statement::new("-- retention.oldest\nSELECT created_at FROM notifications ORDER BY id LIMIT 1");
-    let oldest = conn.fetch(oldest).await?.first().map(|row| row.int(0)).transpose()?;
-    let until = oldest.map_or(until, |oldest| until.min(Timestamp::from_millis(oldest).minus(CLOCK_MARGIN)));
+    let until = oldest(conn).await?.map_or(until, |oldest| until.min(oldest.minus(CLOCK_MARGIN)));
     let (time, seq) = time_and_key(from, Value::Int(0));
     let mut statement = Statement::new("-- retention.tombstones\nSELECT forgotten_at, seq FROM device_tombstones");
     statement.push(by_index(

@@ -43,11 +43,12 @@ macro_rules! seat {
     };
 }
 
-/// SQL: the ids of notifications that are open in a cohort. Crossed, because SQLite then begins with the cohorts.
+/// SQL: the ids of notifications that are open in a cohort, of those that are [`Spans::push`]ed next. Crossed, because SQLite
+/// then begins with the notifications.
 pub(in crate::store) const OPEN_IDS: &str = concat!(
-    "SELECT n.id FROM cohorts k CROSS JOIN notifications n WHERE n.cohort = k.id AND k.holder IS NOT NULL AND ",
+    "SELECT n.id FROM notifications n CROSS JOIN cohorts k WHERE k.id = n.cohort AND k.holder IS NOT NULL AND ",
     seat!(),
-    " = X'00000000'"
+    " = X'00000000' AND "
 );
 
 /// SQL: and notification `n` is in no cohort, or not open there.
@@ -69,6 +70,86 @@ pub(in crate::store) const OR_ACCEPTED: &str = concat!(
     seat!(),
     " <> X'FFFFFFFF')"
 );
+
+/// Between which ids all members of some cohorts lie. Others may lie there as well: whoever reads them looks whose they are.
+///
+/// Members have no index of their own, which each notification would pay for. They were accepted together, so their ids,
+/// which begin with their time, are neighbours.
+pub(in crate::store) struct Spans(Vec<(uuid::Uuid, uuid::Uuid)>);
+
+impl Spans {
+    /// The most of them: beyond that those that are closest to each other become one, so that a statement stays short.
+    const MOST: usize = 64;
+
+    /// From the first and the last member of each. `None`: a version before 0038 accepted it, and the last is not known.
+    pub(in crate::store) fn of(ends: impl Iterator<Item = (NotificationId, Option<NotificationId>)>) -> Self {
+        let last = |last: Option<NotificationId>| last.map_or(uuid::Uuid::max(), |last| *last.as_uuid());
+        let mut ends: Vec<_> = ends.map(|(first, of)| (*first.as_uuid(), last(of))).collect();
+        ends.sort_unstable();
+        let mut spans: Vec<(uuid::Uuid, uuid::Uuid)> = Vec::new();
+        for (first, last) in ends {
+            match spans.last_mut() {
+                Some((_, before)) if first <= *before => *before = last.max(*before),
+                _ => spans.push((first, last)),
+            }
+        }
+        Self(spans).at_most(Self::MOST)
+    }
+
+    fn at_most(self, most: usize) -> Self {
+        let Self(spans) = self;
+        let gap = |before: &(uuid::Uuid, uuid::Uuid), after: &(uuid::Uuid, uuid::Uuid)| {
+            after.0.as_u128().saturating_sub(before.1.as_u128())
+        };
+        let mut gaps: Vec<u128> = spans.iter().zip(spans.iter().skip(1)).map(|(one, next)| gap(one, next)).collect();
+        gaps.sort_unstable_by(|one, other| other.cmp(one));
+        // Gaps at least as large as this one stay.
+        let Some(least) = gaps.get(most.saturating_sub(1)).copied() else { return Self(spans) };
+        let mut fewer: Vec<(uuid::Uuid, uuid::Uuid)> = Vec::with_capacity(most);
+        for span in spans {
+            match fewer.last_mut() {
+                Some(before) if gap(before, &span) <= least => before.1 = span.1,
+                _ => fewer.push(span),
+            }
+        }
+        Self(fewer)
+    }
+
+    /// Whether there is nothing between any.
+    pub(in crate::store) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// SQL: `(id >= ? AND id <= ? OR …)`, for at least one. As lists are, filled up to a power of two.
+    pub(in crate::store) fn push(&self, statement: &mut Statement, id: &'static str) {
+        let filled = self.0.len().next_power_of_two();
+        let spans = self.0.iter().chain(std::iter::repeat_n(self.0.last(), filled - self.0.len()).flatten());
+        for (at, (first, last)) in spans.enumerate() {
+            statement.push(if at == 0 { "(" } else { " OR " });
+            statement.push(id).push(" >= ").bind(id_value(first)).push(" AND ");
+            statement.push(id).push(" <= ").bind(id_value(last));
+        }
+        statement.push(")");
+    }
+}
+
+/// Between which ids whatever is open in cohorts lies, of this replica or of all.
+pub(in crate::store) async fn open_spans(conn: &mut Conn<'_>, holder: Option<ReplicaId>) -> Result<Spans, Failure> {
+    let mut statement = Statement::new("-- queue.open_spans\nSELECT id, last FROM cohorts");
+    held_by(&mut statement, holder);
+    let mut ends = Vec::new();
+    for row in &conn.fetch(statement).await? {
+        ends.push((notification_id(row.bytes(0)?)?, row.bytes_or_null(1)?.map(notification_id).transpose()?));
+    }
+    Ok(Spans::of(ends.into_iter()))
+}
+
+fn held_by(statement: &mut Statement, holder: Option<ReplicaId>) {
+    match holder {
+        Some(replica) => drop(statement.push(" WHERE holder = ").bind(replica.0)),
+        None => drop(statement.push(" WHERE holder IS NOT NULL")),
+    }
+}
 
 /// Where a seat stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -118,7 +199,7 @@ fn seat_of(settled: &Settled<'_>, accepted_at: Timestamp) -> Option<[u8; SEAT]> 
 }
 
 const INSERT: &str = "-- queue.insert_cohorts\nINSERT INTO cohorts (id, topic, lane, holder, due_at, accepted_at, targets, \
-    seats, open, accepted)";
+    seats, open, accepted, last)";
 
 /// A cohort about to be inserted.
 pub(super) struct NewCohort<'c> {
@@ -138,8 +219,8 @@ pub(super) async fn insert(
 ) -> Result<(), Failure> {
     let mut rows = Vec::with_capacity(cohorts.len());
     for NewCohort { topic, lane, due_at, members } in cohorts {
-        let Some((first, _)) = members.first() else { continue };
-        let (id, open) = (id_value(first.as_uuid()), members.len());
+        let (Some((first, _)), Some((last, _))) = (members.first(), members.last()) else { continue };
+        let (id, last, open) = (id_value(first.as_uuid()), id_value(last.as_uuid()), members.len());
         let targets: Vec<Target> = members.into_iter().map(|(_, target)| target).collect();
         rows.push(vec![
             id,
@@ -152,6 +233,7 @@ pub(super) async fn insert(
             OPEN.repeat(open).into(),
             (open as u64).into(),
             Value::Int(0),
+            last,
         ]);
     }
     Ok(conn.insert(INSERT, rows, "").await?)
@@ -166,6 +248,8 @@ struct Cohort {
     accepted_at: Timestamp,
     targets: Vec<u8>,
     seats: Vec<u8>,
+    /// Of the notification that is last by its id, if that is known.
+    last: Option<NotificationId>,
 }
 
 impl Cohort {
@@ -178,6 +262,7 @@ impl Cohort {
             accepted_at: Timestamp::from_millis(row.int(4)?),
             targets: row.bytes(5)?.to_vec(),
             seats: row.bytes(6)?.to_vec(),
+            last: row.bytes_or_null(7)?.map(notification_id).transpose()?,
         })
     }
 
@@ -264,6 +349,8 @@ async fn keep(conn: &mut Conn<'_>, cohorts: &[Cohort]) -> Result<(), Failure> {
             cohort.seats.as_slice().into(),
             open.into(),
             cohort.count(|seat| seat != OPEN && seat != MOVED).into(),
+            // Nor this.
+            Value::Null,
         ]
     });
     // Differs: how a row that is there is brought up to date. One statement for all of them, however many.
@@ -284,7 +371,8 @@ fn no_seat(id: NotificationId) -> StoreError {
     corrupt("cohorts", "seats", id, "no such seat")
 }
 
-const COHORT: &str = "-- queue.cohorts\nSELECT id, lane, holder, due_at, accepted_at, targets, seats FROM cohorts";
+const COHORT: &str =
+    "-- queue.cohorts\nSELECT id, lane, holder, due_at, accepted_at, targets, seats, last FROM cohorts";
 
 /// Reads cohorts and locks them, in the order of their ids.
 async fn lock(conn: &mut Conn<'_>, ids: impl Iterator<Item = NotificationId>) -> Result<Vec<Cohort>, Failure> {
@@ -367,8 +455,8 @@ pub(super) async fn leave(
     ids: impl Iterator<Item = NotificationId>,
     now: Timestamp,
 ) -> Result<(), Failure> {
-    let ids: Vec<Value> = ids.map(|id| id_value(id.as_uuid())).collect();
-    let mut leaving = members(conn, "id", &ids).await?;
+    let ids: Vec<NotificationId> = ids.collect();
+    let mut leaving = members_by_id(conn, &ids).await?;
     let mut cohorts = lock(conn, leaving.keys().copied()).await?;
     cohorts.retain(|cohort| cohort.holder.is_some());
     let mut moved = Vec::new();
@@ -388,13 +476,9 @@ pub(in crate::store) async fn disband(
     now: Timestamp,
 ) -> Result<(), Failure> {
     let mut statement = Statement::new(COHORT);
-    match holder {
-        Some(replica) => drop(statement.push(" WHERE holder = ").bind(replica.0)),
-        None => drop(statement.push(" WHERE holder IS NOT NULL")),
-    }
+    held_by(&mut statement, holder);
     let mut cohorts = fetch_locked(conn, statement).await?;
-    let ids: Vec<Value> = cohorts.iter().map(|cohort| id_value(cohort.id.as_uuid())).collect();
-    let mut members = members(conn, "cohort", &ids).await?;
+    let mut members = members_of(conn, &cohorts).await?;
     let mut moved = Vec::new();
     for cohort in &mut cohorts {
         let members = members.remove(&cohort.id).unwrap_or_default();
@@ -413,23 +497,39 @@ pub(in crate::store) async fn disband(
     keep(conn, &cohorts).await
 }
 
-/// Notifications with their seats, by cohort: those of which a column has one of these values.
-async fn members(
-    conn: &mut Conn<'_>,
-    column: &'static str,
-    values: &[Value],
-) -> Result<HashMap<NotificationId, Vec<(NotificationId, u32)>>, Failure> {
-    let mut members: HashMap<NotificationId, Vec<(NotificationId, u32)>> = HashMap::new();
-    for piece in values.chunks(LIST) {
-        let mut statement = Statement::new(
-            "-- queue.members\nSELECT id, seat, cohort FROM notifications WHERE cohort IS NOT NULL AND ",
-        );
-        statement.push(column).push(" IN ").list(piece.iter().cloned());
-        for row in &conn.fetch(statement).await? {
-            members.entry(notification_id(row.bytes(2)?)?).or_default().push(member_from(row)?);
-        }
+/// Notifications with their seats, by cohort.
+type Members = HashMap<NotificationId, Vec<(NotificationId, u32)>>;
+
+const MEMBERS: &str = "-- queue.members\nSELECT id, seat, cohort FROM notifications WHERE cohort ";
+
+/// Those of these that are in a cohort.
+async fn members_by_id(conn: &mut Conn<'_>, ids: &[NotificationId]) -> Result<Members, Failure> {
+    let mut members = Members::new();
+    for piece in ids.chunks(LIST) {
+        let mut statement = Statement::new(MEMBERS);
+        statement.push("IS NOT NULL AND id IN ").list(piece.iter().map(|id| id_value(id.as_uuid())));
+        enter(&mut members, &conn.fetch(statement).await?)?;
     }
     Ok(members)
+}
+
+/// All that are in one of these cohorts.
+async fn members_of(conn: &mut Conn<'_>, cohorts: &[Cohort]) -> Result<Members, Failure> {
+    let mut members = Members::new();
+    for piece in cohorts.chunks(LIST) {
+        let mut statement = Statement::new(MEMBERS);
+        statement.push("IN ").list(piece.iter().map(|cohort| id_value(cohort.id.as_uuid()))).push(" AND ");
+        Spans::of(piece.iter().map(|cohort| (cohort.id, cohort.last))).push(&mut statement, "id");
+        enter(&mut members, &conn.fetch(statement).await?)?;
+    }
+    Ok(members)
+}
+
+fn enter(members: &mut Members, rows: &[Row]) -> Result<(), StoreError> {
+    for row in rows {
+        members.entry(notification_id(row.bytes(2)?)?).or_default().push(member_from(row)?);
+    }
+    Ok(())
 }
 
 /// From `id, seat`.
@@ -441,8 +541,13 @@ fn member_from(row: &Row) -> Result<(NotificationId, u32), StoreError> {
 
 /// The chunks that this replica holds in cohorts.
 pub(super) async fn owned(conn: &mut Conn<'_>, replica: ReplicaId) -> Result<Vec<ChunkKey>, Failure> {
+    let spans = open_spans(conn, Some(replica)).await?;
+    if spans.is_empty() {
+        return Ok(Vec::new());
+    }
     let mut statement = Statement::new("-- queue.owned_seats\n");
-    statement.push(OPEN_IDS).push(" AND k.holder = ").bind(replica.0);
+    spans.push(statement.push(OPEN_IDS), "n.id");
+    statement.push(" AND k.holder = ").bind(replica.0);
     let rows = conn.fetch(statement).await?;
     let key = |row: &Row| Ok(ChunkKey { notification: notification_id(row.bytes(0)?)?, number: 0 });
     Ok(rows.iter().map(key).collect::<Result<_, StoreError>>()?)
@@ -525,5 +630,44 @@ pub(super) async fn superseded(
         if i64::try_from(rows.len()).unwrap_or(i64::MAX) < NEWER_AT_A_TIME {
             return Ok(false);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id(number: u128) -> NotificationId {
+        NotificationId::from_uuid(uuid::Uuid::from_u128(number))
+    }
+
+    fn spans(ends: &[(u128, u128)]) -> Vec<(u128, u128)> {
+        let Spans(spans) = Spans::of(ends.iter().map(|(first, last)| (id(*first), Some(id(*last)))));
+        spans.iter().map(|(first, last)| (first.as_u128(), last.as_u128())).collect()
+    }
+
+    #[test]
+    fn what_overlaps_is_one_span_and_what_does_not_is_apart() {
+        assert_eq!(spans(&[]), []);
+        assert_eq!(spans(&[(30, 40), (1, 9), (5, 7), (9, 12), (13, 13)]), [(1, 12), (13, 13), (30, 40)]);
+        let Spans(open) = Spans::of([(id(7), None), (id(9), Some(id(11)))].into_iter());
+        assert_eq!(open, [(*id(7).as_uuid(), uuid::Uuid::max())]);
+    }
+
+    #[test]
+    fn many_become_a_few_that_hold_them_all_and_the_widest_gaps_stay_open() {
+        let near: Vec<(u128, u128)> = (0..1_000).map(|n| (1_000_000 + n * 10, 1_000_000 + n * 10 + 3)).collect();
+        let mut ends = near.clone();
+        ends.extend([(1, 2), (u128::MAX - 5, u128::MAX)]);
+        let few = spans(&ends);
+        assert!(few.len() <= Spans::MOST);
+        assert_eq!((few[0], few[few.len() - 1]), ((1, 2), (u128::MAX - 5, u128::MAX)));
+        for (first, last) in ends {
+            assert!(few.iter().any(|span| span.0 <= first && last <= span.1), "{first} to {last}");
+        }
+        let different: Vec<(u128, u128)> = (1..=200).map(|n: u128| (n * n * 10, n * n * 10 + 1)).collect();
+        let few = spans(&different);
+        assert_eq!(few.len(), Spans::MOST);
+        assert_eq!(few[0], (10, 137 * 137 * 10 + 1), "those closest to each other are one");
     }
 }

@@ -309,6 +309,60 @@ on_both_stores! {
         assert_eq!(world.store.depth(NOW).await.unwrap()[0].waiting, 4, "kept, and it shows");
     }
 
+    async fn of_one_that_dies_all_are_found_and_none_of_another_whose_ids_lie_between(database) {
+        let world = World::on(database).await;
+        let names = riders(&world, 8).await;
+        let other = world.store.join("two", "0.1.0", NOW).await.unwrap();
+        let mut groups = [Vec::new(), Vec::new()];
+        for (n, name) in names.iter().enumerate() {
+            world.clock.advance(Duration::from_millis(1));
+            groups[n % 2].push(world.submission(users(&[name])));
+        }
+        let ids = |group: &[Submission]| group.iter().map(|one| one.notification.id).collect::<BTreeSet<_>>();
+        let owned = async |replica| {
+            let keys = world.store.owned(replica).await.unwrap();
+            keys.into_iter().map(|key| key.notification).collect::<BTreeSet<_>>()
+        };
+        for (group, replica) in groups.iter().zip([world.replica, other]) {
+            world.store.accept(group, replica, world.now()).await.unwrap();
+            assert_eq!(owned(replica).await, ids(group));
+        }
+        let queued = NotificationFilter { status: Some(NotificationStatus::Queued), ..NotificationFilter::default() };
+        assert_eq!(found(&world, queued).await.len(), 8);
+        assert!(world.store.bury(world.replica, 0).await.unwrap());
+        assert_eq!(owned(other).await, ids(&groups[1]));
+        let claimed = world.store.claim(&Lane::ALL, 100, &[], &[], other, world.now()).await.unwrap().leases;
+        assert_eq!(claimed.iter().map(id).collect::<BTreeSet<_>>(), ids(&groups[0]));
+    }
+
+    async fn one_whose_last_is_not_known_is_complete_and_stays_while_anything_is_left_that_could_be_in_it(database) {
+        let world = World::on(database).await;
+        let names = riders(&world, 3).await;
+        let end = async |lease: &Lease| world.settle(lease, &with(lease, accepted_at(world.now())), Disposition::Keep).await;
+        let swept = async |subject| {
+            let swept = world.store.sweep(subject, &Place::default(), world.now(), world.replica).await.unwrap().unwrap();
+            swept.deleted.iter().map(|(_, rows)| rows).sum::<u64>()
+        };
+        let leases = accepted_together(&world, &names).await;
+        world.run("UPDATE cohorts SET last = NULL").await;
+        assert_eq!(world.store.owned(world.replica).await.unwrap().len(), 3);
+        for lease in &leases {
+            end(lease).await;
+        }
+        world.clock.advance(3_600 * SECOND);
+        let later = accepted_together(&world, &names[..1]).await;
+        assert_eq!((swept(Subject::Notifications).await, swept(Subject::Cohorts).await), (3, 0), "a member may be later by a clock");
+        end(&later[0]).await;
+        world.clock.advance(48 * 3_600 * SECOND);
+        let latest = accepted_together(&world, &names[..1]).await;
+        world.run(&format!("UPDATE cohorts SET last = NULL WHERE id = X'{}'", id(&latest[0]).as_uuid().simple())).await;
+        assert_eq!((swept(Subject::Notifications).await, swept(Subject::Cohorts).await), (1, 2));
+        assert_eq!(rows(&world).await, (1, 0));
+        let open = accepted_together(&world, &names).await;
+        assert_eq!(world.store.hold(world.now()).await.unwrap(), 4, "of those that are open nothing is missed either");
+        assert_eq!(open.len(), 3);
+    }
+
     async fn a_cohort_goes_with_the_last_of_its_notifications(database) {
         let world = World::on(database).await;
         let leases = accepted_together(&world, &riders(&world, 3).await).await;
