@@ -541,12 +541,21 @@ where
     bytes.map(parsed).transpose()
 }
 
-/// Who is addressed by name: the link rows of a notification.
-pub(super) fn links(id: NotificationId, audience: &Audience) -> Vec<Vec<Value>> {
-    let users: BTreeSet<&UserId> = match audience {
+/// Who is addressed by name.
+pub(super) fn users(audience: &Audience) -> BTreeSet<&UserId> {
+    match audience {
         Audience::Users(users) => users.iter().collect(),
         Audience::Devices { user_id, .. } => user_id.iter().collect(),
         Audience::Tokens(_) | Audience::Tags { .. } | Audience::Everyone => BTreeSet::new(),
-    };
-    users.into_iter().map(|user| vec![user.as_str().as_bytes().into(), id_value(id.as_uuid())]).collect()
+    }
+}
+
+/// The row that links a user to a notification.
+pub(super) fn link(user: &UserId, id: NotificationId) -> Vec<Value> {
+    vec![user.as_str().as_bytes().into(), id_value(id.as_uuid())]
+}
+
+/// The link rows of a notification.
+pub(super) fn links(id: NotificationId, audience: &Audience) -> Vec<Vec<Value>> {
+    users(audience).into_iter().map(|user| link(user, id)).collect()
 }

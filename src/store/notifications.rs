@@ -128,6 +128,13 @@ async fn list(
         }
         statement.push(") o ON o.open_id = n.id");
     }
+    if let Some(user) = &filter.user_id {
+        // One who was addressed alone, and one of several.
+        statement.push(" JOIN (SELECT m.id AS addressed_id FROM notifications m WHERE m.user_id = ");
+        statement.bind(user.as_str().as_bytes());
+        statement.push(" UNION SELECT u.notification_id FROM notification_users u WHERE u.user_id = ");
+        statement.bind(user.as_str().as_bytes()).push(") a ON a.addressed_id = n.id");
+    }
     statement.push(" WHERE 1 = 1");
     filtered(&mut statement, filter, now);
     if let Some(Cursor::Notification(before)) = page.cursor.as_deref().and_then(Cursor::parse) {
@@ -156,10 +163,6 @@ fn filtered(statement: &mut Statement, filter: &NotificationFilter, now: Timesta
     }
     if let Some(topics) = &filter.topics {
         statement.push(" AND n.topic IN ").list(topics.iter().map(Topic::as_str));
-    }
-    if let Some(user) = &filter.user_id {
-        statement.push(" AND n.id IN (SELECT u.notification_id FROM notification_users u WHERE u.user_id = ");
-        statement.bind(user.as_str().as_bytes()).push(")");
     }
     if let Some(reference) = &filter.reference {
         statement.push(" AND n.reference = ").bind(reference.as_str().as_bytes());

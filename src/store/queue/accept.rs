@@ -1,7 +1,7 @@
 //! Accepting a group: resolved, committed and handed over in one transaction. What is not due, tags, everyone and long
 //! lists are kept as they were asked for: accepting reads no device for them, whatever their size.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::{
     Context,
@@ -11,7 +11,7 @@ use super::{
 use crate::domain::{
     clock::Timestamp,
     delivery::{Chunk, ChunkKey, Target},
-    device::{Address, DeviceSeq},
+    device::{Address, DeviceSeq, UserId},
     notification::{Audience, Counts, Notification, NotificationStatus, NotificationView},
     push::{Expiration, OnUnknown},
     topic::{Environment, Topic},
@@ -250,7 +250,7 @@ async fn requests(conn: &mut Conn<'_>, keys: &[Value]) -> Result<HashMap<Vec<u8>
 
 const INSERT: &str = "-- queue.insert_notifications\nINSERT INTO notifications (id, topic, owner, reference, lane, \
     push_type, priority, expires_at, collapse_id, derives_collapse_id, on_unknown, environment, payload, audience, \
-    audience_complete, unmatched, due_at, created_at, warnings, cohort, seat)";
+    audience_complete, unmatched, due_at, created_at, warnings, cohort, seat, user_id)";
 
 /// What a notification for a few has: no collapse id, no environment, nothing left to resolve, nothing suspicious.
 const PLAIN: [Usual; 6] = [
@@ -278,9 +278,10 @@ async fn insert(
     for entry in new {
         let Submission { notification, audience, own, .. } = entry.submission;
         notifications.push(notification_row(notification, audience, entry)?);
-        // The users of a long list are linked as it is resolved.
-        if audience.is_short() || !matches!(audience, Audience::Users(_)) {
-            links.extend(audience::links(notification.id, audience));
+        let users = users_at_once(audience);
+        // One is in the notification's own row.
+        if users.len() > 1 {
+            links.extend(users.iter().map(|user| audience::link(user, notification.id)));
         }
         let (lane, due_at) = (notification.lane, notification.due_at);
         let owner = own.then_some(replica);
@@ -305,6 +306,15 @@ async fn insert(
     chunk::note(conn, context, &notes).await?;
     seated.extend(chunks.iter().filter(|chunk| chunk.owner.is_some()).map(|chunk| chunk.key));
     Ok(seated)
+}
+
+/// Who is known to be addressed when it is accepted. The users of a long list are linked as it is resolved.
+fn users_at_once(audience: &Audience) -> BTreeSet<&UserId> {
+    if audience.is_short() || !matches!(audience, Audience::Users(_)) {
+        audience::users(audience)
+    } else {
+        BTreeSet::new()
+    }
 }
 
 /// Notes who is addressed, in the order of the users.
@@ -341,6 +351,8 @@ fn notification_row(
         some => Some(serde_json::to_vec(some).map_err(|error| StoreError::Statement(error.into()))?),
     };
     let kept = if view.audience_complete { None } else { Some(audience::encode(audience)?) };
+    let users = users_at_once(audience);
+    let user = users.first().filter(|_| users.len() == 1);
     Ok(vec![
         id_value(notification.id.as_uuid()),
         notification.topic.as_str().into(),
@@ -363,6 +375,7 @@ fn notification_row(
         warnings.into(),
         seat.map_or(Value::Null, |seat| id_value(seat.cohort.as_uuid())),
         seat.map(|seat| seat.number).into(),
+        user.map(|user| user.as_str().as_bytes()).into(),
     ])
 }
 

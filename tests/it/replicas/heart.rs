@@ -81,8 +81,7 @@ async fn a_replica_lives_while_accepting_takes_long() {
     let cluster = Cluster::start(database, &[Member::default()], "", &[]).await;
     let database = cluster.database();
     let held = hold(database, "SELECT * FROM notification_users WHERE user_id = 'rider-1' FOR UPDATE").await;
-    let body =
-        json!({ "topic": TOPIC, "to": { "user_ids": ["rider-1"] }, "payload": { "aps": { "alert": "Ding dong" } } });
+    let body = json!({ "topic": TOPIC, "to": { "user_ids": ["rider-1", "nobody"] }, "payload": { "aps": { "alert": "Ding dong" } } });
     let meanwhile = async {
         its_heart_beats_on_while(database, |one| one.waits_in("queue.insert_links"), 1).await;
         held.close().await.unwrap();

@@ -19,6 +19,29 @@ fn page(limit: usize) -> PageRequest {
 }
 
 on_both_stores! {
+    async fn a_user_finds_what_was_for_them_alone_and_what_was_for_several_newest_first_page_by_page(database) {
+        let world = World::on(database).await;
+        world.phone("a0", Some("anna")).await;
+        let mut expected = Vec::new();
+        for names in [&["anna"][..], &["anna", "bert"], &["bert"], &["anna", "anna"], &["bert", "carl"]] {
+            world.clock.advance(Duration::from_secs(1));
+            let (view, _) = world.accept(world.submission(users(names))).await;
+            if names.contains(&"anna") {
+                expected.insert(0, view.id);
+            }
+        }
+        let mut cursor = None;
+        let mut listed = Vec::new();
+        loop {
+            let filter = NotificationFilter { user_id: Some("anna".parse().unwrap()), ..NotificationFilter::default() };
+            let one = world.store.notifications(&filter, &PageRequest { cursor, limit: 1 }).await.unwrap();
+            listed.extend(one.items.iter().map(|view| view.id));
+            let Some(next) = one.next_cursor else { break };
+            cursor = Some(next);
+        }
+        assert_eq!(listed, expected);
+    }
+
     async fn a_list_is_newest_first_and_each_filter_finds_its_own(database) {
         let world = World::on(database).await;
         world.phone("a0", Some("u")).await;

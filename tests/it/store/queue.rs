@@ -93,7 +93,7 @@ on_both_stores! {
             named(DeliveryStatus::Suppressed, "LoggedOut"),
         ]);
         assert_eq!(world.number("SELECT COUNT(*) FROM delivery_notes").await, 5);
-        assert_eq!(world.number("SELECT COUNT(*) FROM notification_users").await, 1, "the fence's user");
+        assert_eq!(world.number("SELECT COUNT(*) FROM notifications WHERE user_id = X'75'").await, 1, "the fence's user");
         world.counts_add_up(view.id).await;
 
         let (view, leases) = world.accept(world.submission(Audience::Devices { ids, user_id: None })).await;
