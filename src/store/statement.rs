@@ -4,9 +4,9 @@
 //! Both dialects take `?`. What a dialect spells differently is said by [`Conn::kind`] and marked `Differs:`.
 
 use sqlx::{
-    AssertSqlSafe, Row as _,
-    mysql::{MySqlConnection, MySqlRow},
-    sqlite::{SqliteConnection, SqliteRow},
+    Arguments as _, AssertSqlSafe, Row as _,
+    mysql::{MySqlArguments, MySqlConnection, MySqlRow},
+    sqlite::{SqliteArguments, SqliteConnection, SqliteRow},
 };
 
 use super::{BoxError, Kind, StoreError};
@@ -223,16 +223,22 @@ impl Statement {
     }
 }
 
-/// Binds the values of a statement to a query of either database.
+/// Binds the values of a statement to a query of either database: thousands, in some, for which there is room from the start.
 macro_rules! bound {
-    ($statement:expr) => {{
-        let query = sqlx::query(AssertSqlSafe($statement.text));
-        $statement.values.into_iter().fold(query, |query, value| match value {
-            Value::Null => query.bind(None::<i64>),
-            Value::Int(value) => query.bind(value),
-            Value::Text(value) => query.bind(value),
-            Value::Bytes(value) => query.bind(value),
-        })
+    ($statement:expr, $arguments:ty) => {{
+        let Statement { text, values } = $statement;
+        let mut arguments = <$arguments>::default();
+        arguments.reserve(values.len(), values.iter().map(Value::bytes).sum());
+        for value in values {
+            match value {
+                Value::Null => arguments.add(None::<i64>),
+                Value::Int(value) => arguments.add(value),
+                Value::Text(value) => arguments.add(value),
+                Value::Bytes(value) => arguments.add(value),
+            }
+            .map_err(sqlx::Error::Encode)?;
+        }
+        sqlx::query_with(AssertSqlSafe(text), arguments)
     }};
 }
 
@@ -311,8 +317,8 @@ impl Conn<'_> {
     /// Runs a statement; how many rows it met.
     pub(super) async fn execute(&mut self, statement: Statement) -> Result<u64, sqlx::Error> {
         Ok(match self {
-            Self::Sqlite(conn) => bound!(statement).execute(&mut **conn).await?.rows_affected(),
-            Self::Mysql(conn) => bound!(statement).execute(&mut **conn).await?.rows_affected(),
+            Self::Sqlite(conn) => bound!(statement, SqliteArguments).execute(&mut **conn).await?.rows_affected(),
+            Self::Mysql(conn) => bound!(statement, MySqlArguments).execute(&mut **conn).await?.rows_affected(),
         })
     }
 
@@ -320,9 +326,13 @@ impl Conn<'_> {
     pub(super) async fn fetch(&mut self, statement: Statement) -> Result<Vec<Row>, sqlx::Error> {
         Ok(match self {
             Self::Sqlite(conn) => {
-                bound!(statement).fetch_all(&mut **conn).await?.into_iter().map(Row::Sqlite).collect()
+                let rows = bound!(statement, SqliteArguments).fetch_all(&mut **conn).await?;
+                rows.into_iter().map(Row::Sqlite).collect()
             }
-            Self::Mysql(conn) => bound!(statement).fetch_all(&mut **conn).await?.into_iter().map(Row::Mysql).collect(),
+            Self::Mysql(conn) => {
+                let rows = bound!(statement, MySqlArguments).fetch_all(&mut **conn).await?;
+                rows.into_iter().map(Row::Mysql).collect()
+            }
         })
     }
 
@@ -348,9 +358,24 @@ impl Conn<'_> {
         rows: Vec<Vec<Value>>,
         tail: &'static str,
     ) -> Result<(), sqlx::Error> {
-        let is_usual = |row: &Vec<Value>| usual.iter().all(|(column, value, _)| row.get(*column) == Some(value));
-        let (most, others) = rows.into_iter().partition(is_usual);
-        self.insert_as(head, usual, most, tail).await?;
+        self.insert_alike(head, &[usual], rows, tail).await
+    }
+
+    /// The same where there are several kinds of usual rows: each is written as the first of these whose values it has.
+    pub(super) async fn insert_alike(
+        &mut self,
+        head: &'static str,
+        usuals: &[&[Usual]],
+        rows: Vec<Vec<Value>>,
+        tail: &'static str,
+    ) -> Result<(), sqlx::Error> {
+        let mut others = rows;
+        for usual in usuals {
+            let is_usual = |row: &Vec<Value>| usual.iter().all(|(column, value, _)| row.get(*column) == Some(value));
+            let (most, rest) = others.into_iter().partition(is_usual);
+            self.insert_as(head, usual, most, tail).await?;
+            others = rest;
+        }
         self.insert_as(head, &[], others, tail).await
     }
 
@@ -376,7 +401,13 @@ impl Conn<'_> {
                 .max(1);
             let mut statement = Statement::new(head);
             // The greatest power of two that fits.
-            statement.push(" VALUES ").rows_with(rest.by_ref().take(1 << fits.ilog2()), usual, "").push(tail);
+            let count = 1 << fits.ilog2();
+            let columns = rest.as_slice().first().map_or(0, Vec::len);
+            statement.values.reserve(count * columns);
+            statement
+                .text
+                .reserve(count * (2 * columns + 3 + usual.iter().map(|(_, _, text)| text.len()).sum::<usize>()));
+            statement.push(" VALUES ").rows_with(rest.by_ref().take(count), usual, "").push(tail);
             self.execute(statement).await?;
         }
         Ok(())

@@ -1,7 +1,10 @@
 //! Accepting a group: resolved, committed and handed over in one transaction. What is not due, tags, everyone and long
 //! lists are kept as they were asked for: accepting reads no device for them, whatever their size.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::LazyLock,
+};
 
 use super::{
     Context,
@@ -12,8 +15,8 @@ use crate::domain::{
     clock::Timestamp,
     delivery::{Chunk, ChunkKey, Target},
     device::{Address, DeviceSeq, UserId},
-    notification::{Audience, Counts, Notification, NotificationStatus, NotificationView},
-    push::{Expiration, OnUnknown},
+    notification::{Audience, Counts, Lane, Notification, NotificationStatus, NotificationView},
+    push::{Expiration, OnUnknown, Priority, PushType},
     topic::{Environment, Topic},
 };
 use crate::store::{
@@ -262,6 +265,19 @@ const PLAIN: [Usual; 6] = [
     (18, Value::Null, "NULL"),
 ];
 
+/// And what most of them are: urgent, and an alert that shows something.
+static ALERT: LazyLock<Vec<Usual>> = LazyLock::new(|| {
+    let mut usual = PLAIN.to_vec();
+    usual.extend([
+        (4, Lane::Transactional.as_number().into(), "0"),
+        (5, PushType::Alert.as_str().into(), "'alert'"),
+        (6, i64::from(Priority::Ten.as_number()).into(), "10"),
+        (9, true.into(), "1"),
+        (10, OnUnknown::Retry.as_str().into(), "'retry'"),
+    ]);
+    usual
+});
+
 /// Inserts what is new; the chunks that are this replica's.
 async fn insert(
     conn: &mut Conn<'_>,
@@ -300,7 +316,7 @@ async fn insert(
             }
         }
     }
-    conn.insert_mostly(INSERT, &PLAIN, notifications, "").await?;
+    conn.insert_alike(INSERT, &[&ALERT, &PLAIN], notifications, "").await?;
     chunk::insert(conn, &context.reasons, &chunks, now).await?;
     link(conn, links).await?;
     chunk::note(conn, context, &notes).await?;
