@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use sonnette::cli::Cli;
+use sonnette::{cli::Cli, telemetry};
 
 /// A notification is a hundred small pieces of memory, and what one thread takes another gives back: glibc spent a third
 /// of `serve`'s time on that.
@@ -17,6 +17,7 @@ fn main() -> ExitCode {
         .build()
         .map_err(anyhow::Error::from)
         .and_then(|runtime| runtime.block_on(cli.run()));
+    telemetry::write_logs();
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

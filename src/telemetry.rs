@@ -1,10 +1,12 @@
 //! Logs and metric names.
 //!
 //! Promises: metric names live here and nowhere else; labels are bounded (a topic, a reason, a room), never a device, a
-//! user or a token. Logs go to standard error, one line an event.
+//! user or a token. Logs go to standard error, one line an event, gathered for a few milliseconds (`lines.rs`).
+
+mod lines;
 
 use std::{
-    io::IsTerminal,
+    io::{IsTerminal, Stderr},
     sync::{Arc, OnceLock},
     time::Duration,
 };
@@ -12,6 +14,7 @@ use std::{
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tracing_subscriber::{EnvFilter, Layer, layer::Context, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 
+use self::lines::{Lines, ToLines};
 use crate::domain::clock::Clock;
 
 /// What is logged, and how.
@@ -23,20 +26,45 @@ pub struct LogSettings {
     pub json: bool,
 }
 
+/// What is logged, once that was started.
+static LINES: OnceLock<Arc<Lines<Stderr>>> = OnceLock::new();
+
 /// Starts logging to standard error. A second call changes nothing.
 ///
 /// # Errors
-/// If the level cannot be understood.
+/// If the level cannot be understood, or the system gives no thread.
 pub fn start_logs(settings: &LogSettings) -> Result<(), String> {
     let filter = EnvFilter::try_new(&settings.level).map_err(|error| {
         format!("log.level: {error}; write a level such as `info`, or `info,sonnette::dispatch=debug`")
     })?;
-    let lines =
-        tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal());
+    let lines = if let Some(lines) = LINES.get() {
+        Arc::clone(lines)
+    } else {
+        let lines = Lines::start(std::io::stderr()).map_err(|error| format!("no thread for the log: {error}"))?;
+        written_before_a_panic();
+        Arc::clone(LINES.get_or_init(|| lines))
+    };
+    let lines = tracing_subscriber::fmt::layer().with_writer(ToLines(lines)).with_ansi(std::io::stderr().is_terminal());
     let lines = if settings.json { lines.json().boxed() } else { lines.with_target(false).boxed() };
     // Already started, as in tests: the first one stays.
     _ = tracing_subscriber::registry().with(filter).with(lines).with(SlowStatements).try_init();
     Ok(())
+}
+
+/// Writes what was logged and is still gathered: before the process ends, or says something without the log.
+pub fn write_logs() {
+    if let Some(lines) = LINES.get() {
+        lines.write_out();
+    }
+}
+
+/// What a panic says stands behind what led to it.
+fn written_before_a_panic() {
+    let say = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        write_logs();
+        say(panic);
+    }));
 }
 
 /// Replaces the line that sqlx writes for a slow statement, which shows all its text, by one that shows its name.
