@@ -7,6 +7,7 @@
 //! notification" and "Starting and updating Live Activities with ActivityKit push notifications".
 
 use std::{
+    borrow::Cow,
     collections::{BTreeSet, HashSet},
     fmt,
 };
@@ -20,8 +21,20 @@ use serde::{
 use super::{push::PushType, spelling};
 
 /// A checked payload. Cloning shares the bytes.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Payload(Bytes);
+#[derive(Clone)]
+pub struct Payload {
+    bytes: Bytes,
+    /// Whether it shows something to read, if it was looked into.
+    shows_alert: Option<bool>,
+}
+
+impl PartialEq for Payload {
+    fn eq(&self, other: &Self) -> bool {
+        self.bytes == other.bytes
+    }
+}
+
+impl Eq for Payload {}
 
 /// One thing that is wrong or suspicious in a payload.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,13 +51,13 @@ impl Payload {
     /// A payload that was checked before and is read back from where it was kept.
     #[must_use]
     pub const fn from_stored(bytes: Bytes) -> Self {
-        Self(bytes)
+        Self { bytes, shows_alert: None }
     }
 
     /// The bytes for APNs.
     #[must_use]
     pub const fn bytes(&self) -> &Bytes {
-        &self.0
+        &self.bytes
     }
 
     /// Checks the text of a JSON value as a payload of this type. With it come the things that are suspicious.
@@ -64,15 +77,19 @@ impl Payload {
                 ),
             );
         }
+        let mut shows_alert = None;
         // What is many times too large is not looked into.
         if raw.len() <= LOOKED_INTO_BYTES {
-            match serde_json::from_str::<Node>(raw) {
-                Ok(node) => lint.payload(&node, push_type),
+            match serde_json::from_str::<Node<'_>>(raw) {
+                Ok(node) => {
+                    lint.payload(&node, push_type);
+                    shows_alert = Some(node.shows_alert());
+                }
                 Err(error) => lint.error(ROOT, "invalid", format!("The payload cannot be read: {error}.")),
             }
         }
         if lint.errors.is_empty() {
-            Ok((Self(Bytes::copy_from_slice(raw.as_bytes())), lint.warnings))
+            Ok((Self { bytes: Bytes::copy_from_slice(raw.as_bytes()), shows_alert }, lint.warnings))
         } else {
             Err(lint.errors)
         }
@@ -81,21 +98,14 @@ impl Payload {
     /// Whether it shows something to read: an `alert` with a text.
     #[must_use]
     pub fn shows_alert(&self) -> bool {
-        serde_json::from_slice::<Node>(&self.0).is_ok_and(|node| {
-            node.get("aps").and_then(|aps| aps.get("alert")).is_some_and(|alert| match alert {
-                Node::String(text) => !text.is_empty(),
-                Node::Object(_) => {
-                    ALERT_TEXTS.iter().any(|key| matches!(alert.get(key), Some(Node::String(text)) if !text.is_empty()))
-                }
-                _ => false,
-            })
-        })
+        let look = || serde_json::from_slice::<Node<'_>>(&self.bytes).is_ok_and(|node| node.shows_alert());
+        self.shows_alert.unwrap_or_else(look)
     }
 }
 
 impl fmt::Debug for Payload {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Payload({} bytes)", self.0.len())
+        write!(f, "Payload({} bytes)", self.bytes.len())
     }
 }
 
@@ -103,6 +113,9 @@ const ROOT: &str = "/payload";
 const APS: &str = "/payload/aps";
 const ALERT: &str = "/payload/aps/alert";
 const LOOKED_INTO_BYTES: usize = 64 * 1024;
+
+/// So many keys are compared with each other sooner than put into a set.
+const FEW_KEYS: usize = 16;
 
 /// At most this many of each kind are listed.
 const MAX_FINDINGS: usize = 50;
@@ -173,22 +186,84 @@ const MISPLACED: [(&str, &str); 12] = [
     ("thread-id", "/payload/aps/thread-id"),
 ];
 
+/// A string of a JSON value: where it is written without an escape, the text itself.
+struct Text<'a>(Cow<'a, str>);
+
+impl Text<'_> {
+    fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl std::ops::Deref for Text<'_> {
+    type Target = str;
+
+    fn deref(&self) -> &str {
+        &self.0
+    }
+}
+
+impl PartialEq<Text<'_>> for &str {
+    fn eq(&self, other: &Text<'_>) -> bool {
+        *self == other.as_str()
+    }
+}
+
+impl fmt::Display for Text<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self)
+    }
+}
+
+impl<'de: 'a, 'a> Deserialize<'de> for Text<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Reader;
+        impl<'de> Visitor<'de> for Reader {
+            type Value = Text<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a string")
+            }
+
+            fn visit_borrowed_str<E>(self, value: &'de str) -> Result<Text<'de>, E> {
+                Ok(Text(Cow::Borrowed(value)))
+            }
+
+            fn visit_str<E>(self, value: &str) -> Result<Text<'de>, E> {
+                Ok(Text(Cow::Owned(value.to_owned())))
+            }
+        }
+        deserializer.deserialize_str(Reader)
+    }
+}
+
 /// A JSON value that keeps repeated keys, so that they can be told.
-enum Node {
+enum Node<'a> {
     Null,
     Bool(bool),
     Number(f64),
-    String(String),
-    Array(Vec<Node>),
-    Object(Vec<(String, Node)>),
+    String(Text<'a>),
+    Array(Vec<Node<'a>>),
+    Object(Vec<(Text<'a>, Node<'a>)>),
 }
 
-impl Node {
+impl Node<'_> {
     fn get(&self, key: &str) -> Option<&Self> {
         match self {
-            Self::Object(entries) => entries.iter().find(|(name, _)| name == key).map(|(_, value)| value),
+            Self::Object(entries) => entries.iter().find(|(name, _)| name.as_str() == key).map(|(_, value)| value),
             _ => None,
         }
+    }
+
+    /// Whether a payload has an `alert` with a text.
+    fn shows_alert(&self) -> bool {
+        self.get("aps").and_then(|aps| aps.get("alert")).is_some_and(|alert| match alert {
+            Self::String(text) => !text.is_empty(),
+            Self::Object(_) => {
+                ALERT_TEXTS.iter().any(|key| matches!(alert.get(key), Some(Self::String(text)) if !text.is_empty()))
+            }
+            _ => false,
+        })
     }
 
     const fn kind(&self) -> &'static str {
@@ -208,43 +283,47 @@ impl Node {
     }
 }
 
-impl<'de> Deserialize<'de> for Node {
+impl<'de: 'a, 'a> Deserialize<'de> for Node<'a> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Reader;
         impl<'de> Visitor<'de> for Reader {
-            type Value = Node;
+            type Value = Node<'de>;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("JSON")
             }
 
-            fn visit_unit<E>(self) -> Result<Node, E> {
+            fn visit_unit<E>(self) -> Result<Node<'de>, E> {
                 Ok(Node::Null)
             }
 
-            fn visit_bool<E>(self, value: bool) -> Result<Node, E> {
+            fn visit_bool<E>(self, value: bool) -> Result<Node<'de>, E> {
                 Ok(Node::Bool(value))
             }
 
             #[expect(clippy::cast_precision_loss, reason = "only small numbers are compared")]
-            fn visit_i64<E>(self, value: i64) -> Result<Node, E> {
+            fn visit_i64<E>(self, value: i64) -> Result<Node<'de>, E> {
                 Ok(Node::Number(value as f64))
             }
 
             #[expect(clippy::cast_precision_loss, reason = "only small numbers are compared")]
-            fn visit_u64<E>(self, value: u64) -> Result<Node, E> {
+            fn visit_u64<E>(self, value: u64) -> Result<Node<'de>, E> {
                 Ok(Node::Number(value as f64))
             }
 
-            fn visit_f64<E>(self, value: f64) -> Result<Node, E> {
+            fn visit_f64<E>(self, value: f64) -> Result<Node<'de>, E> {
                 Ok(Node::Number(value))
             }
 
-            fn visit_str<E>(self, value: &str) -> Result<Node, E> {
-                Ok(Node::String(value.to_owned()))
+            fn visit_borrowed_str<E>(self, value: &'de str) -> Result<Node<'de>, E> {
+                Ok(Node::String(Text(Cow::Borrowed(value))))
             }
 
-            fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Node, A::Error> {
+            fn visit_str<E>(self, value: &str) -> Result<Node<'de>, E> {
+                Ok(Node::String(Text(Cow::Owned(value.to_owned()))))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Node<'de>, A::Error> {
                 let mut array = Vec::new();
                 while let Some(item) = items.next_element()? {
                     array.push(item);
@@ -252,7 +331,7 @@ impl<'de> Deserialize<'de> for Node {
                 Ok(Node::Array(array))
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Node, A::Error> {
+            fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Node<'de>, A::Error> {
                 let mut object = Vec::new();
                 while let Some(entry) = entries.next_entry()? {
                     object.push(entry);
@@ -296,7 +375,7 @@ impl Lint {
         }
     }
 
-    fn payload(&mut self, node: &Node, push_type: PushType) {
+    fn payload(&mut self, node: &Node<'_>, push_type: PushType) {
         self.duplicates(node, ROOT);
         let Node::Object(entries) = node else {
             self.error(ROOT, "type", format!("The payload must be an object with `aps` inside, not {}.", node.kind()));
@@ -362,12 +441,17 @@ impl Lint {
         }
     }
 
-    fn duplicates(&mut self, node: &Node, pointer: &str) {
+    fn duplicates(&mut self, node: &Node<'_>, pointer: &str) {
         match node {
             Node::Object(entries) => {
                 let (mut seen, mut told) = (HashSet::new(), BTreeSet::new());
-                for (key, value) in entries {
-                    if !seen.insert(key.as_str()) && told.insert(key.as_str()) {
+                for (index, (key, value)) in entries.iter().enumerate() {
+                    let stood_before = if entries.len() <= FEW_KEYS {
+                        entries.iter().take(index).any(|(before, _)| before.as_str() == key.as_str())
+                    } else {
+                        !seen.insert(key.as_str())
+                    };
+                    if stood_before && told.insert(key.as_str()) {
                         self.error(
                             &member(pointer, key),
                             "duplicate_key",
@@ -390,13 +474,13 @@ impl Lint {
         }
     }
 
-    fn no_aps(&mut self, aps: Option<&Node>, push_type: PushType) {
+    fn no_aps(&mut self, aps: Option<&Node<'_>>, push_type: PushType) {
         if aps.is_some() {
             self.warning(APS, "ignored", format!("A push of type `{push_type}` has no `aps`: it is ignored."));
         }
     }
 
-    fn keys_of_aps(&mut self, aps: &Node, push_type: PushType) {
+    fn keys_of_aps(&mut self, aps: &Node<'_>, push_type: PushType) {
         let Node::Object(entries) = aps else { return };
         let known = || APS_KEYS.iter().map(|(name, _)| *name);
         for (key, value) in entries {
@@ -443,7 +527,7 @@ impl Lint {
         }
     }
 
-    fn alert_push(&mut self, aps: Option<&Node>) {
+    fn alert_push(&mut self, aps: Option<&Node<'_>>) {
         let Some(aps) = aps else {
             self.error(
                 APS,
@@ -512,7 +596,7 @@ impl Lint {
     }
 
     /// Checks an `alert` and says how many texts it shows.
-    fn alert(&mut self, alert: &Node, live_activity: bool) -> usize {
+    fn alert(&mut self, alert: &Node<'_>, live_activity: bool) -> usize {
         let entries = match alert {
             Node::String(text) if text.is_empty() => {
                 self.warning(ALERT, "empty", "An empty `alert` shows nothing.");
@@ -594,7 +678,7 @@ impl Lint {
         texts
     }
 
-    fn sound(&mut self, sound: &Node) {
+    fn sound(&mut self, sound: &Node<'_>) {
         let pointer = member(APS, "sound");
         match sound {
             Node::String(_) => {}
@@ -635,7 +719,7 @@ impl Lint {
         }
     }
 
-    fn background_push(&mut self, aps: Option<&Node>) {
+    fn background_push(&mut self, aps: Option<&Node<'_>>) {
         let pointer = member(APS, "content-available");
         match aps.and_then(|aps| present(aps.get("content-available"))) {
             Some(value) if value.is_number(1.0) => {}
@@ -663,7 +747,7 @@ impl Lint {
         }
     }
 
-    fn content_changed_push(&mut self, aps: Option<&Node>, push_type: PushType) {
+    fn content_changed_push(&mut self, aps: Option<&Node<'_>>, push_type: PushType) {
         let pointer = member(APS, "content-changed");
         match aps.and_then(|aps| present(aps.get("content-changed"))) {
             Some(Node::Bool(true)) => {}
@@ -680,7 +764,7 @@ impl Lint {
         }
     }
 
-    fn live_activity_push(&mut self, aps: Option<&Node>) {
+    fn live_activity_push(&mut self, aps: Option<&Node<'_>>) {
         let Some(aps) = aps else {
             self.error(APS, "required", "A push of type `liveactivity` needs `aps` with `timestamp` and `event`.");
             return;
@@ -751,7 +835,7 @@ impl Lint {
     }
 
     /// What belongs to the start alone.
-    fn start_of_live_activity(&mut self, aps: &Node, starts: bool) {
+    fn start_of_live_activity(&mut self, aps: &Node<'_>, starts: bool) {
         if starts {
             if !matches!(present(aps.get("attributes-type")), Some(Node::String(_))) {
                 self.error(
@@ -789,7 +873,7 @@ impl Lint {
         }
     }
 
-    fn seconds(&mut self, aps: &Node, key: &str) {
+    fn seconds(&mut self, aps: &Node<'_>, key: &str) {
         match present(aps.get(key)) {
             None => {}
             Some(Node::Number(number)) if *number > 100_000_000_000.0 => self.error(
@@ -806,14 +890,14 @@ impl Lint {
         }
     }
 
-    fn string(&mut self, aps: &Node, key: &str) {
+    fn string(&mut self, aps: &Node<'_>, key: &str) {
         if let Some(other) = present(aps.get(key)).filter(|value| !matches!(value, Node::String(_))) {
             self.error(&member(APS, key), "type", format!("`{key}` must be a string, not {}.", described(other)));
         }
     }
 
     /// A key that is the number 1 or absent. 0 is read as absent.
-    fn one(&mut self, aps: &Node, key: &str) {
+    fn one(&mut self, aps: &Node<'_>, key: &str) {
         match present(aps.get(key)) {
             None => {}
             Some(value) if value.is_number(1.0) => {}
@@ -830,12 +914,12 @@ impl Lint {
 }
 
 /// Null is as good as absent; it is warned of elsewhere.
-fn present(node: Option<&Node>) -> Option<&Node> {
+fn present<'n, 'a>(node: Option<&'n Node<'a>>) -> Option<&'n Node<'a>> {
     node.filter(|node| !matches!(node, Node::Null))
 }
 
 /// What a wrong value is, with the value where it is short and harmless.
-fn described(node: &Node) -> String {
+fn described(node: &Node<'_>) -> String {
     match node {
         Node::Bool(value) => format!("the boolean {value}"),
         Node::Number(number) => format!("the number {number}"),
