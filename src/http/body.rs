@@ -10,6 +10,7 @@ use axum::{
     extract::{FromRequest, Request},
 };
 use bytes::{Bytes, BytesMut};
+use futures_util::FutureExt as _;
 use http::{HeaderMap, header};
 use http_body_util::BodyExt;
 use tokio::sync::OwnedSemaphorePermit;
@@ -66,9 +67,15 @@ impl Incoming {
         }
         let clock = Arc::clone(&self.api.services.clock);
         let patience = self.api.services.settings.body_timeout;
+        let collecting = self.collect(limit, declared.unwrap_or_default().min(SMALL_BYTES));
+        tokio::pin!(collecting);
+        // Of a small one all is here mostly, and nothing has to be waited for.
+        if let Some(read) = collecting.as_mut().now_or_never() {
+            return read;
+        }
         tokio::select! {
             biased;
-            read = self.collect(limit, declared.unwrap_or_default().min(SMALL_BYTES)) => read,
+            read = collecting => read,
             () = clock.sleep(patience) => Err(Problem::new(
                 Kind::Timeout,
                 format!("The body did not arrive within {} seconds.", patience.as_secs()),

@@ -70,7 +70,8 @@ struct Record {
     clock: Arc<dyn Clock>,
     began: Duration,
     method: &'static str,
-    route: String,
+    /// None that is known.
+    route: Option<MatchedPath>,
     status: u16,
     chain: Option<String>,
 }
@@ -78,7 +79,8 @@ struct Record {
 impl Drop for Record {
     fn drop(&mut self) {
         let duration = self.clock.monotonic().saturating_sub(self.began);
-        let (method, route, status, chain) = (self.method, self.route.as_str(), self.status, self.chain.as_deref());
+        let route = self.route.as_ref().map_or("unmatched", MatchedPath::as_str);
+        let (method, status, chain) = (self.method, self.status, self.chain.as_deref());
         let duration_ms = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
         let (request, key) = (self.context.id.as_str(), self.context.key.get().map(ApiKeyId::as_str));
         macro_rules! line {
@@ -149,7 +151,7 @@ async fn frame(api: Shared, mut inner: Route, mut request: Request) -> Response 
     let clock = Arc::clone(&api.services.clock);
     let context = Arc::new(Context::new(request.headers()));
     let method = request.method().clone();
-    let route = request.extensions().get::<MatchedPath>().map_or("unmatched", MatchedPath::as_str).to_owned();
+    let route = request.extensions().get::<MatchedPath>().cloned();
     let mut record = Record {
         context: Arc::clone(&context),
         began: clock.monotonic(),
@@ -159,7 +161,12 @@ async fn frame(api: Shared, mut inner: Route, mut request: Request) -> Response 
         status: CLIENT_LEFT,
         chain: None,
     };
-    let span = tracing::info_span!("http.request", request.id = context.id);
+    // What a POST asks for is done by other tasks, for many at once: hardly anything is logged in its own name.
+    let span = if method == Method::POST {
+        tracing::debug_span!("http.request", request.id = context.id)
+    } else {
+        tracing::info_span!("http.request", request.id = context.id)
+    };
     request.extensions_mut().insert(Arc::clone(&context));
     let handled = AssertUnwindSafe(async { inner.call(request).await }).catch_unwind();
     // What is lost at the deadline is the wait for an answer: a commit under way goes on by itself.
@@ -181,7 +188,9 @@ async fn frame(api: Shared, mut inner: Route, mut request: Request) -> Response 
     record.chain = explain(&mut response, &context.id, &method);
     let headers = response.headers_mut();
     headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
-    if let Ok(id) = HeaderValue::from_str(&context.id) {
+    if let Ok(mut id) = HeaderValue::from_str(&context.id) {
+        // No secret; but never to be seen again, and HTTP/2 would else remember it at both ends, in the place of another.
+        id.set_sensitive(true);
         headers.insert(REQUEST_ID, id);
     }
     response
