@@ -332,7 +332,7 @@ impl Spike {
                     [(
                         lease.addresses[0].seq,
                         lease.addresses[0].token.clone(),
-                        DeviceEffect::Accepted(Environment::Production),
+                        DeviceEffect::Accepted(Environment::Production, None),
                     )]
                 })
                 .collect();
@@ -450,7 +450,7 @@ fn progress(
         }
         chunk.states[at] = accepted(now);
         if let Target::Device { seq, .. } = chunk.targets[at] {
-            effects.push((seq, addresses[&seq].clone(), DeviceEffect::Accepted(Environment::Production)));
+            effects.push((seq, addresses[&seq].clone(), DeviceEffect::Accepted(Environment::Production, None)));
         }
     }
     effects

@@ -7,7 +7,7 @@
 //! settled, given back, or lost to another owner.
 
 use std::{
-    collections::{HashMap, HashSet, VecDeque},
+    collections::{HashSet, VecDeque},
     sync::{Arc, Mutex, atomic::AtomicU64},
     time::Duration,
 };
@@ -38,7 +38,7 @@ use crate::{
             Chunk, ChunkKey, Circumstances, Conclusion, DeliveryStatus, DeviceEffect, Judgement, SMALL_CHUNK, State,
             Target, conclude, postpone,
         },
-        device::{Address, DeviceSeq, DeviceToken},
+        device::{Address, Addresses, DeviceSeq, DeviceToken},
         notification::{Lane, Notification},
         outcome::{Busy, Fault, Outcome, Reply, own},
         push::{ApnsId, OnUnknown, Recipient},
@@ -211,7 +211,7 @@ impl Attempted {
         self.effect = effect
             .zip(facts.device.address.as_ref())
             .filter(|(effect, address)| is_news(effect, address, now))
-            .map(|(effect, address)| (address.seq, token.clone(), effect));
+            .map(|(effect, address)| (address.seq, token.clone(), marked(effect, address)));
         self.fault = fault.map(|fault| (facts.environment, fault));
         self.unique_id = answer.as_ref().and_then(|a| a.apns_unique_id.clone());
         self.state = state;
@@ -260,8 +260,7 @@ impl Sender {
             self.traffic.urgent(self.guard.clock.monotonic());
         }
         let head = Arc::new(head(&work.lease.notification));
-        let mut addresses: HashMap<DeviceSeq, Address> =
-            std::mem::take(&mut work.lease.addresses).into_iter().map(|a| (a.seq, a)).collect();
+        let mut addresses: Addresses = std::mem::take(&mut work.lease.addresses).into_iter().collect();
         let mut read_at = work.lease.read_at;
         let mut unsent = 0_u32;
         self.end_marked(work);
@@ -289,7 +288,7 @@ impl Sender {
                     let began = self.guard.clock.monotonic();
                     match self.store.addresses(&open_devices(&work.lease.chunk)).await {
                         Ok(read) => {
-                            addresses = read.into_iter().map(|a| (a.seq, a)).collect();
+                            addresses = read.into_iter().collect();
                             read_at = began;
                         }
                         Err(error) => {
@@ -428,7 +427,7 @@ impl Sender {
         work: &mut Work,
         head: &Arc<Head>,
         due: &[usize],
-        addresses: &mut HashMap<DeviceSeq, Address>,
+        addresses: &mut Addresses,
         read_at: Duration,
         mut slot: Option<Slot>,
     ) -> Round {
@@ -926,7 +925,7 @@ impl Round {
         notification: &Notification,
         attempted: Attempted,
         chunk: &mut Chunk,
-        addresses: &mut HashMap<DeviceSeq, Address>,
+        addresses: &mut Addresses,
         learned: &mut Learned,
     ) {
         self.moved |= attempted.went == Went::Out || !attempted.state.is_open() || attempted.readdressed.is_some();
@@ -947,7 +946,7 @@ impl Round {
             *state = attempted.state;
         }
         if let Some(address) = attempted.readdressed {
-            addresses.insert(address.seq, *address);
+            addresses.extend([*address]);
         }
         learned.effects.extend(attempted.effect);
         if let Some(unique_id) = attempted.unique_id
@@ -960,14 +959,14 @@ impl Round {
 
 fn attempt_at(
     work: &Work,
-    addresses: &HashMap<DeviceSeq, Address>,
+    addresses: &Addresses,
     position: usize,
     read_at: Duration,
 ) -> Option<Attempt> {
     let target = work.lease.chunk.targets.get(position)?.clone();
     let state = work.lease.chunk.states.get(position)?.clone();
     let address = match &target {
-        Target::Device { seq, .. } => addresses.get(seq).cloned(),
+        Target::Device { seq, .. } => addresses.get(*seq).cloned(),
         Target::Token { .. } => None,
     };
     Some(Attempt { position, target, state, address, read_at, replica: work.replica, probe: work.probe })
@@ -1035,11 +1034,21 @@ fn environment(
 /// Whether the device's row does not say it yet: a second broadcast on a day writes no device.
 fn is_news(effect: &DeviceEffect, address: &Address, now: Timestamp) -> bool {
     match effect {
-        DeviceEffect::Accepted(environment) => {
+        DeviceEffect::Accepted(environment, _) => {
             address.environment != Some(*environment)
                 || address.last_accepted_at.is_none_or(|at| now.since(at) >= ACCEPTED_WITHIN)
         }
         DeviceEffect::Dead { .. } | DeviceEffect::Bad { .. } | DeviceEffect::Suspend { .. } => true,
+    }
+}
+
+/// A mark will do where it can say all: the row knows of no other environment.
+fn marked(effect: DeviceEffect, address: &Address) -> DeviceEffect {
+    match effect {
+        DeviceEffect::Accepted(environment, _) if address.environment.is_none_or(|known| known == environment) => {
+            DeviceEffect::Accepted(environment, address.block)
+        }
+        effect => effect,
     }
 }
 

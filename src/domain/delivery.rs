@@ -9,7 +9,7 @@ use std::{borrow::Cow, fmt, str::FromStr, time::Duration};
 
 use super::{
     clock::Timestamp,
-    device::{DeviceSeq, DeviceToken, Generation},
+    device::{BlockVersion, DeviceSeq, DeviceToken, Generation},
     notification::{Counts, NotificationId},
     outcome::{Answer, Busy, Cause, Fault, Outcome, Reason, Reply, own},
     push::OnUnknown,
@@ -106,8 +106,12 @@ pub struct ChunkKey {
     pub number: u32,
 }
 
-/// The most targets of one chunk.
+/// The most targets of one chunk: a notification for no more is one chunk.
 pub const CHUNK_TARGETS: usize = 1_000;
+
+/// The most targets of a chunk of a notification for more than [`CHUNK_TARGETS`]: they are all sent at once, so that most
+/// such chunks are settled once, as a whole.
+pub const PART_TARGETS: usize = 256;
 
 /// A chunk of more targets bears a durable mark while it is sent, whatever `on_unknown` says, so that it is known what a
 /// process that dies may have written. Of a smaller one all that is open is in doubt then.
@@ -329,8 +333,9 @@ pub enum Judgement {
 /// What an attempt says of the device itself. Raw tokens have none.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum DeviceEffect {
-    /// Accepted in this environment: it is known to be the token's.
-    Accepted(Environment),
+    /// Accepted in this environment: it is known to be the token's. With the version of its block, where that was read with
+    /// what was known of the device: then a mark there will do.
+    Accepted(Environment, Option<BlockVersion>),
     /// The token has left the topic then, unless it was presented after.
     Dead {
         /// APNs' word for it.
@@ -383,7 +388,7 @@ pub fn conclude(state: &State, reply: &Reply, with: Circumstances<'_>) -> Conclu
     match &reply.outcome {
         Outcome::Accepted => {
             next.end(DeliveryStatus::Accepted, None, with.now);
-            effect = Some(DeviceEffect::Accepted(with.environment));
+            effect = Some(DeviceEffect::Accepted(with.environment, None));
         }
         Outcome::Rejected => {
             next.end(DeliveryStatus::Failed, cause, with.now);
@@ -899,7 +904,7 @@ mod tests {
             (DeliveryStatus::Failed, Some(DeviceEffect::Bad { sent_at: NOW }))
         );
         let learned = conclude(&first.state, &reply(Outcome::Accepted, 200, ""), sandbox);
-        assert_eq!(learned.effect, Some(DeviceEffect::Accepted(Environment::Sandbox)));
+        assert_eq!(learned.effect, Some(DeviceEffect::Accepted(Environment::Sandbox, None)));
     }
 
     #[test]

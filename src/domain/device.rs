@@ -448,6 +448,52 @@ pub struct Address {
     pub status: DeviceStatus,
     /// When APNs last accepted a push for this token in this environment, to within a day; `None`: never.
     pub last_accepted_at: Option<Timestamp>,
+    /// Of the block of numbers that it is in, if that was read as well, and before all this.
+    pub block: Option<BlockVersion>,
+}
+
+/// Moves on when a device of a block of numbers gets another token, or is said to be in another environment: what has been
+/// accepted meanwhile was another's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct BlockVersion(pub i64);
+
+/// Addresses, found by the numbers of their devices.
+#[derive(Debug, Clone, Default)]
+pub struct Addresses(Vec<Address>);
+
+impl Addresses {
+    /// That of a device.
+    #[must_use]
+    pub fn get(&self, device: DeviceSeq) -> Option<&Address> {
+        self.0.binary_search_by_key(&device, |address| address.seq).ok().and_then(|at| self.0.get(at))
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+impl Extend<Address> for Addresses {
+    /// The last one of a device counts.
+    fn extend<I: IntoIterator<Item = Address>>(&mut self, addresses: I) {
+        self.0.extend(addresses);
+        // They mostly come in order.
+        if !self.0.is_sorted_by(|one, next| one.seq < next.seq) {
+            self.0.reverse();
+            self.0.sort_by_key(|address| address.seq);
+            self.0.dedup_by_key(|address| address.seq);
+        }
+    }
+}
+
+impl FromIterator<Address> for Addresses {
+    fn from_iter<I: IntoIterator<Item = Address>>(addresses: I) -> Self {
+        let mut all = Self::default();
+        all.extend(addresses);
+        all
+    }
 }
 
 impl Address {

@@ -14,7 +14,8 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    BoxError, StoreError,
+    BoxError, StoreError, acceptances,
+    acceptances::Blocks,
     ranges::{self, Chosen},
     rows::{accepted_at, learned},
     sql::Failure,
@@ -22,7 +23,7 @@ use super::{
 };
 use crate::domain::{
     clock::{Clock, Timestamp},
-    delivery::{CHUNK_TARGETS, Chunk, DeliveryStatus, State, Target},
+    delivery::{CHUNK_TARGETS, Chunk, DeliveryStatus, PART_TARGETS, State, Target},
     device::{Address, DeviceId, DeviceSeq, DeviceStatus, DeviceToken, Generation, Tag, UserId},
     notification::{Audience, Notification, NotificationId},
     outcome::{Cause, own},
@@ -151,9 +152,12 @@ pub(super) async fn resolve(
             }
         }
     }
-    let by_user = find_by_user(conn, &users, &user_topics).await?;
-    let by_id = find_by_id(conn, &ids).await?;
-    let by_token = find_by_token(conn, &tokens).await?;
+    let mut by_user = find_by_user(conn, &users, &user_topics).await?;
+    let mut by_id = find_by_id(conn, &ids).await?;
+    let mut by_token = find_by_token(conn, &tokens).await?;
+    let found = by_user.values_mut().flatten();
+    let found = found.chain(by_id.values_mut()).chain(by_token.values_mut().flat_map(HashMap::values_mut));
+    acceptances::tell(conn, found.map(|found| &mut found.address)).await?;
     let resolved = wanted
         .iter()
         .map(|Wanted { notification, audience, from }| {
@@ -336,13 +340,29 @@ fn target(notification: &Notification, one: &Found, fence: Option<&UserId>, now:
     (target, state)
 }
 
-/// At most [`CHUNK_TARGETS`] targets each.
-pub(super) fn into_chunks(targets: Vec<(Target, State)>) -> Vec<Chunk> {
-    let mut chunks = Vec::with_capacity(targets.len().div_ceil(CHUNK_TARGETS));
-    let mut rest = targets.into_iter().peekable();
-    while rest.peek().is_some() {
-        let (targets, states) = rest.by_ref().take(CHUNK_TARGETS).unzip();
-        chunks.push(Chunk { targets, states });
+/// One chunk, if these are `all` of an audience and fit into it; else parts of it, which end where a block of devices does
+/// once they are half full: most blocks are then noted by one settle alone.
+pub(super) fn into_chunks(targets: Vec<(Target, State)>, all: bool) -> Vec<Chunk> {
+    if all && targets.len() <= CHUNK_TARGETS {
+        let (targets, states): (Vec<Target>, Vec<State>) = targets.into_iter().unzip();
+        return if targets.is_empty() { Vec::new() } else { vec![Chunk { targets, states }] };
+    }
+    let block = |target: &Target| match target {
+        Target::Device { seq, .. } => Some(acceptances::block_of(*seq)),
+        Target::Token { .. } => None,
+    };
+    let mut chunks = Vec::with_capacity(targets.len().div_ceil(PART_TARGETS));
+    let mut part = Chunk::default();
+    for (target, state) in targets {
+        let ends = part.targets.last().is_some_and(|last| block(last) != block(&target));
+        if part.targets.len() >= if ends { PART_TARGETS / 2 } else { PART_TARGETS } {
+            chunks.push(std::mem::take(&mut part));
+        }
+        part.targets.push(target);
+        part.states.push(state);
+    }
+    if !part.targets.is_empty() {
+        chunks.push(part);
     }
     chunks
 }
@@ -351,8 +371,8 @@ pub(super) fn into_chunks(targets: Vec<(Target, State)>) -> Vec<Chunk> {
 pub(super) struct Piece {
     /// In the order of their numbers.
     pub(super) targets: Vec<(Target, State)>,
-    /// The addresses that were read on the way.
-    pub(super) addresses: HashMap<DeviceSeq, Address>,
+    /// Their addresses, which were read on the way.
+    pub(super) addresses: Vec<Address>,
     /// All numbers up to this one were looked at.
     pub(super) reached: i64,
 }
@@ -362,7 +382,7 @@ impl Piece {
     fn take(&mut self, address: Address, generation: Option<Generation>) {
         if address.status == DeviceStatus::Active {
             self.targets.push((Target::Device { seq: address.seq, generation }, State::PENDING));
-            self.addresses.insert(address.seq, address);
+            self.addresses.push(address);
         }
     }
 }
@@ -389,7 +409,7 @@ pub(super) async fn next_piece(
     devices.retain(|device| still.contains(device));
     let room = devices.len();
     let mut piece =
-        Piece { targets: Vec::with_capacity(room), addresses: HashMap::with_capacity(room), reached: again.reached };
+        Piece { targets: Vec::with_capacity(room), addresses: Vec::with_capacity(room), reached: again.reached };
     for one in devices.iter().filter_map(|device| found.remove(device)) {
         if of_topic(notification, &one) && fits(notification, &one) {
             let generation = Some(one.address.generation);
@@ -399,34 +419,65 @@ pub(super) async fn next_piece(
     Ok(piece)
 }
 
+/// A page of so many devices may lie in one block for each of these: numbers are left out where they are given by several.
+const BLOCKS_OF_A_PAGE: usize = 64;
+
 /// [`next_piece`] of everyone: all that is needed of a device in one read.
+///
+/// By the table itself as long as most devices in the way are this app's, which costs a server a third of finding each by
+/// the app's index; by that index where they are few.
 async fn next_of_all(
     conn: &mut Conn<'_>,
     notification: &Notification,
     (after, up_to): (i64, i64),
     most: usize,
 ) -> Result<Piece, Failure> {
-    let push_type = notification.push_type.token_type().as_str().as_bytes();
-    let mut piece =
-        Piece { targets: Vec::with_capacity(most), addresses: HashMap::with_capacity(most), reached: after };
-    let mut left = most;
+    let mut piece = Piece { targets: Vec::with_capacity(most), addresses: Vec::with_capacity(most), reached: after };
+    let (mut left, mut by_table) = (most, true);
     while piece.reached < up_to && left > 0 {
         let page = left.min(ranges::PAGE);
-        let mut statement = Statement::new("-- queue.resolve_everyone\nSELECT ");
-        statement.push(COLUMNS).push(", push_type").push(ranges::devices_of_an_app(conn.kind()));
-        statement.bind(notification.topic.as_str()).push(" AND seq > ").bind(piece.reached);
-        statement.push(" AND seq <= ").bind(up_to).push(" ORDER BY seq LIMIT ").bind(page as u64);
+        let blocks = if by_table {
+            Blocks::from(conn, DeviceSeq(piece.reached + 1), DeviceSeq(up_to), (page / BLOCKS_OF_A_PAGE).max(1)).await?
+        } else {
+            Blocks::default()
+        };
+        // Who holds the phone is nobody's business here.
+        let mut statement = Statement::new(
+            "-- queue.resolve_everyone\nSELECT seq, id, token, NULL, generation, environment, 'active', last_accepted_at, topic = ",
+        );
+        statement.bind(notification.topic.as_str()).push(", status = 'active' AND push_type = ");
+        statement.bind(notification.push_type.token_type().as_str());
+        if by_table {
+            statement.push(ranges::devices_by_number(conn.kind()));
+        } else {
+            statement.push(ranges::devices_of_an_app(conn.kind())).bind(notification.topic.as_str()).push(" AND ");
+        }
+        statement.push("seq > ").bind(piece.reached).push(" AND seq <= ").bind(up_to);
+        statement.push(" ORDER BY seq LIMIT ").bind(page as u64);
         let rows = conn.fetch(statement).await?;
         piece.reached = match rows.last() {
             Some(last) if rows.len() == page => last.int(0)?,
             _ => up_to,
         };
-        left -= rows.len();
+        let mut of_the_app = 0;
+        let mut found = Vec::with_capacity(rows.len());
         for row in &rows {
-            if row.bytes(8)? == push_type {
-                piece.take(address_from(row)?, None);
+            if row.int(8)? != 0 {
+                of_the_app += 1;
+                if row.int(9)? != 0 {
+                    let mut address = address_from(row)?;
+                    blocks.tell(&mut address);
+                    found.push(address);
+                }
             }
         }
+        acceptances::tell(conn, found.iter_mut()).await?;
+        for address in found {
+            piece.take(address, None);
+        }
+        by_table &= of_the_app >= rows.len() / 2;
+        // Others' rows that were met before the index was turned to do not make the piece smaller.
+        left -= if by_table { rows.len() } else { of_the_app };
     }
     Ok(piece)
 }
@@ -440,6 +491,7 @@ pub(super) async fn highest(conn: &mut Conn<'_>) -> Result<i64, Failure> {
 /// Devices by number, in whose order they come.
 async fn find_by_seq(conn: &mut Conn<'_>, devices: &[DeviceSeq]) -> Result<HashMap<DeviceSeq, Found>, Failure> {
     let mut found = HashMap::with_capacity(devices.len());
+    let blocks = Blocks::of(conn, devices).await?;
     for piece in devices.chunks(LIST) {
         let mut statement = Statement::new("-- queue.resolve_numbers\nSELECT ");
         statement.push(COLUMNS).push(", topic, push_type FROM devices WHERE ");
@@ -447,43 +499,37 @@ async fn find_by_seq(conn: &mut Conn<'_>, devices: &[DeviceSeq]) -> Result<HashM
         for row in &conn.fetch(statement).await? {
             // Others that stand between them are not looked at.
             if piece.binary_search(&DeviceSeq(row.int(0)?)).is_ok() {
-                let one = found_from(row)?;
+                let mut one = found_from(row)?;
+                blocks.tell(&mut one.address);
                 found.insert(one.address.seq, one);
             }
         }
     }
+    acceptances::tell(conn, found.values_mut().map(|found| &mut found.address)).await?;
     Ok(found)
 }
 
 /// Addresses by number: the ownership read. Those that are forgotten are missing.
 pub(super) async fn read_addresses(conn: &mut Conn<'_>, devices: &[DeviceSeq]) -> Result<Vec<Address>, Failure> {
-    Ok(addresses_from(&address_rows(conn, devices).await?, devices)?)
-}
-
-/// The rows of at least these devices.
-pub(super) async fn address_rows(conn: &mut Conn<'_>, devices: &[DeviceSeq]) -> Result<Vec<Row>, sqlx::Error> {
     let mut devices = devices.to_vec();
     devices.sort_unstable();
     devices.dedup();
-    let mut rows = Vec::with_capacity(devices.len());
+    let blocks = Blocks::of(conn, &devices).await?;
+    let mut addresses = Vec::with_capacity(devices.len());
     for piece in devices.chunks(LIST) {
         let mut statement = Statement::new("-- queue.addresses\nSELECT ");
         statement.push(COLUMNS).push(" FROM devices WHERE ");
         numbered(&mut statement, piece);
-        rows.extend(conn.fetch(statement).await?);
-    }
-    Ok(rows)
-}
-
-/// The addresses of these devices, of the rows that were read for them.
-pub(super) fn addresses_from(rows: &[Row], devices: &[DeviceSeq]) -> Result<Vec<Address>, StoreError> {
-    let wanted: HashSet<DeviceSeq> = devices.iter().copied().collect();
-    let mut addresses = Vec::with_capacity(devices.len());
-    for row in rows {
-        if wanted.contains(&DeviceSeq(row.int(0)?)) {
-            addresses.push(address_from(row)?);
+        for row in &conn.fetch(statement).await? {
+            // Others that stand between them are not looked at.
+            if piece.binary_search(&DeviceSeq(row.int(0)?)).is_ok() {
+                let mut address = address_from(row)?;
+                blocks.tell(&mut address);
+                addresses.push(address);
+            }
         }
     }
+    acceptances::tell(conn, addresses.iter_mut()).await?;
     Ok(addresses)
 }
 
@@ -519,6 +565,7 @@ fn address_from(row: &Row) -> Result<Address, StoreError> {
             .map_err(bad("environment"))?,
         status: parsed(row.bytes(6)?).map_err(bad("status"))?,
         last_accepted_at: accepted_at(row.int(7)?),
+        block: None,
     })
 }
 

@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use sqlx::QueryBuilder;
 
 use super::{
-    DeviceFilter, Devices, Page, PageRequest, StoreError, audience, cursor,
+    DeviceFilter, Devices, Page, PageRequest, StoreError, acceptances, audience, cursor,
     rows::{DeviceRow, NEVER, TagRow, UNVERIFIED, with_tags},
     sql::{Failure, LIST, Repeat, committed, on_both, push_list, read},
     statement::{Conn, Usual, Value, id_value},
@@ -262,8 +262,10 @@ on_both! {
                 select.push_bind(id.as_uuid().as_bytes().to_vec());
                 let rows: Vec<DeviceRow> = select.build_query_as().fetch_all(&mut *tx).await?;
                 let tags = Self::tags(&mut tx, &rows).await?;
+                let mut devices = with_tags(rows, tags)?;
+                self.tell(&mut tx, &mut devices).await?;
                 tx.commit().await?;
-                Ok(with_tags(rows, tags)?.pop().map(|(_, device)| device))
+                Ok(devices.pop().map(|(_, device)| device))
             })
             .await
         }
@@ -295,8 +297,10 @@ on_both! {
                 select.push(" ORDER BY d.seq DESC LIMIT ").push_bind(i64::try_from(limit + 1).unwrap_or(i64::MAX));
                 let rows: Vec<DeviceRow> = select.build_query_as().fetch_all(&mut *tx).await?;
                 let tags = Self::tags(&mut tx, &rows).await?;
+                let mut devices = with_tags(rows, tags)?;
+                self.tell(&mut tx, &mut devices).await?;
                 tx.commit().await?;
-                Ok(with_tags(rows, tags)?)
+                Ok(devices)
             })
             .await?;
             let more = found.len() > limit;
@@ -315,18 +319,27 @@ on_both! {
         }
 
         async fn addresses(&self, devices: &[DeviceSeq]) -> Result<Vec<Address>, StoreError> {
-            let rows = read(|| {
+            read(|| {
                 self.single(|pool| async move {
                     let mut conn = pool.acquire().await?;
-                    audience::address_rows(&mut (&mut *conn).into(), devices).await
+                    match audience::read_addresses(&mut (&mut *conn).into(), devices).await {
+                        Ok(addresses) => Ok(Ok(addresses)),
+                        Err(Failure::Store(error)) => Ok(Err(error)),
+                        Err(Failure::Sql(error)) => Err(error),
+                    }
                 })
             })
-            .await?;
-            audience::addresses_from(&rows, devices)
+            .await?
         }
     }
 
     impl Base {
+        /// Adds what marks say.
+        async fn tell(&self, tx: &mut Tx, devices: &mut [(i64, Device)]) -> Result<(), Failure> {
+            let devices = devices.iter_mut().map(|(seq, device)| (DeviceSeq(*seq), device));
+            acceptances::tell_devices(&mut Conn::from(&mut **tx), devices, self.clock.now()).await
+        }
+
         async fn register_once(&self, group: &[Registration], now: Timestamp) -> Result<(Tx, Vec<Device>), Failure> {
             let mut tx = self.begin().await?;
             let mut known = Known::default();
@@ -338,6 +351,7 @@ on_both! {
             drop(others);
             known.slots.extend(found);
             Self::add_tags(&mut tx, &mut known).await?;
+            Self::add_marks(&mut tx, &mut known, now).await?;
 
             let mut answers = Vec::with_capacity(group.len());
             for registration in group {
@@ -354,7 +368,8 @@ on_both! {
             Ok((tx, answers))
         }
 
-        /// Locks and reads the rows with these keys, into `known`.
+        /// Locks and reads the rows with these keys, into `known`. As they are known, they are once [`Self::add_tags`] and
+        /// [`Self::add_marks`] have come.
         async fn lock(tx: &mut Tx, known: &mut Known, column: &'static str, keys: &ByTopic<'_>) -> Result<(), Failure> {
             if keys.is_empty() {
                 return Ok(());
@@ -371,7 +386,7 @@ on_both! {
             let rows: Vec<DeviceRow> = select.build_query_as().fetch_all(&mut **tx).await?;
             for row in rows {
                 let (seq, device) = row.into_device()?;
-                known.slots.push(Slot { seq: Some(seq), was: Some(device.clone()), is: device, order: 0 });
+                known.slots.push(Slot { seq: Some(seq), was: None, is: device, order: 0 });
             }
             Ok(())
         }
@@ -381,11 +396,17 @@ on_both! {
             for tag in Self::tags_of(tx, &seqs).await? {
                 let (seq, tag) = tag.into_tag()?;
                 if let Some(slot) = known.slots.iter_mut().find(|slot| slot.seq == Some(seq)) {
-                    slot.is.tags.push(tag.clone());
-                    if let Some(was) = &mut slot.was {
-                        was.tags.push(tag);
-                    }
+                    slot.is.tags.push(tag);
                 }
+            }
+            Ok(())
+        }
+
+        async fn add_marks(tx: &mut Tx, known: &mut Known, now: Timestamp) -> Result<(), Failure> {
+            let devices = known.slots.iter_mut().filter_map(|slot| Some((DeviceSeq(slot.seq?), &mut slot.is)));
+            acceptances::tell_devices(&mut Conn::from(&mut **tx), devices, now).await?;
+            for slot in &mut known.slots {
+                slot.was = slot.seq.map(|_| slot.is.clone());
             }
             Ok(())
         }
@@ -416,14 +437,19 @@ on_both! {
                 push_list(&mut update, part.iter().copied());
                 update.build().execute(&mut **tx).await?;
             }
+            let mut anew = Vec::new();
             for slot in &known.slots {
                 if let (Some(seq), Some(was)) = (slot.seq, &slot.was)
                     && slot.is != *was
                     && !slot.only_seen_again()
                 {
                     Self::update(tx, seq, was, &slot.is).await?;
+                    if (&was.token, was.environment) != (&slot.is.token, slot.is.environment) {
+                        anew.push(DeviceSeq(seq));
+                    }
                 }
             }
+            acceptances::forget(&mut Conn::from(&mut **tx), &anew).await?;
             known.slots.sort_by_key(|slot| slot.order);
             let fresh: Vec<&Device> = known.slots.iter().filter(|slot| slot.seq.is_none()).map(|slot| &slot.is).collect();
             Self::insert(tx, &fresh).await?;

@@ -12,6 +12,7 @@ use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 
+mod acceptances;
 mod api_keys;
 mod audience;
 mod breakers;
@@ -572,7 +573,8 @@ pub trait Queue: Send + Sync {
     async fn seen(&self, idempotency: &Idempotency) -> Result<Option<Accepted>, StoreError>;
     /// Which of these notifications are committed. Waits for a commit that is still under way.
     async fn committed(&self, ids: &[NotificationId]) -> Result<BTreeSet<NotificationId>, StoreError>;
-    /// Takes over at most `max` due chunks of `lanes`, in that order, that nobody owns, oldest first; also those parked by one of
+    /// Takes over at most `max` due chunks of `lanes`, in that order, that nobody owns, oldest first, or of audiences that are
+    /// resolved as many parts as have the targets of so many chunks; also those parked by one of
     /// `passable` breakers (open for another credential than this replica's), and those whose time parked by one of
     /// `overdue` is over. Audiences that are due are resolved: long ones a piece at a time, whose chunks are this
     /// replica's, and whose rest is due behind what else waits in its lane. What was cancelled ends, and is not taken.

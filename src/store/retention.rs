@@ -9,7 +9,7 @@ use std::collections::{HashMap, HashSet};
 use async_trait::async_trait;
 
 use super::{
-    Kind, ReplicaId, StoreError,
+    Kind, ReplicaId, StoreError, acceptances,
     audience::LIST,
     queue::{
         cohort::{self, Spans, Standing},
@@ -18,7 +18,11 @@ use super::{
     sql::{Failure, Repeat, committed, on_both, read},
     statement::{Conn, Row, Statement, Value, corrupt, id_value},
 };
-use crate::domain::{clock::Timestamp, device::DeviceToken, notification::NotificationId};
+use crate::domain::{
+    clock::Timestamp,
+    device::{DeviceSeq, DeviceToken},
+    notification::NotificationId,
+};
 
 /// What is walked through.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -118,7 +122,8 @@ pub const WALKED_BYTES: u64 = 1 << 30;
 
 const HOUSE_KEPT_AT: &str = "house_kept_at";
 
-const TABLES: [&str; 17] = [
+const TABLES: [&str; 18] = [
+    "acceptances",
     "api_keys",
     "breakers",
     "chunks",
@@ -653,7 +658,11 @@ async fn carry_out(conn: &mut Conn<'_>, doomed: &Doomed, now: Timestamp) -> Resu
         }
         Doomed::InactiveDevices(seqs) => forget(conn, seqs, now).await,
         Doomed::Tombstones(seqs) => {
-            Ok(vec![("device_tombstones", delete(conn, "device_tombstones", " WHERE seq IN ", seqs).await?)])
+            let tombstones = delete(conn, "device_tombstones", " WHERE seq IN ", seqs).await?;
+            let numbers =
+                seqs.iter().filter_map(|seq| if let Value::Int(seq) = seq { Some(DeviceSeq(*seq)) } else { None });
+            let blocks = acceptances::delete_empty(conn, numbers).await?;
+            Ok(vec![("device_tombstones", tombstones), ("acceptances", blocks)])
         }
         Doomed::ApiKeys(ids) => Ok(vec![("api_keys", delete(conn, "api_keys", " WHERE id IN ", ids).await?)]),
     }

@@ -414,17 +414,6 @@ impl Conn<'_> {
     }
 }
 
-/// Cuts a list into pieces of at most `most`, each a power of two long.
-pub(super) fn powers_of_two<T>(list: &[T], most: usize) -> impl Iterator<Item = &[T]> {
-    let mut rest = list;
-    std::iter::from_fn(move || {
-        let length = rest.len().min(most).checked_ilog2().map(|log| 1 << log)?;
-        let (piece, others) = rest.split_at(length);
-        rest = others;
-        Some(piece)
-    })
-}
-
 /// A row that this version would never write.
 pub(super) fn corrupt(
     table: &'static str,

@@ -85,7 +85,7 @@ fn at_once(submission: &Submission, now: Timestamp) -> bool {
 fn entry(submission: &Submission, resolved: Option<audience::Resolved>, now: Timestamp) -> Entry<'_> {
     let notification = &submission.notification;
     let unmatched = resolved.as_ref().map_or(0, |resolved| resolved.unmatched);
-    let chunks = resolved.map(|resolved| audience::into_chunks(resolved.targets));
+    let chunks = resolved.map(|resolved| audience::into_chunks(resolved.targets, true));
     let mut counts = Counts::default();
     let mut tried = false;
     for chunk in chunks.iter().flatten() {

@@ -9,7 +9,7 @@ use super::{Context, notification_id};
 use crate::domain::{
     clock::Timestamp,
     delivery::{
-        CHUNK_TARGETS, Chunk, ChunkKey, NotAChunk, State, decode_states, decode_targets, encode_states, encode_targets,
+        Chunk, ChunkKey, NotAChunk, PART_TARGETS, State, decode_states, decode_targets, encode_states, encode_targets,
         encode_untried,
     },
     notification::{Counts, Lane, NotificationId},
@@ -195,8 +195,8 @@ const UNTRIED: [Usual; 9] = [
 /// The most rows of outcomes other than accepted that a notification gets. Its first chunk has a share of its own.
 const MAX_NOTES: usize = 10_000;
 
-/// The most of them beside the first chunk's.
-const MAX_FURTHER_NOTES: usize = MAX_NOTES - CHUNK_TARGETS;
+/// The most of them beside the first chunk's: where there are others, that is a part.
+const MAX_FURTHER_NOTES: usize = MAX_NOTES - PART_TARGETS;
 
 /// What is to be noted of one chunk: positions, and Apple's ids where there are any.
 pub(super) struct Notes<'c> {

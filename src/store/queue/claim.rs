@@ -7,14 +7,14 @@ use std::{
 
 use super::{
     Context, FREE, HELD,
-    accept::{addresses_of, open_devices},
+    accept::open_devices,
     chunk::{self, Notes},
     lane_from,
     resolve::{self, Own, Unresolved},
 };
 use crate::domain::{
     clock::Timestamp,
-    delivery::{ChunkKey, DeliveryStatus},
+    delivery::{CHUNK_TARGETS, ChunkKey, DeliveryStatus},
     device::DeviceSeq,
     notification::{Audience, Lane, Notification, NotificationId},
     outcome::{Cause, own},
@@ -245,7 +245,7 @@ pub(super) async fn take(
         chunk::write(conn, &context.reasons, *key, chunk, now).await?;
         chunk::note(conn, context, &[Notes { key: *key, chunk, ended, unique_ids: &[] }]).await?;
     }
-    let room = max.saturating_sub(open.len() + unresolved.len());
+    let room = max.saturating_sub(open.len()) * CHUNK_TARGETS;
     let read_at = context.clock.monotonic();
     let resolution = resolve::resolve(conn, context, &unresolved, room, replica, now).await?;
     open.extend(resolution.own);
@@ -253,13 +253,12 @@ pub(super) async fn take(
 
     let mut addresses = resolution.addresses;
     let mut devices: Vec<DeviceSeq> = open.iter().flat_map(|own| open_devices(&own.chunk)).collect();
-    devices.retain(|device| !addresses.contains_key(device));
+    devices.retain(|device| addresses.get(*device).is_none());
     devices.sort_unstable();
     devices.dedup();
-    let read = audience::read_addresses(conn, &devices).await?;
-    addresses.extend(read.into_iter().map(|address| (address.seq, address)));
+    addresses.extend(audience::read_addresses(conn, &devices).await?);
     let lease = |Own { key, epoch, notification, chunk }| {
-        let addresses = addresses_of(&chunk, &addresses);
+        let addresses = open_devices(&chunk).filter_map(|device| addresses.get(device).cloned()).collect();
         Lease { key, epoch, notification, chunk, addresses, read_at, seat: None }
     };
     Ok(Claimed { leases: open.into_iter().map(lease).collect(), more: resolution.more })

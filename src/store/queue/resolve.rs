@@ -17,7 +17,7 @@ use super::{
 use crate::domain::{
     clock::Timestamp,
     delivery::{CHUNK_TARGETS, Chunk, ChunkKey, DeliveryStatus, State, Target, decode_targets},
-    device::{Address, DeviceSeq, DeviceToken},
+    device::{Addresses, DeviceSeq, DeviceToken},
     notification::{Audience, Notification, NotificationId},
     outcome::Cause,
 };
@@ -28,13 +28,13 @@ use crate::store::{
     statement::{Conn, Statement, corrupt, id_value},
 };
 
-/// The most chunks that one transaction resolves of audiences that are not short: some tens of milliseconds. SQLite has one
-/// writer, for which urgent notifications wait meanwhile.
-const fn chunks_at_once(kind: Kind) -> usize {
+/// The most targets that one transaction resolves of audiences that are not short, and the most such audiences: some tens of
+/// milliseconds. SQLite has one writer, for which urgent notifications wait meanwhile.
+const fn at_once(kind: Kind) -> (usize, usize) {
     // Differs: how many may write.
     match kind {
-        Kind::Sqlite => 2,
-        Kind::Mysql => 10,
+        Kind::Sqlite => (2 * CHUNK_TARGETS, 2),
+        Kind::Mysql => (10 * CHUNK_TARGETS, 10),
     }
 }
 
@@ -61,7 +61,7 @@ pub(super) struct Own {
 pub(super) struct Resolution {
     pub(super) own: Vec<Own>,
     /// The addresses that were read on the way.
-    pub(super) addresses: HashMap<DeviceSeq, Address>,
+    pub(super) addresses: Addresses,
     /// Audiences have a rest that may be claimed at once.
     pub(super) more: bool,
 }
@@ -81,8 +81,8 @@ struct Piece {
     rest: Option<Place>,
 }
 
-/// Resolves audiences, or the next pieces of them. The first chunk of each is this replica's, and as many others as
-/// there is `room` for; what is beyond is nobody's.
+/// Resolves audiences, or the next pieces of them. The first chunk of each is this replica's, and others as far as there is
+/// `room` for their targets; what is beyond is nobody's.
 pub(super) async fn resolve(
     conn: &mut Conn<'_>,
     context: &Context,
@@ -99,7 +99,7 @@ pub(super) async fn resolve(
             .map(|one| Wanted { notification: one.notification, audience: one.audience, from: 0 })
             .collect();
         let read = audience::resolve(conn, &*context.clock, &wanted, now).await?;
-        resolution.addresses.extend(read.addresses);
+        resolution.addresses.extend(read.addresses.into_values());
         for (one, resolved) in short.into_iter().zip(read.resolved) {
             let piece = Piece { targets: resolved.targets, unmatched: resolved.unmatched, rest: None };
             keep(conn, context, one, None, piece, &mut room, replica, &mut resolution, now).await?;
@@ -109,16 +109,17 @@ pub(super) async fn resolve(
         return Ok(resolution);
     }
     let places = places(conn, &long).await?;
-    let at_once = chunks_at_once(conn.kind());
-    let (now_resolved, later) = long.split_at(long.len().min(at_once));
+    let (most_targets, most_audiences) = at_once(conn.kind());
+    let (now_resolved, later) = long.split_at(long.len().min(most_audiences));
     for one in now_resolved {
-        let chunks = match one.ending {
-            None => 1 + room.min(at_once - 1) / now_resolved.len(),
+        let share = match one.ending {
+            None => room.min(most_targets) / now_resolved.len(),
             // Nothing of it stays in memory.
-            Some(_) => at_once.div_ceil(now_resolved.len()),
+            Some(_) => most_targets / now_resolved.len(),
         };
         let place = places.get(&one.key.notification).copied();
-        let piece = next_piece(conn, context, one, place, chunks * CHUNK_TARGETS, &mut resolution, now).await?;
+        let most = share.max(CHUNK_TARGETS);
+        let piece = next_piece(conn, context, one, place, most, &mut resolution, now).await?;
         keep(conn, context, one, place, piece, &mut room, replica, &mut resolution, now).await?;
     }
     // More than a transaction should hold: the next one begins with them.
@@ -160,7 +161,7 @@ async fn next_piece(
     }
     let wanted = Wanted { notification, audience: &part, from };
     let read = audience::resolve(conn, &*context.clock, &[wanted], now).await?;
-    resolution.addresses.extend(read.addresses);
+    resolution.addresses.extend(read.addresses.into_values());
     let Some(mut resolved) = read.resolved.into_iter().next() else {
         return Err(StoreError::Statement("a part of a list was not resolved".into()).into());
     };
@@ -219,7 +220,7 @@ async fn keep(
 ) -> Result<(), Failure> {
     let Piece { targets, unmatched, rest } = piece;
     let id = one.key.notification;
-    let mut chunks = audience::into_chunks(targets);
+    let mut chunks = audience::into_chunks(targets, place.is_none() && rest.is_none());
     if let Some((status, cause)) = &one.ending {
         for chunk in &mut chunks {
             chunk.end_open(*status, cause, now);
@@ -234,11 +235,14 @@ async fn keep(
     let (lane, due_at) = (one.notification.lane, one.notification.due_at);
     let mut chunks = chunks.into_iter();
     let head = chunks.next().unwrap_or_default();
+    *room = room.saturating_sub(head.targets.len());
     let others: Vec<(ChunkKey, Chunk)> = (one.key.number + 1..).map(key).zip(chunks).collect();
     let mut rows = Vec::with_capacity(others.len() + 1);
     for (key, chunk) in &others {
         let owner = (*room > 0 && !chunk.is_done()).then_some(replica);
-        *room -= usize::from(owner.is_some());
+        if owner.is_some() {
+            *room = room.saturating_sub(chunk.targets.len());
+        }
         rows.push(NewChunk { key: *key, lane, due_at, owner, chunk: Some(chunk) });
     }
     if rest.is_some() {

@@ -12,18 +12,19 @@ use super::{
 };
 use crate::domain::{
     clock::Timestamp,
-    delivery::{Chunk, ChunkKey, DeliveryStatus, DeviceEffect},
+    delivery::{Chunk, ChunkKey, DeliveryStatus, DeviceEffect, State},
     device::{DeviceSeq, DeviceToken},
     outcome::Cause,
     topic::Environment,
 };
 use crate::store::{
     Disposition, Kind, ReplicaId, Settled, StoreError,
+    acceptances::{self, Acceptance},
     audience::{LIST, numbered},
     breakers::parked_holder,
     reasons,
     sql::Failure,
-    statement::{Conn, Statement, Value, id_value, powers_of_two},
+    statement::{Conn, Statement, Value, id_value},
 };
 
 /// By how much APNs' clock and ours may differ: a token that registered within this time before APNs saw it leave has
@@ -50,7 +51,7 @@ struct Content {
     counted: [Value; 7],
 }
 
-/// Whether chunks that were accepted as a whole are looked at before they are ended.
+/// Whether chunks that were accepted as a whole, or are only marked, are looked at before that is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::store) enum Look {
     /// Only the rows that were met are counted.
@@ -70,9 +71,16 @@ pub(in crate::store) async fn settle(
     look: Look,
 ) -> Result<Option<Vec<ChunkKey>>, Failure> {
     let rows = cohort::settle(conn, context, done, replica, now).await?;
-    let (plain, others): (Vec<&Settled<'_>>, Vec<&Settled<'_>>) =
-        rows.into_iter().partition(|settled| look == Look::Behind && is_plain(settled));
-    if !end(conn, context, &plain, replica, now).await? {
+    let mut plain = Plain::default();
+    let mut others = Vec::new();
+    for settled in rows {
+        match plainly(settled).filter(|_| look == Look::Behind) {
+            Some(Plainly::Ended) => plain.ended.push(settled),
+            Some(Plainly::Marked) => plain.marked.push(settled),
+            None => others.push(settled),
+        }
+    }
+    if !end(conn, context, plain.ended, replica, now).await? || !mark(conn, context, plain.marked, replica).await? {
         return Ok(None);
     }
     let lost = record(conn, context, &others, replica, now).await?;
@@ -82,11 +90,33 @@ pub(in crate::store) async fn settle(
     Ok(Some(lost))
 }
 
-/// Whether all of it was accepted, and there is nothing to note: what hardly any chunk is not.
-fn is_plain(settled: &Settled<'_>) -> bool {
+/// What is written without a look at what was there.
+#[derive(Default)]
+struct Plain<'s> {
+    ended: Vec<&'s Settled<'s>>,
+    marked: Vec<&'s Settled<'s>>,
+}
+
+/// How a chunk is settled of which there is nothing to note.
+enum Plainly {
+    /// All of it was accepted.
+    Ended,
+    /// All of it bears its mark, and nothing of it was tried.
+    Marked,
+}
+
+/// Whether all of a chunk stands alike and there is nothing to note: what hardly any chunk does not.
+fn plainly(settled: &Settled<'_>) -> Option<Plainly> {
+    const MARKED: State = State { marked: true, ..State::PENDING };
     let Chunk { targets, states } = settled.chunk;
-    let accepted = states.iter().all(|state| state.status == DeliveryStatus::Accepted && state.cause.is_none());
-    accepted && targets.len() == states.len() && settled.unique_ids.is_empty()
+    if targets.len() != states.len() || !settled.unique_ids.is_empty() {
+        return None;
+    }
+    if states.iter().all(|state| state.status == DeliveryStatus::Accepted && state.cause.is_none()) {
+        return Some(Plainly::Ended);
+    }
+    let marked = settled.disposition == Disposition::Keep && states.iter().all(|state| *state == MARKED);
+    marked.then_some(Plainly::Marked)
 }
 
 /// The most chunks that one statement ends: on a server each looks for its states in a list of so many.
@@ -95,47 +125,112 @@ const ENDED_A_STATEMENT: usize = 128;
 /// Ends chunks that were accepted as a whole, each with states of its own, without looking at them first. False if not
 /// all of them were this replica's in their epoch: then the transaction is to be rolled back.
 ///
-/// A statement for those that have their number and their epoch in common: of notifications for a few, hundreds; of a
-/// broadcast each chunk has a number of its own, and there are few.
+/// A statement for those of one notification that have their epoch in common, and for those that have their number and
+/// their epoch in common: of notifications for a few there are hundreds.
 async fn end(
     conn: &mut Conn<'_>,
     context: &Context,
-    plain: &[&Settled<'_>],
+    mut ended: Vec<&Settled<'_>>,
     replica: ReplicaId,
     now: Timestamp,
 ) -> Result<bool, Failure> {
-    let mut plain = plain.to_vec();
-    plain.sort_unstable_by_key(|settled| (settled.key.number, settled.epoch, settled.key));
-    let alike = plain.chunk_by(|one, next| (one.key.number, one.epoch) == (next.key.number, next.epoch));
-    for piece in alike.flat_map(|alike| powers_of_two(alike, ENDED_A_STATEMENT)) {
-        let Some(first) = piece.first() else { continue };
-        let ids = piece.iter().map(|settled| id_value(settled.key.notification.as_uuid()));
-        let states = piece
-            .iter()
-            .map(|settled| Ok(chunk::states(settled.chunk, &context.reasons)?.into()))
-            .collect::<Result<Vec<Value>, StoreError>>()?;
-        let mut statement = Statement::new("-- queue.end\nUPDATE chunks SET ended_at = ");
-        statement.bind(now).push(", accepted = targeted, waiting_since = NULL, holder = NULL, states = ");
-        // Differs: how each row gets a value of its own.
-        match conn.kind() {
-            Kind::Sqlite => {
-                statement
-                    .push("ended.column2 FROM (VALUES ")
-                    .rows(ids.zip(states).map(|(id, states)| [id, states]), "");
-                statement.push(") AS ended WHERE notification_id = ended.column1");
-            }
-            // An insert that becomes an update is what is mostly used for this; it costs the server more by a sixth. The
-            // column itself stands first in the list, so that what comes of it is bytes to every server.
-            Kind::Mysql => {
-                statement
-                    .push("ELT(1 + FIELD(notification_id, ")
-                    .values(ids.clone())
-                    .push("), states, ")
-                    .values(states);
-                statement.push(") WHERE notification_id IN ").list(ids);
+    ended.sort_unstable_by_key(|settled| (settled.key.notification, settled.epoch, settled.key.number));
+    let mut single = Vec::with_capacity(ended.len());
+    for alike in ended.chunk_by(|one, next| (one.key.notification, one.epoch) == (next.key.notification, next.epoch)) {
+        if let [one] = alike {
+            single.push(*one);
+            continue;
+        }
+        for piece in alike.chunks(ENDED_A_STATEMENT) {
+            if !end_alike(conn, context, piece, Alike::Notification, replica, now).await? {
+                return Ok(false);
             }
         }
-        statement.push(" AND number = ").bind(first.key.number).push(" AND epoch = ").bind(first.epoch);
+    }
+    single.sort_unstable_by_key(|settled| (settled.key.number, settled.epoch, settled.key));
+    let alike = single.chunk_by(|one, next| (one.key.number, one.epoch) == (next.key.number, next.epoch));
+    for piece in alike.flat_map(|alike| alike.chunks(ENDED_A_STATEMENT)) {
+        if !end_alike(conn, context, piece, Alike::Number, replica, now).await? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// What some chunks have in common beside their epoch.
+#[derive(Clone, Copy)]
+enum Alike {
+    Notification,
+    Number,
+}
+
+/// One statement of [`end`]. False if not all of them were met.
+async fn end_alike(
+    conn: &mut Conn<'_>,
+    context: &Context,
+    piece: &[&Settled<'_>],
+    alike: Alike,
+    replica: ReplicaId,
+    now: Timestamp,
+) -> Result<bool, Failure> {
+    let Some(first) = piece.first() else { return Ok(true) };
+    let id = |settled: &&Settled<'_>| id_value(settled.key.notification.as_uuid());
+    let (mut own, common): (Vec<Value>, Value) = match alike {
+        Alike::Notification => (piece.iter().map(|settled| settled.key.number.into()).collect(), id(first)),
+        Alike::Number => (piece.iter().map(id).collect(), first.key.number.into()),
+    };
+    let (own_column, common_column) = match alike {
+        Alike::Notification => ("number", " AND notification_id = "),
+        Alike::Number => ("notification_id", " AND number = "),
+    };
+    let mut states = piece
+        .iter()
+        .map(|settled| Ok(chunk::states(settled.chunk, &context.reasons)?.into()))
+        .collect::<Result<Vec<Value>, StoreError>>()?;
+    // The last one several times, so that lists of all lengths make a few statements, which stay prepared.
+    if let (Some(last), Some(last_states)) = (own.last().cloned(), states.last().cloned()) {
+        own.resize(piece.len().next_power_of_two(), last);
+        states.resize(own.len(), last_states);
+    }
+    let mut statement = Statement::new("-- queue.end\nUPDATE chunks SET ended_at = ");
+    statement.bind(now).push(", accepted = targeted, waiting_since = NULL, holder = NULL, states = ");
+    // Differs: how each row gets a value of its own.
+    match conn.kind() {
+        Kind::Sqlite => {
+            statement
+                .push("ended.column2 FROM (VALUES ")
+                .rows(own.into_iter().zip(states).map(|(own, states)| [own, states]), "");
+            statement.push(") AS ended WHERE ").push(own_column).push(" = ended.column1");
+        }
+        // An insert that becomes an update is what is mostly used for this; it costs the server more by a sixth. The
+        // column itself stands first in the list, so that what comes of it is bytes to every server.
+        Kind::Mysql => {
+            statement.push("ELT(1 + FIELD(").push(own_column).push(", ").values(own.clone());
+            statement.push("), states, ").values(states);
+            statement.push(") WHERE ").push(own_column).push(" IN ").list(own);
+        }
+    }
+    statement.push(common_column).bind(common).push(" AND epoch = ").bind(first.epoch);
+    statement.push(BY_KEY_HOLDER).bind(replica.0);
+    Ok(conn.execute(statement).await? == piece.len() as u64)
+}
+
+/// Marks chunks before they are sent, without looking at them first. False if not all of them were this replica's in their
+/// epoch: then the transaction is to be rolled back.
+async fn mark(
+    conn: &mut Conn<'_>,
+    context: &Context,
+    mut marked: Vec<&Settled<'_>>,
+    replica: ReplicaId,
+) -> Result<bool, Failure> {
+    let alike = |settled: &&Settled<'_>| (settled.key.notification, settled.epoch, settled.chunk.states.len());
+    marked.sort_unstable_by_key(|settled| (alike(settled), settled.key.number));
+    for piece in marked.chunk_by(|one, next| alike(one) == alike(next)).flat_map(|alike| alike.chunks(LIST)) {
+        let Some(first) = piece.first() else { continue };
+        let mut statement = Statement::new("-- queue.mark\nUPDATE chunks SET waiting_since = NULL, states = ");
+        statement.bind(chunk::states(first.chunk, &context.reasons)?).push(" WHERE notification_id = ");
+        statement.bind(id_value(first.key.notification.as_uuid())).push(" AND number IN ");
+        statement.list(piece.iter().map(|settled| settled.key.number)).push(" AND epoch = ").bind(first.epoch);
         statement.push(BY_KEY_HOLDER).bind(replica.0);
         if conn.execute(statement).await? != piece.len() as u64 {
             return Ok(false);
@@ -320,28 +415,32 @@ async fn notes(conn: &mut Conn<'_>, context: &Context, held: &[(&Settled<'_>, &B
 
 /// Applies what was learned of devices.
 async fn effects(conn: &mut Conn<'_>, settled: &[&Settled<'_>], now: Timestamp) -> Result<(), Failure> {
+    let mut to_mark: Vec<Acceptance<'_>> = Vec::new();
     let mut accepted: BTreeMap<Environment, Vec<(DeviceSeq, &DeviceToken)>> = BTreeMap::new();
     let mut others: Vec<(DeviceSeq, &DeviceToken, &DeviceEffect)> = Vec::new();
     for one in settled {
         for (seq, token, effect) in one.effects {
             match effect {
-                DeviceEffect::Accepted(environment) => accepted.entry(*environment).or_default().push((*seq, token)),
+                DeviceEffect::Accepted(environment, Some(version)) => {
+                    to_mark.push(Acceptance { device: *seq, token, environment: *environment, version: *version });
+                }
+                DeviceEffect::Accepted(environment, None) => {
+                    accepted.entry(*environment).or_default().push((*seq, token));
+                }
                 DeviceEffect::Dead { .. } | DeviceEffect::Bad { .. } | DeviceEffect::Suspend { .. } => {
                     others.push((*seq, token, effect));
                 }
             }
         }
     }
-    for (environment, mut devices) in accepted {
-        devices.sort_unstable();
-        devices.dedup();
-        let runs = devices.chunk_by(|(one, _), (next, _)| next.0 - one.0 <= APART);
-        let (runs, scattered): (Vec<&[_]>, Vec<&[_]>) = runs.partition(|run| run.len() >= A_RUN);
-        let scattered = scattered.concat();
-        for piece in runs.into_iter().flat_map(|run| run.chunks(LIST)).chain(scattered.chunks(LIST)) {
-            learn_accepted(conn, environment, piece, now).await?;
-        }
+    // What is marked below has been accepted, too.
+    if others.iter().any(|(.., effect)| matches!(effect, DeviceEffect::Bad { .. })) {
+        let marked: HashSet<(DeviceSeq, &DeviceToken)> = to_mark.iter().map(|one| (one.device, one.token)).collect();
+        others.retain(|(seq, token, effect)| {
+            !matches!(effect, DeviceEffect::Bad { .. }) || !marked.contains(&(*seq, *token))
+        });
     }
+    write_accepted(conn, accepted, now).await?;
     others.sort_by_key(|(seq, ..)| *seq);
     let mut seen = HashSet::new();
     for (seq, token, effect) in others {
@@ -350,6 +449,30 @@ async fn effects(conn: &mut Conn<'_>, settled: &[&Settled<'_>], now: Timestamp) 
         }
         if let Some(statement) = effect_on_one(seq, token, effect) {
             conn.execute(statement).await?;
+        }
+    }
+    // Behind the devices' rows, as a registration does it.
+    let mut passed: BTreeMap<Environment, Vec<(DeviceSeq, &DeviceToken)>> = BTreeMap::new();
+    for Acceptance { device, token, environment, .. } in acceptances::note(conn, &to_mark, now).await? {
+        passed.entry(environment).or_default().push((device, token));
+    }
+    write_accepted(conn, passed, now).await
+}
+
+/// Writes into the devices' rows that their tokens were accepted.
+async fn write_accepted(
+    conn: &mut Conn<'_>,
+    accepted: BTreeMap<Environment, Vec<(DeviceSeq, &DeviceToken)>>,
+    now: Timestamp,
+) -> Result<(), Failure> {
+    for (environment, mut devices) in accepted {
+        devices.sort_unstable();
+        devices.dedup();
+        let runs = devices.chunk_by(|(one, _), (next, _)| next.0 - one.0 <= APART);
+        let (runs, scattered): (Vec<&[_]>, Vec<&[_]>) = runs.partition(|run| run.len() >= A_RUN);
+        let scattered = scattered.concat();
+        for piece in runs.into_iter().flat_map(|run| run.chunks(LIST)).chain(scattered.chunks(LIST)) {
+            learn_accepted(conn, environment, piece, now).await?;
         }
     }
     Ok(())
@@ -384,7 +507,7 @@ async fn learn_accepted(
 fn effect_on_one(seq: DeviceSeq, token: &DeviceToken, effect: &DeviceEffect) -> Option<Statement> {
     let mut statement = Statement::new("-- queue.settle_device\nUPDATE devices SET status = ");
     let (status, reason, registered_until, never_accepted) = match effect {
-        DeviceEffect::Accepted(_) => return None,
+        DeviceEffect::Accepted(..) => return None,
         DeviceEffect::Dead { reason, since } => {
             let reason = reasons::kept(&Cause { apns_status: None, reason: reason.clone() }).reason.into_owned();
             ("inactive", reason, since.minus(CLOCK_SKEW), false)
@@ -396,7 +519,8 @@ fn effect_on_one(seq: DeviceSeq, token: &DeviceToken, effect: &DeviceEffect) -> 
     statement.push(" WHERE seq = ").bind(seq.0).push(" AND token = ").bind(token.to_bytes());
     statement.push(" AND status = 'active' AND last_registered_at <= ").bind(registered_until);
     if never_accepted {
-        statement.push(" AND last_accepted_at <= 0");
+        statement.push(" AND last_accepted_at <= 0 AND ");
+        acceptances::unless_marked(&mut statement, seq);
     }
     Some(statement)
 }

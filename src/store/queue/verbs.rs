@@ -144,7 +144,8 @@ on_both! {
             }
             self.intern(settle::causes(done)).await?;
             let context = self.context();
-            committed(Repeat::Deadlocks, || async {
+            // Another may have inserted a block of acceptances.
+            committed(Repeat::DuplicatesToo, || async {
                 for look in [Look::Behind, Look::Before] {
                     let mut tx = self.begin().await?;
                     let conn = &mut Conn::from(&mut *tx);

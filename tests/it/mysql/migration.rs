@@ -106,6 +106,7 @@ async fn a_migration_that_is_killed_or_frozen_in_its_middle_is_ended_by_the_othe
 fn tomorrow() -> Vec<String> {
     let mut steps = vec!["CREATE TABLE tomorrow (id BIGINT NOT NULL PRIMARY KEY) ENGINE = InnoDB".to_owned()];
     let tables = [
+        "acceptances",
         "devices",
         "device_tags",
         "device_tombstones",

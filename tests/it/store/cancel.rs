@@ -204,16 +204,17 @@ on_both_stores! {
         let mut submission: Submission = world.submission(Audience::Everyone);
         submission.notification.lane = Lane::Bulk;
         let (view, _) = world.accept(submission).await;
-        let mut leases = world.store.claim(&Lane::ALL, 1, &[], &[], world.replica, NOW).await.unwrap().leases;
-        let lease = leases.remove(0);
+        let leases = world.store.claim(&Lane::ALL, 1, &[], &[], world.replica, NOW).await.unwrap().leases;
         let seen = cancelled(&world, view.id).await;
         let c = seen.counts;
         assert_eq!(c.targeted, c.pending + c.cancelled);
         assert_eq!(c.pending, 1_000, "what a replica may be sending is still open");
         while world.store.claim(&Lane::ALL, 1, &[], &[], world.replica, NOW).await.unwrap().more {}
-        let mut chunk = lease.chunk.clone();
-        chunk.states.fill(ended(DeliveryStatus::Accepted, None, NOW));
-        world.settle(&lease, &chunk, Disposition::Keep).await;
+        for lease in &leases {
+            let mut chunk = lease.chunk.clone();
+            chunk.states.fill(ended(DeliveryStatus::Accepted, None, NOW));
+            world.settle(lease, &chunk, Disposition::Keep).await;
+        }
         let seen = world.view(view.id).await;
         assert_eq!((seen.counts.targeted, seen.counts.accepted, seen.counts.cancelled), (3_400, 1_000, 2_400));
         assert_eq!((seen.status, seen.audience_complete), (NotificationStatus::Cancelled, true));

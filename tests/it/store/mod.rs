@@ -1,5 +1,6 @@
 //! What every store promises, tried through the traits: one text, run on SQLite and on MariaDB or MySQL.
 
+mod acceptances;
 mod api_keys;
 mod audience;
 mod breakers;

@@ -134,7 +134,7 @@ on_both_stores! {
         let world = World::on(database).await;
         let tokens = (0..2_000_u32).map(|n| format!("{n:08x}").parse().unwrap()).collect();
         let (view, leases) = world.accept(world.submission(Audience::Tokens(tokens))).await;
-        assert_eq!(leases.iter().map(|l| l.chunk.targets.len()).collect::<Vec<_>>(), [1000, 1000]);
+        assert_eq!(leases.iter().map(|l| l.chunk.targets.len()).collect::<Vec<_>>(), [256, 256, 256, 256, 256, 256, 256, 208]);
         assert_eq!(view.counts.targeted, 2_000);
         assert_eq!(world.view(view.id).await.counts.targeted, 2_000);
     }
@@ -387,9 +387,9 @@ on_both_stores! {
         let (view, _) = world.accept(many).await;
         world.clock.advance(Duration::from_secs(1));
         let two = world.store.claim(&Lane::ALL, 2, &[], &[], world.replica, world.now()).await.unwrap().leases;
-        assert_eq!(two.iter().map(|l| l.chunk.targets.len()).collect::<Vec<_>>(), [1000, 1000]);
+        assert_eq!(two.iter().map(|l| l.chunk.targets.len()).collect::<Vec<_>>(), [256, 256, 256, 256, 256, 256, 256, 208]);
         let rest = world.store.claim(&Lane::ALL, 2, &[], &[], world.replica, world.now()).await.unwrap().leases;
-        assert_eq!(rest.iter().map(|l| (l.key.number, l.chunk.targets.len())).collect::<Vec<_>>(), [(2, 500)]);
+        assert_eq!(rest.iter().map(|l| (l.key.number, l.chunk.targets.len())).collect::<Vec<_>>(), [(8, 256), (9, 244)]);
         assert_eq!(world.view(view.id).await.counts.targeted, 2_500);
     }
 
@@ -496,7 +496,7 @@ on_both_stores! {
         }).collect();
         let effects: Vec<_> = leases.iter().map(|lease| {
             let address = &lease.addresses[0];
-            [(address.seq, address.token.clone(), DeviceEffect::Accepted(Environment::Production))]
+            [(address.seq, address.token.clone(), DeviceEffect::Accepted(Environment::Production, None))]
         }).collect();
         let done: Vec<_> = leases.iter().zip(&chunks).enumerate().map(|(n, (lease, chunk))| Settled { key: lease.key,
             epoch: lease.epoch, seat: lease.seat, chunk, disposition: Disposition::Keep,
@@ -552,7 +552,7 @@ on_both_stores! {
         }).collect();
         let effects: Vec<_> = leases.iter().map(|lease| {
             let address = &lease.addresses[0];
-            [(address.seq, address.token.clone(), DeviceEffect::Accepted(Environment::Sandbox))]
+            [(address.seq, address.token.clone(), DeviceEffect::Accepted(Environment::Sandbox, None))]
         }).collect();
         let done: Vec<_> = leases.iter().zip(&chunks).zip(&effects).map(|((lease, chunk), effects)| Settled {
             key: lease.key, epoch: lease.epoch, seat: lease.seat, chunk, disposition: Disposition::Keep, effects, unique_ids: &[] }).collect();
@@ -689,7 +689,7 @@ on_both_stores! {
         let tried = "8a8a".parse().unwrap();
         let since = NOW;
         for (n, effect) in [
-            DeviceEffect::Accepted(Environment::Sandbox), DeviceEffect::Bad { sent_at: NOW }, DeviceEffect::Suspend { sent_at: NOW },
+            DeviceEffect::Accepted(Environment::Sandbox, None), DeviceEffect::Bad { sent_at: NOW }, DeviceEffect::Suspend { sent_at: NOW },
             DeviceEffect::Dead { reason: "Unregistered".into(), since },
         ].into_iter().enumerate() {
             let phone = world.phone(&format!("81{n:02x}"), Some(&format!("u{n}"))).await;
@@ -741,7 +741,7 @@ on_both_stores! {
             let (_, leases) = world.accept(world.submission(users(&["u"]))).await;
             let mut done = leases[0].chunk.clone();
             done.states[0] = accepted_state();
-            let effect = [(phone.seq, phone.token.clone(), DeviceEffect::Accepted(environment))];
+            let effect = [(phone.seq, phone.token.clone(), DeviceEffect::Accepted(environment, None))];
             world.settle_with(&leases[0], &done, Disposition::Keep, &effect).await;
             let at: i64 = world.device(&phone, "last_accepted_at").await.unwrap().parse().unwrap();
             seen.push(((at - NOW.as_millis()) / 3_600_000, world.device(&phone, "environment").await.unwrap()));
@@ -767,7 +767,7 @@ on_both_stores! {
                 if was == phone.token {
                     expected.push(phone.seq.0);
                 }
-                tried.push((phone.seq, was, DeviceEffect::Accepted(Environment::Sandbox)));
+                tried.push((phone.seq, was, DeviceEffect::Accepted(Environment::Sandbox, None)));
             }
         }
         let (_, leases) = world.accept(world.submission(users(&["u"]))).await;
