@@ -229,9 +229,10 @@ impl InMemory {
 }
 
 impl Room {
-    /// How many more targets there may be, of so many in all.
-    fn left_of(&self, targets: usize) -> usize {
-        self.enough_left.store(targets / 4 * 3, Ordering::Relaxed);
+    /// How many more targets there may be, of so many in all. Who is alone goes on early; others, who look for work less
+    /// often than a quick one sends a piece, get theirs in the meantime.
+    fn left_of(&self, targets: usize, alone: bool) -> usize {
+        self.enough_left.store(if alone { targets / 4 * 3 } else { targets / 4 }, Ordering::Relaxed);
         targets.saturating_sub(self.held.load(Ordering::Relaxed))
     }
 
@@ -331,7 +332,7 @@ impl Desk {
         let lane_room = self.in_memory.of(lane);
         // What one takes into memory others cannot send.
         let alone = self.sender.guard.pulse.living() <= 1.0;
-        let room = lane_room.left_of(if alone { self.settings.targets } else { self.settings.targets / 2 });
+        let room = lane_room.left_of(if alone { self.settings.targets } else { self.settings.targets / 2 }, alone);
         // A bulk chunk is mostly full, an urgent one mostly of one.
         let max = match lane {
             Lane::Transactional => self.settings.claim.min(room),

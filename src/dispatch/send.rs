@@ -26,7 +26,7 @@ use super::{
     fence::{AttemptFence, Guard, OWNERSHIP_MAX_AGE, Owned, Verdict, judge, millis},
     pace::Pace,
     settle::{Progress, Settlement, Settler},
-    slots::{self, Slot, Slots},
+    slots::{self, Share, Slots},
     wave::{Opinion, Refused},
     yielding::Traffic,
 };
@@ -44,7 +44,7 @@ use crate::{
         push::{ApnsId, OnUnknown, Recipient},
         topic::Environment,
     },
-    store::{Breaker, BreakerId, Disposition, Lease, ReplicaId, Store, StoreError, intake::Entry},
+    store::{Breaker, BreakerId, Disposition, Lease, ReplicaId, Store, StoreError, intake},
     telemetry::names,
 };
 
@@ -67,13 +67,33 @@ pub(super) struct Work {
     /// Under which number it was leased.
     pub(super) replica: ReplicaId,
     /// Its place on the roster, until it has left memory.
-    pub(super) _entry: Entry,
+    pub(super) _entry: intake::Entry,
     /// Its share of the room, if it was handed over.
     pub(super) _permit: Option<OwnedSemaphorePermit>,
     /// Its share of the room, if it was claimed.
     pub(super) weight: Option<Weight>,
     /// Sent through an open breaker to see whether it may close: one push only.
     pub(super) probe: Option<Probe>,
+}
+
+impl Work {
+    /// Gives back all of its room but so much.
+    fn shrink(&mut self, targets: usize) {
+        if let Some(weight) = &mut self.weight {
+            weight.shrink(targets);
+        }
+    }
+}
+
+/// Whether targets may be sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Entry {
+    /// Those that are left.
+    Open,
+    /// The notification was cancelled first.
+    Cancelled,
+    /// The chunk is no longer ours.
+    Over,
 }
 
 /// A try through an open breaker.
@@ -134,10 +154,10 @@ const ACCEPTED_WITHIN: Duration = Duration::from_secs(24 * 3600);
 const UNSENT_RETRIES: u32 = 3;
 
 /// The most room that a chunk takes of which only stragglers are under way: others go on meanwhile.
-const STRAGGLING_WEIGHT: usize = 250;
+const STRAGGLING_WEIGHT: usize = 64;
 
 /// The least room that a chunk takes: of one that only waits for a judgement, the outcomes are still in memory.
-const LEAST_WEIGHT: usize = 100;
+const LEAST_WEIGHT: usize = 25;
 
 /// Why a target was left open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -273,15 +293,12 @@ impl Sender {
             let mut due = due(&work.lease.chunk, now);
             let mut left = Left::Open;
             let mut blocked = HashSet::new();
-            let mut slot = None;
+            let mut share = Share::default();
             if !due.is_empty() {
-                tokio::select! {
-                    (entered, may_leave) = self.admit(&work.lease.notification, due.len()) => {
-                        slot = Some(entered);
-                        due.truncate(may_leave);
-                    }
-                    () = self.guard.cancelled.reached(work.lease.key.notification) => continue,
-                    () = self.stopping.cancelled() => {}
+                match self.let_in(work, &mut due, &mut share).await {
+                    Entry::Open => {}
+                    Entry::Cancelled => continue,
+                    Entry::Over => return,
                 }
                 let old = self.guard.clock.monotonic().saturating_sub(read_at) >= OWNERSHIP_MAX_AGE;
                 if old || addresses.is_empty() {
@@ -302,12 +319,12 @@ impl Sender {
                 }
             }
             if left == Left::Open && !due.is_empty() {
-                match self.mark(work, &due).await {
-                    Settlement::Done => {}
-                    Settlement::Lost | Settlement::GivenUp => return,
+                let is_stop = work.lease.notification.on_unknown == OnUnknown::Stop;
+                if is_stop && self.mark(work, &due).await != Settlement::Done {
+                    return;
                 }
                 let began = self.guard.clock.monotonic();
-                let round = self.round(work, &head, &due, &mut addresses, read_at, slot).await;
+                let round = self.round(work, &head, &due, &mut addresses, read_at, &mut share).await;
                 *spent |= round.spent;
                 left = round.left;
                 blocked = round.blocked;
@@ -324,6 +341,7 @@ impl Sender {
                 }
                 work.probe = None;
             }
+            unmark(&mut work.lease.chunk);
             let Some(next) = work.lease.chunk.next_try_at(now) else {
                 self.settle(work, Disposition::Keep, Learned::default()).await;
                 return;
@@ -343,6 +361,8 @@ impl Sender {
             if settlement != Settlement::Done || disposition != Disposition::Keep {
                 return;
             }
+            // Nothing is on its way that is not settled.
+            drop(share);
             tokio::select! {
                 () = self.guard.clock.sleep(next.since(self.guard.clock.now())) => {}
                 () = self.guard.cancelled.reached(work.lease.key.notification) => {}
@@ -351,10 +371,33 @@ impl Sender {
         }
     }
 
+    /// Waits until some of the due targets may be sent, which are left in `due`. What is in doubt if this process dies bears
+    /// its mark by then, but for what is never to be written twice: that gets it right before the write, because it ends
+    /// as `unknown` then.
+    async fn let_in(&self, work: &mut Work, due: &mut Vec<usize>, share: &mut Share) -> Entry {
+        let targets = work.lease.chunk.targets.len();
+        if work.lease.notification.on_unknown != OnUnknown::Stop {
+            tokio::select! {
+                prepared = self.slots.prepare(&work.lease.notification, targets, due.len()) => *share = prepared,
+                () = self.guard.cancelled.reached(work.lease.key.notification) => return Entry::Cancelled,
+                () = self.stopping.cancelled() => {}
+            }
+            if self.mark(work, due).await != Settlement::Done {
+                return Entry::Over;
+            }
+        }
+        tokio::select! {
+            may_leave = self.admit(share, &work.lease.notification, targets, due.len()) => due.truncate(may_leave),
+            () = self.guard.cancelled.reached(work.lease.key.notification) => return Entry::Cancelled,
+            () = self.stopping.cancelled() => {}
+        }
+        Entry::Open
+    }
+
     /// Waits until some of so many due targets may be sent, and says how many.
-    async fn admit(&self, notification: &Notification, due: usize) -> (Slot, usize) {
-        let slot = self.slots.enter(notification, due).await;
-        (slot, self.pace.leave(notification, due).await)
+    async fn admit(&self, share: &mut Share, notification: &Notification, targets: usize, due: usize) -> usize {
+        self.slots.enter(share, notification, targets, due).await;
+        self.pace.leave(notification, due).await
     }
 
     /// With `on_unknown: stop`, what was written, or may have been, before somebody died is never written again.
@@ -371,7 +414,7 @@ impl Sender {
     /// The durable mark before the write: for `on_unknown: stop`, and on what a process that dies would leave in doubt.
     async fn mark(&self, work: &mut Work, due: &[usize]) -> Settlement {
         let is_small = work.lease.chunk.targets.len() <= SMALL_CHUNK;
-        if is_small && work.lease.notification.on_unknown != OnUnknown::Stop {
+        if is_small && work.lease.notification.on_unknown != OnUnknown::Stop || self.stopping.is_cancelled() {
             return Settlement::Done;
         }
         for position in due {
@@ -407,6 +450,13 @@ impl Sender {
         settlement
     }
 
+    /// Makes a copy of the chunk as it is now durable, while the chunk goes on.
+    fn settle_beside(&self, work: &Work, learned: Learned) -> BoxFuture<'_, Settlement> {
+        let key = work.lease.key;
+        let progress = progress(work, work.lease.chunk.clone(), Disposition::Keep, learned);
+        self.settled(key, progress).map(|(_, settlement)| settlement).boxed()
+    }
+
     /// Waits until progress is durable; it comes back.
     async fn settled(&self, key: ChunkKey, progress: Progress) -> (Option<Progress>, Settlement) {
         let (progress, settlement) = self.settler.settle(progress).await;
@@ -429,7 +479,7 @@ impl Sender {
         due: &[usize],
         addresses: &mut Addresses,
         read_at: Duration,
-        mut slot: Option<Slot>,
+        share: &mut Share,
     ) -> Round {
         let mut round = Round { left: Left::Open, moved: false, spent: false, over: false, blocked: HashSet::new() };
         let mut learned = Learned::default();
@@ -440,12 +490,13 @@ impl Sender {
         let mut judged = FuturesUnordered::<BoxFuture<'_, Attempted>>::new();
         let mut settling = OptionFuture::<BoxFuture<'_, Settlement>>::default();
         let mut ended = VecDeque::new();
-        let mut open = Open { unsettled: 0, settling: 0, settled_at: self.guard.clock.monotonic() };
+        let mut open = Open { unsettled: 0, settling: 0, since: Duration::ZERO };
         // A probe is one push; the others wait for what it says.
-        let mut room = if work.probe.is_some() { 1 } else { slots::IN_FLIGHT };
-        let gives_way = slot.as_ref().is_some_and(Slot::is_taken);
+        let mut room = if work.probe.is_some() { 1 } else { share.pushes() };
+        let gives_way = share.is_bounded();
+        let mut now = self.guard.clock.monotonic();
         loop {
-            let in_flight = if gives_way { self.traffic.room(self.guard.clock.monotonic()) } else { room };
+            let in_flight = if gives_way { self.traffic.room(now) } else { room };
             while running.len() < in_flight
                 && running.len() + ended.len() + open.all() < room
                 && !self.stopping.is_cancelled()
@@ -457,12 +508,8 @@ impl Sender {
             }
             // Once what was answered is settled.
             let more = rest.len() > 0 && open.all() > 0 && room > 0 && !self.stopping.is_cancelled();
-            let is_straggling = rest.len() == 0 && running.len() <= slots::STRAGGLERS;
-            if is_straggling {
-                drop(slot.take_if(|_| open.all() <= slots::UNSETTLED));
-                if let Some(weight) = &mut work.weight {
-                    weight.shrink(STRAGGLING_WEIGHT);
-                }
+            if rest.len() == 0 && running.len() <= slots::STRAGGLERS {
+                work.shrink(STRAGGLING_WEIGHT);
             }
             let next = if let Some(settlement) = (&mut settling).now_or_never().flatten() {
                 Next::Settled(settlement)
@@ -481,17 +528,20 @@ impl Sender {
                     Some(attempted) = judged.next(), if !judged.is_empty() => Next::Ended(attempted),
                     () = self.guard.clock.sleep(SETTLE_EVERY), if open.is_to_be_settled() => Next::Pause,
                     // No answer says that it is quiet again.
-                    () = self.guard.clock.sleep(LOOK_EVERY), if gives_way && running.len() >= in_flight && rest.len() > 0 => continue,
+                    () = self.guard.clock.sleep(LOOK_EVERY), if gives_way && running.len() >= in_flight && rest.len() > 0 => Next::Look,
                     else => break,
                 }
             };
+            now = self.guard.clock.monotonic();
             let pause = matches!(next, Next::Pause);
             match next {
                 Next::Ended(mut attempted) => {
                     round.spent |= attempted.went != Went::No;
-                    self.look_at_traffic(gives_way, &attempted);
+                    self.look_at_traffic(gives_way, &attempted, now);
                     if work.probe.is_some() {
-                        room = beside(&mut running, &mut ended, self.judge_probe(work, &attempted, &mut round)).await;
+                        let judged =
+                            beside(&mut running, &mut ended, self.judge_probe(work, &attempted, &mut round)).await;
+                        room = judged.min(share.pushes());
                     } else if let Some((environment, fault)) = &attempted.fault {
                         let trip = self.guard.board.trip(&notification.topic, *environment, fault);
                         beside(&mut running, &mut ended, trip).await;
@@ -502,30 +552,28 @@ impl Sender {
                         continue;
                     }
                     round.take(&notification, attempted, &mut work.lease.chunk, addresses, &mut learned);
-                    open.unsettled += 1;
+                    open.one_more(now);
                 }
-                Next::Settled(Settlement::Done) => (settling, open.settling) = (OptionFuture::default(), 0),
+                Next::Settled(Settlement::Done) => {
+                    (settling, open.settling) = (OptionFuture::default(), 0);
+                    if rest.len() == 0 {
+                        share.keep(running.len() + ended.len() + open.all());
+                    }
+                }
                 Next::Settled(_) => {
                     // What is in flight is still read to its end: a written push is never dropped.
                     while running.next().await.is_some() {}
                     round.over = true;
                     return round;
                 }
-                Next::Pause => {
-                    if let Some(weight) = work.weight.as_mut().filter(|_| running.is_empty()) {
-                        weight.shrink(judged.len().max(LEAST_WEIGHT));
-                    }
-                }
+                Next::Pause if running.is_empty() => work.shrink(judged.len().max(LEAST_WEIGHT)),
+                Next::Pause | Next::Look => {}
             }
             let goes_on = !running.is_empty() || !judged.is_empty() || more;
-            let now = self.guard.clock.monotonic();
-            if goes_on && open.is_to_be_settled() && (pause || (is_straggling && slot.is_some()) || open.is_due(now)) {
-                open = Open { unsettled: 0, settling: open.unsettled, settled_at: now };
-                // A copy: the chunk goes on meanwhile.
-                let chunk = work.lease.chunk.clone();
-                let progress = progress(work, chunk, Disposition::Keep, std::mem::take(&mut learned));
-                let settled = self.settled(work.lease.key, progress).map(|(_, settlement)| settlement);
-                settling = Some(settled.boxed()).into();
+            let frees_room = rest.len() > 0 && open.unsettled >= room / 2;
+            if goes_on && open.is_to_be_settled() && (pause || frees_room || open.is_due(now)) {
+                open = Open { unsettled: 0, settling: open.unsettled, since: now };
+                settling = Some(self.settle_beside(work, std::mem::take(&mut learned))).into();
             }
         }
         // In the order of what happened.
@@ -538,21 +586,18 @@ impl Sender {
     }
 
     /// Learns from an answer how much of a broadcast may be in flight beside urgent pushes.
-    fn look_at_traffic(&self, gives_way: bool, attempted: &Attempted) {
+    fn look_at_traffic(&self, gives_way: bool, attempted: &Attempted, now: Duration) {
         if let (true, Some(environment), Some(took)) = (gives_way, attempted.environment, attempted.took) {
-            self.traffic.answered(environment, took, self.guard.clock.monotonic());
+            self.traffic.answered(environment, took, now);
         }
     }
 
     /// Ends a round: nothing is in flight, and all but what was learned last is durable.
     async fn close(&self, work: &mut Work, round: &mut Round, learned: Learned) {
-        for state in work.lease.chunk.states.iter_mut().filter(|s| s.is_open()) {
-            // What was marked and not tried was not written.
-            state.marked = false;
-        }
         if round.over {
             return;
         }
+        unmark(&mut work.lease.chunk);
         if work.lease.chunk.is_done() {
             // The end and what was learned of devices in one commit.
             self.settle(work, Disposition::Keep, learned).await;
@@ -565,7 +610,7 @@ impl Sender {
     /// What a probe's end says of the breaker. Returns how many pushes may be in flight now.
     async fn judge_probe(&self, work: &mut Work, attempted: &Attempted, round: &mut Round) -> usize {
         let topic = &work.lease.notification.topic;
-        let Some(probe) = work.probe else { return slots::IN_FLIGHT };
+        let Some(probe) = work.probe else { return usize::MAX };
         if let Some((environment, fault)) = &attempted.fault {
             // A token that was refused before tells nothing new: the others are not kept waiting longer for it.
             if !(fault.is_wave() && attempted.in_doubt) {
@@ -581,7 +626,7 @@ impl Sender {
         if attempted.proves {
             self.guard.board.close(topic, probe.environment, probe.breaker).await;
             work.probe = None;
-            return slots::IN_FLIGHT;
+            return usize::MAX;
         }
         if attempted.went == Went::Out || attempted.left != Left::Open || attempted.state.is_open() {
             // No answer, or one that proves nothing: the breaker stays, and so does everything behind it.
@@ -834,6 +879,8 @@ enum Next {
     Settled(Settlement),
     /// Nothing happens for a moment.
     Pause,
+    /// There may be more room by now.
+    Look,
 }
 
 /// What was answered and is not known to be durable.
@@ -841,8 +888,8 @@ struct Open {
     unsettled: usize,
     /// In the settle that is under way: there is one at a time.
     settling: usize,
-    /// When that began, or the one before.
-    settled_at: Duration,
+    /// When the first of those that are unsettled was answered.
+    since: Duration,
 }
 
 impl Open {
@@ -855,9 +902,16 @@ impl Open {
         self.unsettled > 0 && self.settling == 0
     }
 
+    fn one_more(&mut self, now: Duration) {
+        if self.unsettled == 0 {
+            self.since = now;
+        }
+        self.unsettled += 1;
+    }
+
     /// Whether it should, though answers still come in.
     fn is_due(&self, now: Duration) -> bool {
-        self.unsettled >= slots::IN_FLIGHT / 2 || now.saturating_sub(self.settled_at) >= SETTLE_EVERY
+        now.saturating_sub(self.since) >= SETTLE_EVERY
     }
 }
 
@@ -957,12 +1011,7 @@ impl Round {
     }
 }
 
-fn attempt_at(
-    work: &Work,
-    addresses: &Addresses,
-    position: usize,
-    read_at: Duration,
-) -> Option<Attempt> {
+fn attempt_at(work: &Work, addresses: &Addresses, position: usize, read_at: Duration) -> Option<Attempt> {
     let target = work.lease.chunk.targets.get(position)?.clone();
     let state = work.lease.chunk.states.get(position)?.clone();
     let address = match &target {
@@ -1062,6 +1111,13 @@ fn head(notification: &Notification) -> Head {
         payload: notification.payload.bytes().clone(),
         lane: notification.lane,
         deadline: notification.deadline(),
+    }
+}
+
+/// Nothing is in flight: what bears a mark and is open was not written, or it is known what came of that.
+fn unmark(chunk: &mut Chunk) {
+    for state in chunk.states.iter_mut().filter(|state| state.is_open()) {
+        state.marked = false;
     }
 }
 

@@ -1,17 +1,17 @@
 //! Making outcomes durable: small and soon.
 //!
-//! Promises: what was answered is settled within milliseconds, together with whatever else comes meanwhile; while the
-//! database is gone, settles wait and are repeated, and since every chunk waits for its own settle, sending stops when
-//! the buffer is full. A settle with an old epoch changes nothing, and whoever sent it is told.
+//! Promises: what was answered is settled within milliseconds, together with whatever else comes meanwhile, small chunks
+//! apart from large ones; while the database is gone, settles wait and are repeated, and since every chunk waits for its own
+//! settle, sending stops when the buffer is full. A settle with an old epoch changes nothing, and whoever sent it is told.
 
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
-use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::sync::{Mutex, Notify, mpsc, oneshot};
 
 use crate::{
     domain::{
         clock::Clock,
-        delivery::{Chunk, ChunkKey, DeviceEffect},
+        delivery::{Chunk, ChunkKey, DeviceEffect, SMALL_CHUNK},
         device::{DeviceSeq, DeviceToken},
     },
     lifecycle::Tasks,
@@ -46,9 +46,17 @@ struct Waiting {
     answer: oneshot::Sender<(Progress, Settlement)>,
 }
 
-/// The door to the settling task.
+/// The doors to the settling tasks.
 #[derive(Debug, Clone)]
 pub(super) struct Settler {
+    /// Of a few, by hundreds a commit.
+    small: Door,
+    /// Of a thousand each: what a single one waits for does not stand behind them.
+    large: Door,
+}
+
+#[derive(Debug, Clone)]
+struct Door {
     results: mpsc::Sender<Waiting>,
     /// Somebody waits with a push until its mark is durable, or goes on with a chunk.
     hurry: Arc<Notify>,
@@ -60,63 +68,80 @@ const BUFFER: usize = 4_096;
 /// The most chunks in one commit.
 const GROUP: usize = 256;
 
+/// How many commits with large chunks run at once: while one waits for its database, the next is gathered.
+const LARGE_AT_ONCE: usize = 2;
+
 /// So long a group that is not full waits for more, by the machine's time, if all of it has ended: nobody waits for that
 /// to be durable as callers wait for their `202`, whose commits these would hold up. Once for each replica that lives, so
 /// that together they commit about as often as one alone, but no longer than for [`GATHERED_BY`] of them.
 const GATHER: Duration = Duration::from_millis(5);
 const GATHERED_BY: u32 = 4;
 
+/// The same for large chunks, whatever has become of them, but for no more than so many: others wait for their room.
+const GATHERED_LARGE: usize = 6;
+
 /// The pause between two tries while the database is gone.
 const PAUSE: Duration = Duration::from_millis(250);
 
 impl Settler {
-    /// Starts the settling task. It ends once every [`Settler`] is dropped, so that a drain settles everything.
+    /// Starts the settling tasks. They end once every [`Settler`] is dropped, so that a drain settles everything.
     pub(super) fn start(store: Arc<dyn Store>, clock: Arc<dyn Clock>, identity: Identity, tasks: &Tasks) -> Self {
-        let (results, mut waiting) = mpsc::channel::<Waiting>(BUFFER);
-        let hurry = Arc::new(Notify::new());
-        let hurried = Arc::clone(&hurry);
-        let work = Desk { store, clock, identity, tasks: tasks.clone() };
-        tasks.spawn_brief("dispatch.settle", async move {
-            let mut group = Vec::with_capacity(GROUP);
-            while waiting.recv_many(&mut group, GROUP).await > 0 {
-                if group.len() < GROUP && group.iter().all(|w| w.progress.chunk.is_done()) {
-                    tokio::select! {
-                        () = tokio::time::sleep(GATHER * work.identity.living().min(GATHERED_BY)) => {}
-                        () = hurried.notified() => {}
-                    }
-                    while group.len() < GROUP
-                        && let Ok(next) = waiting.try_recv()
-                    {
-                        group.push(next);
-                    }
-                }
-                // Two of one chunk, of an old and a new lease, must not share an answer.
-                let mut keys = HashSet::with_capacity(group.len());
-                let (first, again): (Vec<Waiting>, Vec<Waiting>) =
-                    group.drain(..).partition(|w| keys.insert(w.progress.key));
-                work.settle(first).await;
-                for alone in again {
-                    work.settle(vec![alone]).await;
-                }
-            }
-        });
-        Self { results, hurry }
+        let desk = Desk { store, clock, identity, tasks: tasks.clone() };
+        Self {
+            small: Door::open(&desk, 1, Wait::UntilHurried),
+            large: Door::open(&desk, LARGE_AT_ONCE, Wait::UntilEnough),
+        }
     }
 
     /// Waits until the progress is committed. Not cancellable: dropping the future does not undo the settle.
     pub(super) async fn settle(&self, progress: Progress) -> (Option<Progress>, Settlement) {
         let (answer, answered) = oneshot::channel();
         let is_done = progress.chunk.is_done();
-        if self.results.send(Waiting { progress, answer }).await.is_err() {
+        let Door { results, hurry } =
+            if progress.chunk.targets.len() > SMALL_CHUNK { &self.large } else { &self.small };
+        if results.send(Waiting { progress, answer }).await.is_err() {
             return (None, Settlement::GivenUp);
         }
         if !is_done {
-            self.hurry.notify_one();
+            hurry.notify_one();
         }
         match answered.await {
             Ok((progress, settlement)) => (Some(progress), settlement),
             Err(_) => (None, Settlement::GivenUp),
         }
+    }
+}
+
+/// How long more is gathered for one commit.
+#[derive(Debug, Clone, Copy)]
+enum Wait {
+    /// For [`GATHER`], unless somebody cannot go on without it.
+    UntilHurried,
+    /// For [`GATHER`], but for no more than [`GATHERED_LARGE`].
+    UntilEnough,
+}
+
+impl Door {
+    /// With so many tasks behind it.
+    fn open(desk: &Desk, tasks: usize, wait: Wait) -> Self {
+        let (results, waiting) = mpsc::channel::<Waiting>(BUFFER);
+        let (waiting, hurry) = (Arc::new(Mutex::new(waiting)), Arc::new(Notify::new()));
+        for _ in 0..tasks {
+            let (desk, waiting, hurried) = (desk.clone(), Arc::clone(&waiting), Arc::clone(&hurry));
+            desk.tasks.clone().spawn_brief("dispatch.settle", async move {
+                while let Some(group) = desk.gather(&waiting, &hurried, wait).await {
+                    // Two of one chunk, of an old and a new lease, must not share an answer.
+                    let mut keys = HashSet::with_capacity(group.len());
+                    let (first, again): (Vec<Waiting>, Vec<Waiting>) =
+                        group.into_iter().partition(|w| keys.insert(w.progress.key));
+                    desk.settle(first).await;
+                    for alone in again {
+                        desk.settle(vec![alone]).await;
+                    }
+                }
+            });
+        }
+        Self { results, hurry }
     }
 }
 
@@ -129,6 +154,53 @@ struct Desk {
 }
 
 impl Desk {
+    /// What is to be committed next; `None` once there will be no more.
+    async fn gather(
+        &self,
+        waiting: &Mutex<mpsc::Receiver<Waiting>>,
+        hurried: &Notify,
+        wait: Wait,
+    ) -> Option<Vec<Waiting>> {
+        let mut waiting = waiting.lock().await;
+        let mut group = Vec::new();
+        waiting.recv_many(&mut group, GROUP).await;
+        if group.is_empty() {
+            return None;
+        }
+        let is_full = group.len() >= GROUP;
+        let waits = match wait {
+            _ if is_full => false,
+            Wait::UntilHurried if group.iter().any(|w| !w.progress.chunk.is_done()) => false,
+            Wait::UntilHurried => {
+                tokio::select! {
+                    () = tokio::time::sleep(GATHER * self.identity.living().min(GATHERED_BY)) => {}
+                    () = hurried.notified() => {}
+                }
+                true
+            }
+            Wait::UntilEnough => {
+                let over = tokio::time::sleep(GATHER);
+                tokio::pin!(over);
+                while group.len() < GATHERED_LARGE {
+                    tokio::select! {
+                        () = &mut over => break,
+                        Some(next) = waiting.recv() => group.push(next),
+                        else => break,
+                    }
+                }
+                true
+            }
+        };
+        if waits {
+            while group.len() < GROUP
+                && let Ok(next) = waiting.try_recv()
+            {
+                group.push(next);
+            }
+        }
+        Some(group)
+    }
+
     /// Settles a group, however long that takes.
     async fn settle(&self, group: Vec<Waiting>) {
         match self.keep_trying(&group).await {

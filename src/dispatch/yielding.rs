@@ -22,10 +22,10 @@ const SLACK: Duration = Duration::from_millis(3);
 const REMEMBERED: Duration = Duration::from_secs(30);
 
 /// The least that a chunk has in flight.
-const LEAST: usize = 25;
+const LEAST: usize = 12;
 
 /// How much room is won each time that all of it was answered quickly.
-const STEP: usize = 8;
+const STEP: usize = 4;
 
 /// What all chunks know.
 #[derive(Debug)]

@@ -28,7 +28,7 @@ const KILLS_AT: [usize; 3] = [10, 25, 40];
 const CANCELLED_AT: usize = 55;
 
 /// A kill repeats no more than this.
-const REPEATS_PER_KILL: u64 = 2_500;
+const REPEATS_PER_KILL: u64 = 2_400;
 
 /// And leaves no more in doubt: what the chunks that were being sent had not settled.
 const IN_DOUBT_PER_KILL: u64 = 5_000;
