@@ -5,7 +5,7 @@ use std::time::Duration;
 use sonnette::{
     domain::{
         delivery::{Chunk, DeliveryStatus, DeviceEffect},
-        device::{Address, Device, DeviceSeq, DeviceToken, Field, Proof, Registration},
+        device::{Address, Device, DeviceSeq, DeviceToken, Field, Registration},
         notification::{Audience, Lane},
         topic::Environment,
     },
@@ -15,7 +15,7 @@ use sonnette::{
     },
 };
 
-use super::world::{NOW, Phone, TOPIC, World, apple, ended, users};
+use super::world::{NOW, Phone, World, apple, ended, users};
 use crate::support::database::on_both_stores;
 
 /// What came of each device of a chunk.
@@ -56,22 +56,7 @@ async fn device(world: &World, phone: &Phone) -> Device {
 }
 
 fn registration(token: &DeviceToken) -> Registration {
-    Registration {
-        topic: TOPIC.parse().unwrap(),
-        token: token.clone(),
-        push_type: None,
-        activity_id: None,
-        proof: Proof::Server,
-        user_id: Field::Absent,
-        installation_id: Field::Absent,
-        environment: Field::Absent,
-        tags: Field::Absent,
-        locale: Field::Absent,
-        time_zone: Field::Absent,
-        app_version: Field::Absent,
-        os_version: Field::Absent,
-        model: Field::Absent,
-    }
+    super::devices::registration(token.as_hex())
 }
 
 on_both_stores! {
