@@ -918,7 +918,8 @@ impl Open {
 fn progress(work: &Work, chunk: Chunk, disposition: Disposition, learned: Learned) -> Progress {
     let Learned { effects, unique_ids } = learned;
     let Lease { key, epoch, seat, .. } = work.lease;
-    Progress { key, epoch, seat, chunk, disposition, effects, unique_ids }
+    let at_once = work.probe.is_some() || disposition != Disposition::Keep;
+    Progress { key, epoch, seat, chunk, disposition, effects, unique_ids, at_once }
 }
 
 /// How a round went.

@@ -28,6 +28,8 @@ pub(super) struct Progress {
     pub(super) disposition: Disposition,
     pub(super) effects: Vec<(DeviceSeq, DeviceToken, DeviceEffect)>,
     pub(super) unique_ids: Vec<(u32, Box<str>)>,
+    /// Not one of the many of a broadcast: a probe, which a breaker waits for, or what leaves memory.
+    pub(super) at_once: bool,
 }
 
 /// What became of a settle.
@@ -98,7 +100,7 @@ impl Settler {
         let (answer, answered) = oneshot::channel();
         let is_done = progress.chunk.is_done();
         let Door { results, hurry } =
-            if progress.chunk.targets.len() > SMALL_CHUNK { &self.large } else { &self.small };
+            if progress.chunk.targets.len() > SMALL_CHUNK && !progress.at_once { &self.large } else { &self.small };
         if results.send(Waiting { progress, answer }).await.is_err() {
             return (None, Settlement::GivenUp);
         }
