@@ -53,7 +53,7 @@ struct Waiting {
 pub(super) struct Settler {
     /// Of a few, by hundreds a commit.
     small: Door,
-    /// Of a thousand each: what a single one waits for does not stand behind them.
+    /// Of more than a hundred each: what a single one waits for does not stand behind them.
     large: Door,
 }
 
