@@ -12,7 +12,7 @@ use sqlx::QueryBuilder;
 use super::{
     DeviceFilter, Devices, Page, PageRequest, StoreError, acceptances, audience, cursor,
     rows::{DeviceRow, NEVER, TagRow, UNVERIFIED, with_tags},
-    sql::{Failure, LIST, Repeat, committed, on_both, push_list, read},
+    sql::{Failure, LIST, Open, Repeat, committed, on_both, push_list, read},
     statement::{Conn, Usual, Value, id_value},
 };
 use crate::domain::{

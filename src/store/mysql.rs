@@ -2,18 +2,23 @@
 //!
 //! Promises: every session is READ COMMITTED, strict, in UTC and utf8mb4 whatever the server's defaults; on a Galera
 //! node reads wait for what was committed elsewhere before them; a host that is gone or has become read-only is left for
-//! another one (`hosts.rs`).
+//! another one (`hosts.rs`); a connection that was cut off in the middle of something is not used again before that is undone,
+//! and one that has just committed is, at once (`warm.rs`).
 
 mod hosts;
+mod warm;
 
 use std::{sync::Arc, time::Duration};
 
 use sqlx::{
-    Connection, Executor, MySql, Pool, Transaction,
+    Connection, Executor, MySql, Pool,
     mysql::{MySqlConnection, MySqlPoolOptions},
 };
 
-use self::hosts::{Hosts, Whose};
+use self::{
+    hosts::{Hosts, Whose},
+    warm::Tx,
+};
 use super::{
     Settings, StoreError, address,
     sql::{Failure, is_full},
@@ -36,7 +41,7 @@ pub(super) mod names {
     /// The store.
     pub(in crate::store) type Base = super::MysqlStore;
     /// An open transaction.
-    pub(in crate::store) type Tx = sqlx::Transaction<'static, sqlx::MySql>;
+    pub(in crate::store) use super::warm::Tx;
     /// Which of the two this is.
     pub(in crate::store) const DIALECT: crate::store::Kind = crate::store::Kind::Mysql;
     /// Differs: rows are locked one by one.
@@ -69,13 +74,13 @@ impl MysqlStore {
     }
 
     /// Begins a transaction that writes, at READ COMMITTED.
-    pub(super) async fn begin(&self) -> Result<Transaction<'static, MySql>, sqlx::Error> {
+    pub(super) async fn begin(&self) -> Result<Tx, sqlx::Error> {
         self.hosts.begin(WRITES, Whose::Work).await
     }
 
     /// The same on the connection that the heart has for itself: behind no other work. Where the server has none to give,
     /// on one of the others.
-    pub(super) async fn begin_beat(&self) -> Result<Transaction<'static, MySql>, sqlx::Error> {
+    pub(super) async fn begin_beat(&self) -> Result<Tx, sqlx::Error> {
         match self.hosts.begin(WRITES, Whose::Heart).await {
             Err(error) if is_full(&error) => self.begin().await,
             begun => begun,
@@ -95,7 +100,7 @@ impl MysqlStore {
     }
 
     /// Begins a transaction of several reads that see one moment.
-    pub(super) async fn snapshot(&self) -> Result<Transaction<'static, MySql>, sqlx::Error> {
+    pub(super) async fn snapshot(&self) -> Result<Tx, sqlx::Error> {
         // Differs: the session's READ COMMITTED would ignore the snapshot, hence the level for this one transaction.
         self.hosts
             .begin(

@@ -20,7 +20,7 @@
 
 use std::{fmt, future::Future, time::Duration};
 
-use sqlx::{Database, Encode, QueryBuilder, Transaction, Type, error::ErrorKind};
+use sqlx::{Database, Encode, QueryBuilder, Sqlite, Transaction, Type, error::ErrorKind};
 
 use super::{BoxError, StoreError};
 
@@ -101,13 +101,25 @@ const WORK_DEADLINE: Duration = Duration::from_secs(10);
 /// How long a COMMIT may stay unanswered before it counts as unknown.
 const COMMIT_DEADLINE: Duration = Duration::from_secs(10);
 
+/// An open transaction. Dropped, it is rolled back.
+pub(super) trait Open: Send + Sized {
+    /// Commits it.
+    fn commit(self) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+}
+
+impl Open for Transaction<'_, Sqlite> {
+    fn commit(self) -> impl Future<Output = Result<(), sqlx::Error>> + Send {
+        Transaction::commit(self)
+    }
+}
+
 /// Runs `once` up to its COMMIT and commits, again where that is safe and sensible. `once` gives its open transaction
 /// and the answer.
-pub(super) async fn committed<DB, T, F, Fut>(repeat: Repeat, mut once: F) -> Result<T, StoreError>
+pub(super) async fn committed<X, T, F, Fut>(repeat: Repeat, mut once: F) -> Result<T, StoreError>
 where
-    DB: Database,
+    X: Open,
     F: FnMut() -> Fut + Send,
-    Fut: Future<Output = Result<(Transaction<'static, DB>, T), Failure>> + Send,
+    Fut: Future<Output = Result<(X, T), Failure>> + Send,
     T: Send,
 {
     let mut tries = 0;
@@ -163,7 +175,7 @@ async fn within<T>(limit: Duration, work: impl Future<Output = Result<T, Failure
 }
 
 /// Commits. [`Failure::Sql`] only if it is certain that nothing was.
-async fn commit<DB: Database>(tx: Transaction<'static, DB>) -> Result<(), Failure> {
+async fn commit(tx: impl Open) -> Result<(), Failure> {
     match tokio::time::timeout(COMMIT_DEADLINE, tx.commit()).await {
         Ok(Ok(())) => Ok(()),
         // Also how Galera says that another node's transaction won. A server that has become read-only rolls back.

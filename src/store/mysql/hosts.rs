@@ -16,10 +16,11 @@ use std::{
 
 use futures_util::future::join_all;
 use sqlx::{
-    Connection, Executor, MySql, MySqlPool, Row, Transaction,
+    Connection, Executor, MySqlPool, Row,
     mysql::{MySqlConnection, MySqlPoolOptions},
 };
 
+use super::warm::{Tx, Warm};
 use crate::store::{
     Kind, StoreError,
     address::Host,
@@ -71,6 +72,8 @@ struct Current {
 #[derive(Debug, Clone)]
 struct Pools {
     work: MySqlPool,
+    /// Those of them that have just committed.
+    warm: Arc<Warm>,
     /// One, which nothing else may keep busy.
     heart: MySqlPool,
 }
@@ -80,7 +83,8 @@ impl Pools {
         // Kept for good: where the server is full, another could not be had.
         let heart = options.clone().max_connections(1).max_lifetime(None).idle_timeout(None);
         let pool = |options: MySqlPoolOptions| options.connect_lazy_with(host.options.clone());
-        Self { work: pool(options.clone()), heart: pool(heart) }
+        let work = pool(options.clone());
+        Self { warm: Arc::new(Warm::of(work.clone())), work, heart: pool(heart) }
     }
 
     const fn of(&self, whose: Whose) -> &MySqlPool {
@@ -93,6 +97,7 @@ impl Pools {
     /// Marks them at once, whether or not the answer is waited for: until all of them have come back.
     fn close(&self) -> impl Future<Output = ()> {
         let (work, heart) = (self.work.close(), self.heart.close());
+        self.warm.close();
         async { _ = tokio::join!(work, heart) }
     }
 }
@@ -177,11 +182,7 @@ impl Hosts {
     }
 
     /// Begins a transaction by `statement`, on another host if this one is gone or does not take it.
-    pub(super) async fn begin(
-        &self,
-        statement: &'static str,
-        whose: Whose,
-    ) -> Result<Transaction<'static, MySql>, sqlx::Error> {
+    pub(super) async fn begin(&self, statement: &'static str, whose: Whose) -> Result<Tx, sqlx::Error> {
         let mut tries = 0;
         loop {
             tries += 1;
@@ -189,7 +190,7 @@ impl Hosts {
             let current = self.present().await?;
             let begun = tokio::select! {
                 biased;
-                begun = self.begin_on(current.pools.of(whose), statement) => begun,
+                begun = self.begin_on(&current.pools, whose, statement) => begun,
                 // What it had begun, if anything, is rolled back.
                 _ = left.changed() => Err(gone("the database's host was left")),
             };
@@ -206,14 +207,16 @@ impl Hosts {
         }
     }
 
-    async fn begin_on(
-        &self,
-        pool: &MySqlPool,
-        statement: &'static str,
-    ) -> Result<Transaction<'static, MySql>, sqlx::Error> {
+    async fn begin_on(&self, pools: &Pools, whose: Whose, statement: &'static str) -> Result<Tx, sqlx::Error> {
         // The time to wait for a connection is the pool's own affair: behind others, that is no sign of a dead host.
         let limit = self.pools.get_acquire_timeout() + BEGIN;
-        match tokio::time::timeout(limit, pool.begin_with(statement)).await {
+        let begun = async {
+            match whose {
+                Whose::Work => Tx::begin(&pools.warm, statement).await,
+                Whose::Heart => Tx::begin_in(&pools.heart, statement).await,
+            }
+        };
+        match tokio::time::timeout(limit, begun).await {
             Ok(begun) => begun,
             Err(_) => Err(sqlx::Error::PoolTimedOut),
         }
@@ -232,11 +235,13 @@ impl Hosts {
     {
         let mut left = self.left.subscribe();
         let current = self.present().await?;
+        let wanting = (whose == Whose::Work).then(|| current.pools.warm.wanting());
         let done = tokio::select! {
             biased;
             done = once(current.pools.of(whose).clone()) => done,
             _ = left.changed() => Err(gone("the database's host was left")),
         };
+        drop(wanting);
         match &done {
             Ok(_) => self.heard(whose),
             Err(error) => _ = self.turned_after(&current, error).await,

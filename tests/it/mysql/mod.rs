@@ -6,6 +6,7 @@ mod migration;
 mod privileges;
 mod slow;
 mod tls;
+mod warm;
 
 use std::{
     net::SocketAddr,
