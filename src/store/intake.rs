@@ -51,12 +51,15 @@ impl Default for Settings {
 /// A list longer than this is not handed over but left to be claimed, chunk by chunk.
 const HANDED_LIST: usize = 100;
 
-/// How many groups of notifications may commit at once. Of several replicas each has one: together they keep the database
-/// as busy, and their groups as large.
+/// How many groups of notifications may commit at once, the second only if it is full. Of several replicas each has one:
+/// together they keep the database as busy, and their groups as large.
 const COMMITS_AT_ONCE: usize = 2;
 
 /// A commit that takes longer than this keeps no other from beginning.
 const SLOW_COMMIT: Duration = Duration::from_millis(100);
+
+/// The same of a replica that is alone: a database that is far away takes as long for one as for two at once.
+const SLOW_COMMIT_ALONE: Duration = Duration::from_millis(20);
 
 /// Why nothing was kept.
 #[derive(Debug, thiserror::Error)]
@@ -296,13 +299,8 @@ impl Intake {
                         // Stopped, and everything that had come in before was committed.
                         break;
                     };
-                    let _turn = committer.turn().await;
                     let mut group = vec![first];
-                    while group.len() < committer.settings.group
-                        && let Ok(next) = waiting.try_recv()
-                    {
-                        group.push(next);
-                    }
+                    let _turn = committer.turn(&mut waiting, &mut group).await;
                     drop(waiting);
                     committer.accept(group).await;
                 }
@@ -382,6 +380,34 @@ struct Committer {
     committing: Mutex<()>,
 }
 
+/// Gathers until it is the group's turn; until it is full, if that is enough.
+async fn gather<T, G>(
+    waiting: &mut mpsc::Receiver<T>,
+    group: &mut Vec<T>,
+    most: usize,
+    full_is_enough: bool,
+    turn: impl Future<Output = G>,
+) -> Option<G> {
+    tokio::pin!(turn);
+    let mut more = true;
+    let turn = loop {
+        tokio::select! {
+            biased;
+            turn = &mut turn => break Some(turn),
+            come = waiting.recv_many(group, most - group.len()), if more && group.len() < most => more = come > 0,
+        }
+        if group.len() >= most && full_is_enough {
+            break None;
+        }
+    };
+    while group.len() < most
+        && let Ok(next) = waiting.try_recv()
+    {
+        group.push(next);
+    }
+    turn
+}
+
 /// One submission on its way, with what it needs once it is committed.
 struct OnTheWay {
     answer: oneshot::Sender<Result<Noted, IntakeError>>,
@@ -390,16 +416,23 @@ struct OnTheWay {
 }
 
 impl Committer {
-    /// Waits, where other replicas live, until no other group commits here, or one has for long.
-    async fn turn(&self) -> Option<MutexGuard<'_, ()>> {
-        if self.identity.living() == 1 {
-            return None;
-        }
-        tokio::select! {
-            biased;
-            turn = self.committing.lock() => Some(turn),
-            () = self.clock.sleep(SLOW_COMMIT) => None,
-        }
+    /// Gathers a group until no other commits here, or one has for long; or until it is full, where no other replicas
+    /// live. A commit, and each statement of it, costs as much for a hundred as for a few, and two that insert at once
+    /// are in each other's way.
+    async fn turn(
+        &self,
+        waiting: &mut mpsc::Receiver<Waiting<Submitted, Noted>>,
+        group: &mut Vec<Waiting<Submitted, Noted>>,
+    ) -> Option<MutexGuard<'_, ()>> {
+        let is_alone = self.identity.living() == 1;
+        let turn = async {
+            tokio::select! {
+                biased;
+                turn = self.committing.lock() => Some(turn),
+                () = self.clock.sleep(if is_alone { SLOW_COMMIT_ALONE } else { SLOW_COMMIT }) => None,
+            }
+        };
+        gather(waiting, group, self.settings.group, is_alone, turn).await.flatten()
     }
 
     async fn accept(&self, group: Vec<Waiting<Submitted, Noted>>) {
@@ -573,5 +606,74 @@ fn refuse<A>(answers: impl Iterator<Item = oneshot::Sender<Result<A, IntakeError
     let error = Arc::new(error);
     for answer in answers {
         _ = answer.send(Err(IntakeError::Store(Arc::clone(&error))));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::{pending, ready};
+
+    use futures_util::{FutureExt, pin_mut};
+
+    use super::*;
+
+    /// A channel with so many in it.
+    fn with(count: usize) -> (mpsc::Sender<usize>, mpsc::Receiver<usize>) {
+        let (sender, receiver) = mpsc::channel(100);
+        (0..count).for_each(|number| sender.try_send(number).unwrap());
+        (sender, receiver)
+    }
+
+    #[tokio::test]
+    async fn whose_turn_it_is_takes_what_is_there_and_waits_for_no_more() {
+        for (there, taken) in [(0, 1), (3, 4), (20, 8)] {
+            let (_sender, mut waiting) = with(there);
+            let mut group = vec![99];
+            assert_eq!(gather(&mut waiting, &mut group, 8, true, ready("turn")).now_or_never(), Some(Some("turn")));
+            assert_eq!((group.len(), waiting.len()), (taken, there + 1 - taken));
+        }
+    }
+
+    #[tokio::test]
+    async fn behind_another_a_group_grows_and_goes_only_full_and_of_several_replicas_not_even_then() {
+        let (sender, mut waiting) = with(3);
+        let mut group = vec![99];
+        {
+            let gathered = gather(&mut waiting, &mut group, 8, true, pending::<()>());
+            pin_mut!(gathered);
+            assert_eq!((&mut gathered).now_or_never(), None);
+            (0..10).for_each(|number| sender.try_send(number).unwrap());
+            assert_eq!(gathered.now_or_never(), Some(None), "without its turn");
+        }
+        assert_eq!((group.len(), waiting.len()), (8, 6), "the others are for the next");
+
+        let (sender, mut waiting) = with(20);
+        let (end, ended) = oneshot::channel::<()>();
+        let mut group = vec![99];
+        {
+            let gathered = gather(&mut waiting, &mut group, 8, false, ended);
+            pin_mut!(gathered);
+            assert_eq!((&mut gathered).now_or_never(), None);
+            end.send(()).unwrap();
+            assert_eq!(gathered.now_or_never(), Some(Some(Ok(()))));
+        }
+        assert_eq!(group.len(), 8);
+        drop(sender);
+    }
+
+    #[tokio::test]
+    async fn who_stops_waits_for_the_turn_of_what_had_come() {
+        let (sender, mut waiting) = with(2);
+        drop(sender);
+        let (end, ended) = oneshot::channel::<()>();
+        let mut group = vec![99];
+        {
+            let gathered = gather(&mut waiting, &mut group, 8, true, ended);
+            pin_mut!(gathered);
+            assert_eq!((&mut gathered).now_or_never(), None);
+            end.send(()).unwrap();
+            assert_eq!(gathered.now_or_never(), Some(Some(Ok(()))));
+        }
+        assert_eq!(group.len(), 3);
     }
 }
