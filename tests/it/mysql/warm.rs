@@ -88,14 +88,14 @@ async fn who_waits_for_the_last_connection_has_it_though_it_has_just_committed()
         async move { store.probe(NOW).await }
     });
     stand_still(&server, "database.probe", 1).await;
-    let waiting = tokio::spawn({
+    let queued = tokio::spawn({
         let store = Arc::clone(&store);
         async move { store.breakers().await }
     });
     tokio::time::sleep(Duration::from_millis(200)).await;
     drop(row);
     writing.await.unwrap().unwrap();
-    tokio::time::timeout(Duration::from_secs(5), waiting).await.expect("at once").unwrap().unwrap();
+    tokio::time::timeout(Duration::from_secs(5), queued).await.expect("at once").unwrap().unwrap();
 
     drop(locked);
     reading.await.unwrap().unwrap();
