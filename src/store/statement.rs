@@ -27,8 +27,12 @@ pub(super) enum Value {
     Int(i64),
     /// Characters.
     Text(String),
+    /// A word of ours.
+    Word(&'static str),
     /// Bytes.
     Bytes(Vec<u8>),
+    /// An id.
+    Id([u8; 16]),
 }
 
 impl Value {
@@ -37,7 +41,9 @@ impl Value {
             Self::Null => 1,
             Self::Int(_) => 9,
             Self::Text(text) => text.len() + 9,
+            Self::Word(word) => word.len() + 9,
             Self::Bytes(bytes) => bytes.len() + 9,
+            Self::Id(id) => id.len() + 9,
         }
     }
 }
@@ -162,14 +168,21 @@ impl Statement {
         }
     }
 
-    fn row(&mut self, values: impl IntoIterator<Item = Value>, usual: &[Usual], tail: &'static str) -> &mut Self {
+    /// `usual`: by column, the text of those that are not bound.
+    fn row(
+        &mut self,
+        values: impl IntoIterator<Item = Value>,
+        usual: &[Option<&'static str>],
+        tail: &'static str,
+    ) -> &mut Self {
         self.text.push('(');
-        for (column, value) in values.into_iter().enumerate() {
+        let usual = usual.iter().copied().chain(std::iter::repeat(None));
+        for (column, (value, usual)) in values.into_iter().zip(usual).enumerate() {
             if column > 0 {
                 self.text.push(',');
             }
-            match usual.iter().find(|(number, ..)| *number == column) {
-                Some((_, _, text)) => self.push(text),
+            match usual {
+                Some(text) => self.push(text),
                 None => self.bind(value),
             };
         }
@@ -191,11 +204,17 @@ impl Statement {
     where
         R: IntoIterator<Item = Value>,
     {
+        let mut texts = vec![None; usual.iter().map(|(column, ..)| column + 1).max().unwrap_or(0)];
+        for (column, _, text) in usual {
+            if let Some(place) = texts.get_mut(*column) {
+                *place = Some(*text);
+            }
+        }
         for (at, row) in rows.into_iter().enumerate() {
             if at > 0 {
                 self.text.push(',');
             }
-            self.row(row, usual, tail);
+            self.row(row, &texts, tail);
         }
         self
     }
@@ -234,7 +253,9 @@ macro_rules! bound {
                 Value::Null => arguments.add(None::<i64>),
                 Value::Int(value) => arguments.add(value),
                 Value::Text(value) => arguments.add(value),
+                Value::Word(value) => arguments.add(value),
                 Value::Bytes(value) => arguments.add(value),
+                Value::Id(value) => arguments.add(value.as_slice()),
             }
             .map_err(sqlx::Error::Encode)?;
         }
@@ -244,7 +265,7 @@ macro_rules! bound {
 
 /// An id as its 16 bytes.
 pub(super) fn id_value(id: &uuid::Uuid) -> Value {
-    Value::Bytes(id.as_bytes().to_vec())
+    Value::Id(*id.as_bytes())
 }
 
 /// A row of either database. Columns are asked for by place, in the order of the statement.

@@ -17,7 +17,7 @@ use crate::domain::{
     device::{Address, DeviceSeq, UserId},
     notification::{Audience, Counts, Lane, Notification, NotificationStatus, NotificationView},
     push::{Expiration, OnUnknown, Priority, PushType},
-    topic::{Environment, Topic},
+    topic::Topic,
 };
 use crate::store::{
     Accepted, Idempotency, Kind, Lease, ReplicaId, Seat, StoreError, Submission,
@@ -270,10 +270,10 @@ static ALERT: LazyLock<Vec<Usual>> = LazyLock::new(|| {
     let mut usual = PLAIN.to_vec();
     usual.extend([
         (4, Lane::Transactional.as_number().into(), "0"),
-        (5, PushType::Alert.as_str().into(), "'alert'"),
+        (5, Value::Word(PushType::Alert.as_str()), "'alert'"),
         (6, i64::from(Priority::Ten.as_number()).into(), "10"),
         (9, true.into(), "1"),
-        (10, OnUnknown::Retry.as_str().into(), "'retry'"),
+        (10, Value::Word(OnUnknown::Retry.as_str()), "'retry'"),
     ]);
     usual
 });
@@ -375,13 +375,13 @@ fn notification_row(
         notification.owner.as_str().into(),
         notification.reference.as_ref().map(|reference| reference.as_str().as_bytes()).into(),
         notification.lane.as_number().into(),
-        notification.push_type.as_str().into(),
+        Value::Word(notification.push_type.as_str()),
         i64::from(notification.priority.as_number()).into(),
         expires_at.into(),
         notification.collapse_id.as_ref().map(|id| id.as_str().as_bytes()).into(),
         notification.derives_collapse_id.into(),
-        notification.on_unknown.as_str().into(),
-        notification.environment.map(Environment::as_str).into(),
+        Value::Word(notification.on_unknown.as_str()),
+        notification.environment.map_or(Value::Null, |environment| Value::Word(environment.as_str())),
         notification.payload.bytes().as_ref().into(),
         kept.into(),
         view.audience_complete.into(),
