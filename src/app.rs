@@ -208,12 +208,12 @@ impl App {
         };
         let (address, ops_address) = (address_of(&listener)?, ops_listener.as_ref().map(address_of).transpose()?);
         if let Some(listener) = ops_listener {
-            tasks.spawn("http.ops", listener.serve(http::ops_router(services.clone()), tasks.clone()));
+            tasks.spawn("http.ops", listener.serve(http::ops_entrance(services.clone()), tasks.clone()));
             if let Some(address) = ops_address {
                 tracing::info!(address = %address, "operations on {address}");
             }
         }
-        tasks.spawn("http", listener.serve(http::router(services), tasks.clone()));
+        tasks.spawn("http", listener.serve(http::entrance(services), tasks.clone()));
         tracing::info!(
             address = %address,
             apps = config.apps.len(),

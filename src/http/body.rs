@@ -11,7 +11,7 @@ use axum::{
 };
 use bytes::{Bytes, BytesMut};
 use futures_util::FutureExt as _;
-use http::{HeaderMap, header};
+use http::{HeaderMap, header, request::Parts};
 use http_body_util::BodyExt;
 use tokio::sync::OwnedSemaphorePermit;
 
@@ -42,7 +42,7 @@ impl FromRequest<Shared> for Incoming {
 
     async fn from_request(request: Request, api: &Shared) -> Result<Self, Self::Rejection> {
         let (parts, body) = request.into_parts();
-        Ok(Self { headers: parts.headers, body, api: Arc::clone(api) })
+        Ok(Self::of(parts, body, api))
     }
 }
 
@@ -54,6 +54,11 @@ pub(super) struct Read {
 }
 
 impl Incoming {
+    /// Of a request that was taken apart.
+    pub(super) fn of(parts: Parts, body: Body, api: &Shared) -> Self {
+        Self { headers: parts.headers, body, api: Arc::clone(api) }
+    }
+
     /// The whole body, if it is JSON by its header, in time, and no longer than `limit`.
     pub(super) async fn read(self, limit: usize) -> Result<Read, Problem> {
         declared_as_json(&self.headers)?;

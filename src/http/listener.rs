@@ -24,7 +24,6 @@ use hyper_util::{
         conn::auto,
         graceful::{GracefulShutdown, Watcher},
     },
-    service::TowerToHyperService,
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -33,7 +32,7 @@ use tokio::{
 };
 use tokio_rustls::TlsAcceptor;
 
-use super::{gather::Gathered, request::name_methods};
+use super::{Entrance, gather::Gathered, request::name_methods};
 use crate::lifecycle::Tasks;
 
 /// How long a client may take for its request's head, and for a TLS handshake.
@@ -74,10 +73,9 @@ impl Listener {
     }
 
     /// Serves until the service stops, then until what is in flight has been answered.
-    pub async fn serve(self, router: axum::Router, tasks: Tasks) {
+    pub async fn serve(self, entrance: Entrance, tasks: Tasks) {
         let graceful = GracefulShutdown::new();
         let stop = tasks.stopping().clone();
-        let service = TowerToHyperService::new(router);
         loop {
             let permit = tokio::select! {
                 permit = Arc::clone(&self.room).acquire_owned() => permit,
@@ -91,7 +89,7 @@ impl Listener {
             match accepted {
                 Ok((stream, _)) => {
                     let connection = Connection {
-                        service: service.clone(),
+                        entrance: entrance.clone(),
                         tls: self.tls.clone(),
                         watcher: graceful.watcher(),
                         permit,
@@ -110,7 +108,7 @@ impl Listener {
 }
 
 struct Connection {
-    service: TowerToHyperService<axum::Router>,
+    entrance: Entrance,
     tls: Option<TlsAcceptor>,
     watcher: Watcher,
     permit: OwnedSemaphorePermit,
@@ -120,9 +118,9 @@ impl Connection {
     async fn serve(self, stream: TcpStream) {
         _ = stream.set_nodelay(true);
         match &self.tls {
-            None => speak(stream, self.service, self.watcher).await,
+            None => speak(stream, self.entrance, self.watcher).await,
             Some(tls) => match tokio::time::timeout(HEAD_TIMEOUT, tls.accept(stream)).await {
-                Ok(Ok(stream)) => speak(stream, self.service, self.watcher).await,
+                Ok(Ok(stream)) => speak(stream, self.entrance, self.watcher).await,
                 Ok(Err(error)) => {
                     tracing::debug!(error = &error as &dyn std::error::Error, "a TLS handshake failed");
                 }
@@ -134,7 +132,7 @@ impl Connection {
 }
 
 /// Speaks HTTP until the connection ends; one whose first request does not come in time is dropped.
-async fn speak<S>(stream: S, router: TowerToHyperService<axum::Router>, watcher: Watcher)
+async fn speak<S>(stream: S, entrance: Entrance, watcher: Watcher)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -148,7 +146,7 @@ where
         .max_concurrent_streams(STREAMS)
         .max_header_list_size(16 * 1024);
     let asked = Arc::new(AtomicBool::new(false));
-    let service = Asked { router, asked: Arc::clone(&asked) };
+    let service = Asked { entrance, asked: Arc::clone(&asked) };
     let connection = builder.serve_connection_with_upgrades(TokioIo::new(Gathered::new(stream)), service);
     let connection = watcher.watch(connection.into_owned());
     tokio::pin!(connection);
@@ -166,20 +164,19 @@ where
     }
 }
 
-/// The router of one connection: remembers whether it was asked anything, and names methods behind it.
+/// The way in of one connection: remembers whether it was asked anything, and names methods behind the router.
 struct Asked {
-    router: TowerToHyperService<axum::Router>,
+    entrance: Entrance,
     asked: Arc<AtomicBool>,
 }
 
 impl Service<Request<Incoming>> for Asked {
     type Response = Response;
     type Error = Infallible;
-    type Future =
-        MapOk<<TowerToHyperService<axum::Router> as Service<Request<Incoming>>>::Future, fn(Response) -> Response>;
+    type Future = MapOk<<Entrance as Service<Request<Incoming>>>::Future, fn(Response) -> Response>;
 
     fn call(&self, request: Request<Incoming>) -> Self::Future {
         self.asked.store(true, Ordering::Relaxed);
-        self.router.call(request).map_ok(name_methods)
+        self.entrance.call(request).map_ok(name_methods)
     }
 }

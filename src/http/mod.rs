@@ -13,10 +13,12 @@
 //! | [`body`], [`request`] | bounded bodies; request ids, the log line, metrics, deadlines |
 //! | [`catalogue`] | the configured apps |
 //! | [`listener`], [`tls`], `gather.rs` | sockets |
+//! | `entrance.rs` | what a listener asks: the router, or past it |
 
 pub mod auth;
 pub mod body;
 pub mod catalogue;
+mod entrance;
 pub mod fields;
 mod gather;
 pub mod identity;
@@ -37,6 +39,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 pub use catalogue::Catalogue;
+pub use entrance::Entrance;
 
 use crate::{
     domain::clock::Clock,
@@ -120,7 +123,7 @@ fn take_room(bodies: &Arc<Semaphore>, bytes: usize) -> Option<OwnedSemaphorePerm
 }
 
 /// The API, for everybody; every path but health wants a key.
-pub fn router(services: Services) -> Router {
+pub fn entrance(services: Services) -> Entrance {
     let elsewhere = services.settings.ops_elsewhere;
     let api = Api::new(services, false);
     let mut router = Router::new()
@@ -130,20 +133,20 @@ pub fn router(services: Services) -> Router {
         .route("/v1/users/{user_id}/identity-tokens", post(v1::users::mint))
         .route("/v1/apps/{topic}/pause", post(v1::apps::pause))
         .route("/v1/apps/{topic}/resume", post(v1::apps::resume))
-        .route("/v1/notifications", post(v1::notifications::send).get(v1::notifications::list))
+        .route(v1::notifications::PATH, post(v1::notifications::send).get(v1::notifications::list))
         .route("/v1/notifications/{id}", get(v1::notifications::one).delete(v1::notifications::cancel))
         .route("/v1/notifications/{id}/deliveries", get(v1::notifications::deliveries))
         .merge(health());
     if !elsewhere {
         router = router.route("/metrics", get(ops::metrics));
     }
-    framed(router, api)
+    Entrance::by(framed(router, Arc::clone(&api))).past(api)
 }
 
 /// Health with details and metrics, without a key: for a listener on a private network.
-pub fn ops_router(services: Services) -> Router {
+pub fn ops_entrance(services: Services) -> Entrance {
     let api = Api::new(services, true);
-    framed(health().route("/metrics", get(ops::metrics)), api)
+    Entrance::by(framed(health().route("/metrics", get(ops::metrics)), api))
 }
 
 fn health() -> Router<Shared> {

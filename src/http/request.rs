@@ -64,14 +64,33 @@ impl Context {
     }
 }
 
+/// The pattern of a path, as it is logged and counted.
+pub(super) enum Pattern {
+    /// The router's.
+    Matched(MatchedPath),
+    /// That of a path that the router was not asked for.
+    Fixed(&'static str),
+    /// None that is known.
+    Unknown,
+}
+
+impl Pattern {
+    fn as_str(&self) -> &str {
+        match self {
+            Self::Matched(path) => path.as_str(),
+            Self::Fixed(path) => path,
+            Self::Unknown => "unmatched",
+        }
+    }
+}
+
 /// Logs and counts once, also when the request is dropped.
 struct Record {
     context: Arc<Context>,
     clock: Arc<dyn Clock>,
     began: Duration,
     method: &'static str,
-    /// None that is known.
-    route: Option<MatchedPath>,
+    route: Pattern,
     status: u16,
     chain: Option<String>,
 }
@@ -79,7 +98,7 @@ struct Record {
 impl Drop for Record {
     fn drop(&mut self) {
         let duration = self.clock.monotonic().saturating_sub(self.began);
-        let route = self.route.as_ref().map_or("unmatched", MatchedPath::as_str);
+        let route = self.route.as_str();
         let (method, status, chain) = (self.method, self.status, self.chain.as_deref());
         let duration_ms = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
         let (request, key) = (self.context.id.as_str(), self.context.key.get().map(ApiKeyId::as_str));
@@ -143,15 +162,29 @@ impl Service<Request> for Frame<Route> {
 
     fn call(&mut self, request: Request) -> Self::Future {
         // A route is always ready, and so are its copies.
-        Box::pin(frame(Arc::clone(&self.api), self.inner.clone(), request).map(Ok))
+        let (api, mut inner) = (Arc::clone(&self.api), self.inner.clone());
+        let pattern = request.extensions().get::<MatchedPath>().cloned().map_or(Pattern::Unknown, Pattern::Matched);
+        let handle = move |request| async move {
+            let Ok(response) = inner.call(request).await;
+            response
+        };
+        Box::pin(frame(api, pattern, request, handle).map(Ok))
     }
 }
 
-async fn frame(api: Shared, mut inner: Route, mut request: Request) -> Response {
+/// Handles a request, with all that surrounds it.
+pub(super) async fn frame<F>(
+    api: Shared,
+    route: Pattern,
+    mut request: Request,
+    handle: impl FnOnce(Request) -> F,
+) -> Response
+where
+    F: Future<Output = Response>,
+{
     let clock = Arc::clone(&api.services.clock);
     let context = Arc::new(Context::new(request.headers()));
     let method = request.method().clone();
-    let route = request.extensions().get::<MatchedPath>().cloned();
     let mut record = Record {
         context: Arc::clone(&context),
         began: clock.monotonic(),
@@ -168,12 +201,12 @@ async fn frame(api: Shared, mut inner: Route, mut request: Request) -> Response 
         tracing::info_span!("http.request", request.id = context.id)
     };
     request.extensions_mut().insert(Arc::clone(&context));
-    let handled = AssertUnwindSafe(async { inner.call(request).await }).catch_unwind();
+    let handled = AssertUnwindSafe(async { handle(request).await }).catch_unwind();
     // What is lost at the deadline is the wait for an answer: a commit under way goes on by itself.
     let response = tokio::select! {
         biased;
         handled = handled.instrument(span) => match handled {
-            Ok(Ok(response)) => response,
+            Ok(response) => response,
             Err(panic) => panicked(panic.as_ref()),
         },
         () = clock.sleep(api.services.settings.request_timeout) => Problem::unavailable(

@@ -92,6 +92,7 @@ on_both_stores! {
             "unsupported-media-type",
         );
         refused(&send(server, Method::POST, "/v1/devices", &[], "").await, 415, "unsupported-media-type");
+        refused(&send(server, Method::POST, "/v1/notifications", &[], "").await, 415, "unsupported-media-type");
         let answer = send(server, Method::POST, "/v1/devices", &[], "{\"topic\": ").await;
         refused(&answer, 400, "not-json");
         assert!(answer.body["detail"].as_str().unwrap().contains("line 1 column"));
@@ -105,8 +106,10 @@ on_both_stores! {
         let named: BTreeSet<&str> =
             answer.body["errors"].as_array().unwrap().iter().map(|e| e["parameter"].as_str().unwrap()).collect();
         assert_eq!(named, BTreeSet::from(["limit", "since", "stauts"]));
-        let answer = send(server, Method::GET, "/v2/x", &[("x-request-id", "order-1042")], "").await;
-        assert_eq!(answer.header("x-request-id"), Some("order-1042"));
+        for (method, path) in [(Method::GET, "/v2/x"), (Method::POST, "/v1/notifications")] {
+            let answer = send(server, method, path, &[("x-request-id", "order-1042")], "").await;
+            assert_eq!(answer.header("x-request-id"), Some("order-1042"), "{path}");
+        }
     }
 
     async fn a_notification_with_many_faults_is_told_all_of_them(database) {
@@ -284,6 +287,18 @@ on_both_stores! {
         assert_eq!(answer.status, 202, "{}", answer.text);
         let id = answer.body["id"].as_str().unwrap().to_owned();
         assert_eq!(answer.header("location"), Some(format!("/v1/notifications/{id}").as_str()));
+        // What surrounds every request surrounds also the one that goes past the router.
+        let length = answer.text.len().to_string();
+        let said = ["content-type", "content-length", "cache-control"].map(|name| answer.header(name));
+        assert_eq!(said, [Some("application/json"), Some(length.as_str()), Some("no-store")]);
+        assert_eq!(answer.header("x-request-id").map(str::len), Some(36));
+        refused(&Client::new(world.app().address(), None).post("/v1/notifications", &json!({})).await, 401, "unauthorized");
+        let metrics = world.caller(&[Scope::Metrics]).await.get("/metrics").await.text;
+        for status in [202, 401] {
+            let counted =
+                format!("sonnette_http_requests_total{{method=\"POST\",route=\"/v1/notifications\",status=\"{status}\"}}");
+            assert!(metrics.contains(&counted), "{metrics}");
+        }
         let done = world.done(&id).await;
         assert_eq!((&done["counts"]["accepted"], &done["audience_complete"]), (&json!(1), &json!(true)));
         let deliveries = world.deliveries(&id).await;

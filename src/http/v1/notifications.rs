@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use axum::{
     Json,
-    extract::{Path, RawQuery, State},
+    extract::{FromRequestParts as _, Path, RawQuery, Request, State},
     response::{IntoResponse, Response},
 };
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
@@ -469,6 +469,21 @@ fn promise(owner: &str, key: &[u8], body: &[u8]) -> Idempotency {
         hash.update(part);
     }
     Idempotency { key: hash.finalize().into(), body: Sha256::digest(body).into() }
+}
+
+/// Where they are sent and listed.
+pub(in crate::http) const PATH: &str = "/v1/notifications";
+
+/// `POST /v1/notifications`, if the router was not asked.
+pub(in crate::http) async fn send_straight(api: Shared, request: Request) -> Response {
+    let (mut parts, body) = request.into_parts();
+    let sent = async {
+        let caller = Caller::from_request_parts(&mut parts, &api).await?;
+        let no_query = NoQuery::from_request_parts(&mut parts, &api).await?;
+        let incoming = Incoming::of(parts, body, &api);
+        send(State(api), caller, no_query, incoming).await
+    };
+    sent.await.into_response()
 }
 
 /// `POST /v1/notifications`
