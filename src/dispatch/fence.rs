@@ -6,7 +6,6 @@
 //! into the next.
 
 use std::{
-    collections::HashMap,
     sync::{
         Arc, Mutex,
         atomic::{AtomicU64, Ordering},
@@ -23,7 +22,7 @@ use crate::{
     domain::{
         clock::{Clock, Timestamp},
         delivery::DeliveryStatus,
-        device::{Address, DeviceSeq, DeviceStatus, DeviceToken, Generation},
+        device::{Address, Addresses, DeviceSeq, DeviceStatus, DeviceToken, Generation},
         notification::NotificationId,
         outcome::{Cause, own},
         topic::{Environment, Topic},
@@ -41,7 +40,7 @@ pub(super) enum Verdict {
     /// It ends without having been sent.
     End(DeliveryStatus, Cause),
     /// The device has another token now: send to that one.
-    Readdressed(Box<Address>),
+    Readdressed(Arc<Address>),
     /// The credential's breaker is open.
     Breaker,
     /// Somebody else may own it now.
@@ -52,9 +51,9 @@ pub(super) enum Verdict {
 
 /// What the device's row, as it is now, says of a push that was meant for it.
 pub(super) fn judge(
-    address: Option<&Address>,
+    address: Option<&Arc<Address>>,
     generation: Option<Generation>,
-) -> Result<&Address, (DeliveryStatus, Cause)> {
+) -> Result<&Arc<Address>, (DeliveryStatus, Cause)> {
     let Some(address) = address else {
         return Err((DeliveryStatus::Suppressed, own::DEVICE_FORGOTTEN));
     };
@@ -150,7 +149,7 @@ impl Fence for AttemptFence<'_> {
         };
         match judge(address.as_ref(), owned.generation) {
             Err((status, cause)) => self.refuse(Verdict::End(status, cause)),
-            Ok(address) if address.token != *self.token => self.refuse(Verdict::Readdressed(Box::new(address.clone()))),
+            Ok(address) if address.token != *self.token => self.refuse(Verdict::Readdressed(Arc::clone(address))),
             Ok(_) => {
                 owned.read_at.store(millis(read_at), Ordering::Release);
                 true
@@ -164,7 +163,7 @@ pub(super) fn millis(at: Duration) -> u64 {
     u64::try_from(at.as_millis()).unwrap_or(u64::MAX)
 }
 
-type Answer = oneshot::Sender<Option<(Option<Address>, Duration)>>;
+type Answer = oneshot::Sender<Option<(Option<Arc<Address>>, Duration)>>;
 
 /// Ownership reads, shared by whoever waits.
 #[derive(Clone)]
@@ -182,8 +181,8 @@ impl Reader {
             while waiting.recv_many(&mut group, READ_GROUP).await > 0 {
                 let devices: Vec<DeviceSeq> = group.iter().map(|(seq, _)| *seq).collect();
                 let read_at = clock.monotonic();
-                let found: Option<HashMap<DeviceSeq, Address>> = match store.addresses(&devices).await {
-                    Ok(addresses) => Some(addresses.into_iter().map(|a| (a.seq, a)).collect()),
+                let found: Option<Addresses> = match store.addresses(&devices).await {
+                    Ok(addresses) => Some(addresses.into_iter().collect()),
                     Err(error) => {
                         tracing::warn!(
                             error = &error as &dyn std::error::Error,
@@ -193,7 +192,7 @@ impl Reader {
                     }
                 };
                 for (seq, answer) in group.drain(..) {
-                    _ = answer.send(found.as_ref().map(|found| (found.get(&seq).cloned(), read_at)));
+                    _ = answer.send(found.as_ref().map(|found| (found.of(seq).cloned(), read_at)));
                 }
             }
         });
@@ -201,7 +200,7 @@ impl Reader {
     }
 
     /// The device as it is now and when the read began; `None` if it could not be read. The inner `None`: forgotten.
-    async fn read(&self, device: DeviceSeq) -> Option<(Option<Address>, Duration)> {
+    async fn read(&self, device: DeviceSeq) -> Option<(Option<Arc<Address>>, Duration)> {
         let (answer, answered) = oneshot::channel();
         self.0.send((device, answer)).await.ok()?;
         answered.await.ok()?

@@ -181,7 +181,7 @@ struct Attempted {
     fault: Option<(Environment, Fault)>,
     unique_id: Option<Box<str>>,
     environment: Option<Environment>,
-    readdressed: Option<Box<Address>>,
+    readdressed: Option<Arc<Address>>,
     went: Went,
     /// How long APNs took to answer.
     took: Option<Duration>,
@@ -280,7 +280,7 @@ impl Sender {
             self.traffic.urgent(self.guard.clock.monotonic());
         }
         let head = Arc::new(head(&work.lease.notification));
-        let mut addresses: Addresses = std::mem::take(&mut work.lease.addresses).into_iter().collect();
+        let mut addresses = std::mem::take(&mut work.lease.addresses);
         let mut read_at = work.lease.read_at;
         let mut unsent = 0_u32;
         self.end_marked(work);
@@ -502,8 +502,10 @@ impl Sender {
                 && !self.stopping.is_cancelled()
             {
                 let Some(position) = rest.next() else { break };
-                if let Some(attempt) = attempt_at(work, addresses, position, read_at) {
-                    running.push(self.attempt(Arc::clone(&notification), Arc::clone(head), attempt));
+                match self.aim(work, addresses, position) {
+                    Some(Aim::At(aimed)) => running.push(self.attempt(work, &notification, head, aimed, read_at)),
+                    Some(Aim::Ended(attempted)) => ended.push_back(attempted),
+                    None => {}
                 }
             }
             // Once what was answered is settled.
@@ -636,100 +638,121 @@ impl Sender {
         1
     }
 
-    async fn attempt(&self, notification: Arc<Notification>, head: Arc<Head>, attempt: Attempt) -> Attempted {
-        let Attempt { position, target, state, address, read_at, replica, probe } = attempt;
-        // The mark stands in the database until this attempt is settled.
-        let mut attempted = Attempted::at(position, State { marked: false, ..state });
+    /// What can be said of a push without waiting: where it goes, or that it ends, or waits, without having been made. The
+    /// mark stands in the database until its attempt is settled.
+    fn aim(&self, work: &Work, addresses: &Addresses, position: usize) -> Option<Aim> {
+        let notification = &work.lease.notification;
+        let target = work.lease.chunk.targets.get(position)?;
+        let state = State { marked: false, ..work.lease.chunk.states.get(position)?.clone() };
+        let mut attempted = Attempted::at(position, state);
         let now = self.guard.clock.now();
         if self.guard.cancelled.holds(notification.id) {
             attempted.state.end(DeliveryStatus::Cancelled, Some(own::CANCELLED), now);
-            return attempted;
+            return Some(Aim::Ended(attempted));
         }
         if now >= notification.deadline() {
             attempted.state.end(DeliveryStatus::Expired, Some(own::EXPIRED), now);
-            return attempted;
+            return Some(Aim::Ended(attempted));
         }
-        let device = match &target {
+        let device = match target {
             Target::Token { token, .. } => Recipe::raw(token.clone()),
-            Target::Device { generation, .. } => match judge(address.as_ref(), *generation) {
-                Ok(address) => Recipe::device(address.clone(), *generation),
+            Target::Device { seq, generation } => match judge(addresses.of(*seq), *generation) {
+                Ok(address) => Recipe::device(Arc::clone(address), *generation),
                 Err((status, cause)) => {
                     attempted.state.end(status, Some(cause), now);
-                    return attempted;
+                    return Some(Aim::Ended(attempted));
                 }
             },
         };
         let environments = self.gateway.environments(&notification.topic);
         if environments.is_empty() {
             attempted.left = Left::Later(NO_CREDENTIAL_FOR);
-            return attempted;
+            return Some(Aim::Ended(attempted));
         }
-        let Some(environment) = environment(&notification, &device, &attempted.state, environments) else {
+        let Some(environment) = environment(notification, &device, &attempted.state, environments) else {
             attempted.state.end(DeliveryStatus::Failed, Some(own::NO_KEY), now);
-            return attempted;
+            return Some(Aim::Ended(attempted));
         };
         attempted.environment = Some(environment);
-        if probe.is_some_and(|probe| probe.environment != environment) {
+        if work.probe.is_some_and(|probe| probe.environment != environment) {
             // Its turn comes once the probe is over.
-            return attempted;
+            return Some(Aim::Ended(attempted));
         }
-        if probe.is_none() && self.guard.board.is_open(&notification.topic, environment) {
+        if work.probe.is_none() && self.guard.board.is_open(&notification.topic, environment) {
             attempted.left = Left::Blocked(environment);
-            return attempted;
+            return Some(Aim::Ended(attempted));
         }
         if let Some(rest) = self.busy.wait(&device.token) {
             postpone(&mut attempted.state, rest, now, notification.deadline());
-            return attempted;
+            return Some(Aim::Ended(attempted));
         }
-        match self.is_superseded(&notification, &device, &attempted.state).await {
-            Ok(false) => {}
-            Ok(true) => {
-                attempted.state.end(DeliveryStatus::Suppressed, Some(own::SUPERSEDED), now);
-                return attempted;
-            }
-            Err(_) => {
-                attempted.left = Left::Later(PUT_BACK_FOR);
-                return attempted;
-            }
-        }
+        Some(Aim::At(Aimed { position, state: attempted.state, device, environment }))
+    }
+
+    /// Makes a push and waits for what comes of it. `read_at`: when its device was read.
+    fn attempt<'a>(
+        &'a self,
+        work: &Work,
+        notification: &'a Notification,
+        head: &Arc<Head>,
+        aimed: Aimed,
+        read_at: Duration,
+    ) -> impl Future<Output = Attempted> + use<'a> {
+        let (replica, probe) = (work.replica, work.probe);
         let push = Push {
-            head,
-            environment,
-            token: device.token.clone(),
-            apns_id: ApnsId::derive(notification.id, device.recipient()),
+            head: Arc::clone(head),
+            environment: aimed.environment,
+            token: aimed.device.token.clone(),
+            apns_id: ApnsId::derive(notification.id, aimed.device.recipient()),
         };
-        let fence = AttemptFence {
-            guard: &self.guard,
-            replica,
-            notification: notification.id,
-            topic: &notification.topic,
-            environment,
-            token: &device.token,
-            deadline: notification.deadline(),
-            probe: probe.is_some(),
-            owned: device.address.as_ref().map(|address| Owned {
-                seq: address.seq,
-                generation: device.generation,
-                read_at: AtomicU64::new(millis(read_at)),
-            }),
-            verdict: Mutex::new(None),
-        };
-        let reply = self.gateway.send(&push, &fence).await;
-        let verdict = fence.verdict.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let before = attempted.state.clone();
-        let facts = Facts { device, environment, before, reply };
-        if facts.reply.outcome == Outcome::Fenced {
-            match verdict {
-                Some(Verdict::End(status, cause)) => attempted.state.end(status, Some(cause), self.guard.clock.now()),
-                Some(Verdict::Readdressed(address)) => attempted.readdressed = Some(address),
-                Some(Verdict::Breaker) => attempted.left = Left::Blocked(environment),
-                Some(Verdict::NotOurs) => attempted.left = Left::Lost,
-                Some(Verdict::Unread) | None => attempted.left = Left::Later(PUT_BACK_FOR),
+        // Not an `async fn`: that would have two places for each of these, and there are thousands of them.
+        async move {
+            let ended =
+                |state| Attempted { environment: Some(aimed.environment), ..Attempted::at(aimed.position, state) };
+            match self.is_superseded(notification, &aimed.device, &aimed.state).await {
+                Ok(false) => {}
+                Ok(true) => {
+                    let mut attempted = ended(aimed.state);
+                    attempted.state.end(DeliveryStatus::Suppressed, Some(own::SUPERSEDED), self.guard.clock.now());
+                    return attempted;
+                }
+                Err(_) => return Attempted { left: Left::Later(PUT_BACK_FOR), ..ended(aimed.state) },
             }
-            return attempted;
+            let fence = AttemptFence {
+                guard: &self.guard,
+                replica,
+                notification: notification.id,
+                topic: &notification.topic,
+                environment: aimed.environment,
+                token: &aimed.device.token,
+                deadline: notification.deadline(),
+                probe: probe.is_some(),
+                owned: aimed.device.address.as_ref().map(|address| Owned {
+                    seq: address.seq,
+                    generation: aimed.device.generation,
+                    read_at: AtomicU64::new(millis(read_at)),
+                }),
+                verdict: Mutex::new(None),
+            };
+            let reply = self.gateway.send(&push, &fence).await;
+            let verdict = fence.verdict.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+            let mut attempted = ended(aimed.state.clone());
+            if reply.outcome == Outcome::Fenced {
+                match verdict {
+                    Some(Verdict::End(status, cause)) => {
+                        attempted.state.end(status, Some(cause), self.guard.clock.now());
+                    }
+                    Some(Verdict::Readdressed(address)) => attempted.readdressed = Some(address),
+                    Some(Verdict::Breaker) => attempted.left = Left::Blocked(aimed.environment),
+                    Some(Verdict::NotOurs) => attempted.left = Left::Lost,
+                    Some(Verdict::Unread) | None => attempted.left = Left::Later(PUT_BACK_FOR),
+                }
+                return attempted;
+            }
+            let Aimed { state: before, device, environment, .. } = aimed;
+            self.answered(notification, Facts { device, environment, before, reply }, probe, &mut attempted);
+            attempted
         }
-        self.answered(&notification, facts, probe, &mut attempted);
-        attempted
     }
 
     /// What follows from an answer, or from none.
@@ -1001,7 +1024,7 @@ impl Round {
             *state = attempted.state;
         }
         if let Some(address) = attempted.readdressed {
-            addresses.extend([*address]);
+            addresses.extend([address]);
         }
         learned.effects.extend(attempted.effect);
         if let Some(unique_id) = attempted.unique_id
@@ -1010,16 +1033,6 @@ impl Round {
             learned.unique_ids.push((position, unique_id));
         }
     }
-}
-
-fn attempt_at(work: &Work, addresses: &Addresses, position: usize, read_at: Duration) -> Option<Attempt> {
-    let target = work.lease.chunk.targets.get(position)?.clone();
-    let state = work.lease.chunk.states.get(position)?.clone();
-    let address = match &target {
-        Target::Device { seq, .. } => addresses.get(*seq).cloned(),
-        Target::Token { .. } => None,
-    };
-    Some(Attempt { position, target, state, address, read_at, replica: work.replica, probe: work.probe })
 }
 
 /// The targets that are due in the order in which they are tried. A probe tries first what was not tried before: what
@@ -1032,21 +1045,27 @@ fn in_order(work: &Work, due: &[usize]) -> Vec<usize> {
     due
 }
 
-struct Attempt {
+/// What comes of a look at a target.
+enum Aim {
+    /// It is to be sent.
+    At(Aimed),
+    /// Not now, or not at all.
+    Ended(Attempted),
+}
+
+/// A push that is to be made.
+struct Aimed {
     position: usize,
-    target: Target,
+    /// Where its delivery stands.
     state: State,
-    address: Option<Address>,
-    read_at: Duration,
-    replica: ReplicaId,
-    /// A breaker that is to be passed.
-    probe: Option<Probe>,
+    device: Recipe,
+    environment: Environment,
 }
 
 /// Where one push goes.
 struct Recipe {
     token: DeviceToken,
-    address: Option<Address>,
+    address: Option<Arc<Address>>,
     generation: Option<crate::domain::device::Generation>,
 }
 
@@ -1055,7 +1074,7 @@ impl Recipe {
         Self { token, address: None, generation: None }
     }
 
-    fn device(address: Address, generation: Option<crate::domain::device::Generation>) -> Self {
+    fn device(address: Arc<Address>, generation: Option<crate::domain::device::Generation>) -> Self {
         Self { token: address.token.clone(), address: Some(address), generation }
     }
 

@@ -53,9 +53,16 @@ impl DeviceToken {
             return Err(NotADeviceToken);
         }
         // `hex::encode` goes digit by digit.
+        Self::written(2 * bytes.len(), |digits| hex::encode_to_slice(bytes, digits).is_ok())
+    }
+
+    /// From so many digits, as they are written to their place.
+    fn written(length: usize, write: impl FnOnce(&mut [u8]) -> bool) -> Result<Self, NotADeviceToken> {
         let mut digits = [0; 2 * Self::MAX_BYTES];
-        let digits = digits.get_mut(..2 * bytes.len()).ok_or(NotADeviceToken)?;
-        hex::encode_to_slice(bytes, digits).map_err(|_| NotADeviceToken)?;
+        let digits = digits.get_mut(..length).ok_or(NotADeviceToken)?;
+        if !write(digits) {
+            return Err(NotADeviceToken);
+        }
         std::str::from_utf8(digits).map(|digits| Self(digits.into())).map_err(|_| NotADeviceToken)
     }
 
@@ -81,7 +88,14 @@ impl FromStr for DeviceToken {
             && text.len().is_multiple_of(2)
             && text.len() <= 2 * Self::MAX_BYTES
             && text.bytes().all(|b| b.is_ascii_hexdigit());
-        if shaped { Ok(Self(text.to_ascii_lowercase().into())) } else { Err(NotADeviceToken) }
+        if !shaped {
+            return Err(NotADeviceToken);
+        }
+        Self::written(text.len(), |digits| {
+            digits.copy_from_slice(text.as_bytes());
+            digits.make_ascii_lowercase();
+            true
+        })
     }
 }
 
@@ -457,27 +471,59 @@ pub struct Address {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct BlockVersion(pub i64);
 
-/// Addresses, found by the numbers of their devices.
+/// Addresses, found by the numbers of their devices, in whose order they are. Shared: from the read to the last answer nobody
+/// copies one.
 #[derive(Debug, Clone, Default)]
-pub struct Addresses(Vec<Address>);
+pub struct Addresses(Vec<Arc<Address>>);
 
 impl Addresses {
     /// That of a device.
     #[must_use]
-    pub fn get(&self, device: DeviceSeq) -> Option<&Address> {
-        self.0.binary_search_by_key(&device, |address| address.seq).ok().and_then(|at| self.0.get(at))
+    pub fn of(&self, device: DeviceSeq) -> Option<&Arc<Address>> {
+        self.each([device]).next().and_then(|(_, address)| address)
     }
 
-    /// Whether there are none.
+    /// Those of some devices, as far as they are there.
     #[must_use]
-    pub const fn is_empty(&self) -> bool {
-        self.0.is_empty()
+    pub fn among(&self, devices: impl IntoIterator<Item = DeviceSeq>) -> Self {
+        self.each(devices).filter_map(|(_, address)| address.cloned()).collect()
+    }
+
+    /// Some devices with what is there of each: in one walk where they come in order.
+    pub fn each(
+        &self,
+        devices: impl IntoIterator<Item = DeviceSeq>,
+    ) -> impl Iterator<Item = (DeviceSeq, Option<&Arc<Address>>)> {
+        let mut next = 0;
+        devices.into_iter().map(move |device| {
+            let place = match self.0.get(next) {
+                Some(address) if address.seq == device => Ok(next),
+                _ => self.0.binary_search_by_key(&device, |address| address.seq),
+            };
+            let found = place.ok().and_then(|place| self.0.get(place));
+            next = place.map_or_else(|place| place, |place| place + 1);
+            (device, found)
+        })
+    }
+}
+
+impl std::ops::Deref for Addresses {
+    type Target = [Arc<Address>];
+
+    fn deref(&self) -> &Self::Target {
+        &self.0
     }
 }
 
 impl Extend<Address> for Addresses {
-    /// The last one of a device counts.
     fn extend<I: IntoIterator<Item = Address>>(&mut self, addresses: I) {
+        self.extend(addresses.into_iter().map(Arc::new));
+    }
+}
+
+impl Extend<Arc<Address>> for Addresses {
+    /// The last one of a device counts.
+    fn extend<I: IntoIterator<Item = Arc<Address>>>(&mut self, addresses: I) {
         self.0.extend(addresses);
         // They mostly come in order.
         if !self.0.is_sorted_by(|one, next| one.seq < next.seq) {
@@ -488,8 +534,11 @@ impl Extend<Address> for Addresses {
     }
 }
 
-impl FromIterator<Address> for Addresses {
-    fn from_iter<I: IntoIterator<Item = Address>>(addresses: I) -> Self {
+impl<A> FromIterator<A> for Addresses
+where
+    Self: Extend<A>,
+{
+    fn from_iter<I: IntoIterator<Item = A>>(addresses: I) -> Self {
         let mut all = Self::default();
         all.extend(addresses);
         all
@@ -509,6 +558,38 @@ mod tests {
     use super::*;
 
     const AT: Timestamp = Timestamp::from_seconds(1_795_000_000);
+
+    fn address(seq: i64, token: &str) -> Address {
+        Address {
+            seq: DeviceSeq(seq),
+            id: DeviceId::new(AT),
+            token: token.parse().unwrap(),
+            user_id: None,
+            generation: Generation(1),
+            environment: None,
+            status: DeviceStatus::Active,
+            last_accepted_at: None,
+            block: None,
+        }
+    }
+
+    #[test]
+    fn addresses_are_found_in_whatever_order_they_come_and_are_asked_for_and_the_last_one_of_a_device_counts() {
+        let mut addresses: Addresses = [3, 9, 5].into_iter().map(|seq| address(seq, "aa")).collect();
+        addresses.extend([address(5, "bb"), address(7, "cc")]);
+        let token = |seq| addresses.of(DeviceSeq(seq)).map(|address| address.token.as_hex().to_owned());
+        assert_eq!((token(5).as_deref(), token(7).as_deref(), token(4)), (Some("bb"), Some("cc"), None));
+        for asked in [vec![3, 4, 5, 9, 10], vec![9, 3, 8, 3], vec![]] {
+            let each: Vec<(i64, bool)> = addresses
+                .each(asked.iter().copied().map(DeviceSeq))
+                .map(|(device, found)| (device.0, found.is_some_and(|address| address.seq == device)))
+                .collect();
+            let expected: Vec<(i64, bool)> = asked.iter().map(|seq| (*seq, [3, 5, 7, 9].contains(seq))).collect();
+            assert_eq!(each, expected);
+        }
+        let some = addresses.among([2, 5, 9].map(DeviceSeq));
+        assert_eq!(some.iter().map(|address| address.seq.0).collect::<Vec<_>>(), [5, 9]);
+    }
     const LATER: Timestamp = Timestamp::from_seconds(1_795_000_600);
 
     fn registration(token: &str) -> Registration {

@@ -104,22 +104,13 @@ pub(super) struct Blocks {
 const SELECT: &str = "-- acceptances.read\nSELECT block, version, marks FROM acceptances WHERE block ";
 
 impl Blocks {
-    /// Some blocks from that of a device on, at the most up to that of another.
-    pub(super) async fn from(
-        conn: &mut Conn<'_>,
-        first: DeviceSeq,
-        last: DeviceSeq,
-        most: usize,
-    ) -> Result<Self, Failure> {
+    /// All from that of a device to that of another.
+    pub(super) async fn between(conn: &mut Conn<'_>, first: DeviceSeq, last: DeviceSeq) -> Result<Self, Failure> {
+        let range = (block_of(first), block_of(last));
         let mut statement = Statement::new(SELECT);
-        statement.push(">= ").bind(block_of(first)).push(" AND block <= ").bind(block_of(last));
-        statement.push(" ORDER BY block LIMIT ").bind(most as u64);
+        statement.push("BETWEEN ").bind(range.0).push(" AND ").bind(range.1);
         let read = blocks_from(&conn.fetch(statement).await?)?;
-        let end = match read.keys().next_back() {
-            Some(end) if read.len() >= most => *end,
-            _ => block_of(last),
-        };
-        Ok(Self { read, range: Some((block_of(first), end)), ..Self::default() })
+        Ok(Self { read, range: Some(range), ..Self::default() })
     }
 
     /// Those of devices that lie together; none, if they do not.

@@ -36,7 +36,7 @@ use crate::domain::{
     api_key::{ApiKey, ApiKeyId},
     clock::{Clock, Timestamp},
     delivery::{Chunk, ChunkKey, DeliveryStatus, DeviceEffect, State},
-    device::{Address, Device, DeviceId, DeviceSeq, DeviceStatus, DeviceToken, Registration, Tag, UserId},
+    device::{Address, Addresses, Device, DeviceId, DeviceSeq, DeviceStatus, DeviceToken, Registration, Tag, UserId},
     notification::{Audience, Lane, Notification, NotificationId, NotificationStatus, NotificationView, Reference},
     outcome::Fault,
     push::{ApnsId, CollapseId},
@@ -302,7 +302,7 @@ pub struct Lease {
     /// To whom, and where each stands.
     pub chunk: Chunk,
     /// Addresses of the chunk's open devices as of [`Lease::read_at`]; may be empty.
-    pub addresses: Vec<Address>,
+    pub addresses: Addresses,
     /// When the read of `addresses` began, on the clock's monotonic scale.
     pub read_at: Duration,
     /// Where the chunk was put, if it was accepted together with others.

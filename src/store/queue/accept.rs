@@ -14,7 +14,7 @@ use super::{
 use crate::domain::{
     clock::Timestamp,
     delivery::{Chunk, ChunkKey, Target},
-    device::{Address, DeviceSeq, UserId},
+    device::{Addresses, DeviceSeq, UserId},
     notification::{Audience, Counts, Lane, Notification, NotificationStatus, NotificationView},
     push::{Expiration, OnUnknown, Priority, PushType},
     topic::Topic,
@@ -395,7 +395,7 @@ fn notification_row(
     ])
 }
 
-fn leases(entry: &Entry<'_>, addresses: &HashMap<DeviceSeq, Address>, read_at: std::time::Duration) -> Vec<Lease> {
+fn leases(entry: &Entry<'_>, addresses: &Addresses, read_at: std::time::Duration) -> Vec<Lease> {
     let Some(chunks) = entry.chunks.as_ref().filter(|_| entry.submission.own) else { return Vec::new() };
     let notification = std::sync::Arc::new(entry.submission.notification.clone());
     (0..)
@@ -406,16 +406,11 @@ fn leases(entry: &Entry<'_>, addresses: &HashMap<DeviceSeq, Address>, read_at: s
             epoch: chunk::FIRST_EPOCH,
             notification: std::sync::Arc::clone(&notification),
             chunk: chunk.clone(),
-            addresses: addresses_of(chunk, addresses),
+            addresses: addresses.among(open_devices(chunk)),
             read_at,
             seat: entry.seat,
         })
         .collect()
-}
-
-/// The addresses of a chunk's open devices, of those that were read.
-pub(super) fn addresses_of(chunk: &Chunk, addresses: &HashMap<DeviceSeq, Address>) -> Vec<Address> {
-    open_devices(chunk).filter_map(|seq| addresses.get(&seq).cloned()).collect()
 }
 
 /// The devices of a chunk that have no outcome yet.

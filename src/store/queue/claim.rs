@@ -252,13 +252,11 @@ pub(super) async fn take(
     set_aside(conn, &aside, now).await?;
 
     let mut addresses = resolution.addresses;
-    let mut devices: Vec<DeviceSeq> = open.iter().flat_map(|own| open_devices(&own.chunk)).collect();
-    devices.retain(|device| addresses.get(*device).is_none());
-    devices.sort_unstable();
-    devices.dedup();
-    addresses.extend(audience::read_addresses(conn, &devices).await?);
+    let open_ones = addresses.each(open.iter().flat_map(|own| open_devices(&own.chunk)));
+    let unread: Vec<DeviceSeq> = open_ones.filter(|(_, address)| address.is_none()).map(|(device, _)| device).collect();
+    addresses.extend(audience::read_addresses(conn, &unread).await?);
     let lease = |Own { key, epoch, notification, chunk }| {
-        let addresses = open_devices(&chunk).filter_map(|device| addresses.get(device).cloned()).collect();
+        let addresses = addresses.among(open_devices(&chunk));
         Lease { key, epoch, notification, chunk, addresses, read_at, seat: None }
     };
     Ok(Claimed { leases: open.into_iter().map(lease).collect(), more: resolution.more })

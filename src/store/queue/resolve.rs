@@ -99,7 +99,7 @@ pub(super) async fn resolve(
             .map(|one| Wanted { notification: one.notification, audience: one.audience, from: 0 })
             .collect();
         let read = audience::resolve(conn, &*context.clock, &wanted, now).await?;
-        resolution.addresses.extend(read.addresses.into_values());
+        resolution.addresses.extend(read.addresses.iter().cloned());
         for (one, resolved) in short.into_iter().zip(read.resolved) {
             let piece = Piece { targets: resolved.targets, unmatched: resolved.unmatched, rest: None };
             keep(conn, context, one, None, piece, &mut room, replica, &mut resolution, now).await?;
@@ -161,7 +161,7 @@ async fn next_piece(
     }
     let wanted = Wanted { notification, audience: &part, from };
     let read = audience::resolve(conn, &*context.clock, &[wanted], now).await?;
-    resolution.addresses.extend(read.addresses.into_values());
+    resolution.addresses.extend(read.addresses.iter().cloned());
     let Some(mut resolved) = read.resolved.into_iter().next() else {
         return Err(StoreError::Statement("a part of a list was not resolved".into()).into());
     };
