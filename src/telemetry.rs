@@ -145,8 +145,8 @@ pub fn prometheus() -> PrometheusHandle {
         .clone()
 }
 
-/// How often what was observed is summed up.
-const SUM_UP_EVERY: Duration = Duration::from_secs(5);
+/// How often what was observed is summed up: 16 bytes an observation, of which a broadcast makes a hundred thousand a second.
+const SUM_UP_EVERY: Duration = Duration::from_secs(1);
 
 /// Sums up what histograms observed, again and again: until then each observation is kept, also where nobody asks for
 /// `/metrics`. Cancelled by dropping; loses nothing.
