@@ -33,7 +33,7 @@ use crate::store::{
 const fn at_once(kind: Kind) -> (usize, usize) {
     // Differs: how many may write.
     match kind {
-        Kind::Sqlite => (2 * CHUNK_TARGETS, 2),
+        Kind::Sqlite => (CHUNK_TARGETS, 1),
         Kind::Mysql => (10 * CHUNK_TARGETS, 10),
     }
 }
