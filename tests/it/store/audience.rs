@@ -16,7 +16,7 @@ use sonnette::{
 };
 
 use super::world::{NOW, TOPIC, World, apple, ended, users};
-use crate::support::database::on_both_stores;
+use crate::support::database::{Store, on_both_stores};
 
 /// A device as it is written past the store.
 #[derive(Clone)]
@@ -443,8 +443,12 @@ on_both_stores! {
             let status = if at == 4 { DeliveryStatus::Failed } else { DeliveryStatus::Accepted };
             settle_all(&world, lease, status).await;
         }
-        let failed = numbers(&leases[4..5]).into_iter().map(|number| u128::try_from(number).unwrap()).collect::<Vec<_>>();
-        for (status, expected) in [(None, (1..=5_300).collect()), (Some(DeliveryStatus::Failed), failed)] {
+        // The fifth part: SQLite resolves 1,000 at once, and a part ends with its piece.
+        let failed = match world.database.store() {
+            Store::Sqlite => 1_001..=1_256,
+            Store::Mysql => 1_024..=1_279,
+        };
+        for (status, expected) in [(None, 1..=5_300_u128), (Some(DeliveryStatus::Failed), failed)] {
             let mut page = sonnette::store::PageRequest { cursor: None, limit: 700 };
             let mut got = Vec::new();
             loop {
@@ -455,7 +459,7 @@ on_both_stores! {
                     break;
                 }
             }
-            assert_eq!(got, expected);
+            assert_eq!(got, expected.collect::<Vec<u128>>());
         }
         assert!(matches!(leases[0].chunk.targets[0], Target::Device { seq: DeviceSeq(1), .. }));
     }
