@@ -96,21 +96,14 @@ impl Block {
 #[derive(Debug, Default)]
 pub(super) struct Blocks {
     read: BTreeMap<i64, Block>,
-    /// Of those that were looked for: all in this range, or these.
-    range: Option<(i64, i64)>,
+    /// Those that are not there as well.
     looked_for: BTreeSet<i64>,
 }
 
-const SELECT: &str = "-- acceptances.read\nSELECT block, version, marks FROM acceptances WHERE block ";
-
 impl Blocks {
-    /// All from that of a device to that of another.
+    /// All from that of a device to that of another, which is not far.
     pub(super) async fn between(conn: &mut Conn<'_>, first: DeviceSeq, last: DeviceSeq) -> Result<Self, Failure> {
-        let range = (block_of(first), block_of(last));
-        let mut statement = Statement::new(SELECT);
-        statement.push("BETWEEN ").bind(range.0).push(" AND ").bind(range.1);
-        let read = blocks_from(&conn.fetch(statement).await?)?;
-        Ok(Self { read, range: Some(range), ..Self::default() })
+        Self::look_for(conn, (block_of(first)..=block_of(last)).collect()).await
     }
 
     /// Those of devices that lie together; none, if they do not.
@@ -119,22 +112,26 @@ impl Blocks {
         if devices.len() < WORTH * looked_for.len() {
             return Ok(Self::default());
         }
+        Self::look_for(conn, looked_for).await
+    }
+
+    async fn look_for(conn: &mut Conn<'_>, looked_for: BTreeSet<i64>) -> Result<Self, Failure> {
         let numbers: Vec<i64> = looked_for.iter().copied().collect();
         let mut read = BTreeMap::new();
         for piece in numbers.chunks(PAGE) {
-            let mut statement = Statement::new(SELECT);
-            statement.push("IN ").list(piece.iter().copied());
+            let mut statement =
+                Statement::new("-- acceptances.read\nSELECT block, version, marks FROM acceptances WHERE block IN ");
+            statement.list(piece.iter().copied());
             read.extend(blocks_from(&conn.fetch(statement).await?)?);
         }
-        Ok(Self { read, range: None, looked_for })
+        Ok(Self { read, looked_for })
     }
 
     /// Adds to what a device's row says, which was read after this.
     pub(super) fn tell(&self, address: &mut Address) {
         let number = block_of(address.seq);
         let block = self.read.get(&number);
-        let in_range = self.range.is_some_and(|(first, last)| (first..=last).contains(&number));
-        if block.is_some() || in_range || self.looked_for.contains(&number) {
+        if self.looked_for.contains(&number) {
             address.block = Some(BlockVersion(block.map_or(0, |block| block.version)));
         }
         if let Some(said) = block.and_then(|block| block.of(address.seq)) {
