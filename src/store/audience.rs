@@ -423,9 +423,6 @@ pub(super) async fn next_piece(
 /// So many numbers are looked at in one read of the table.
 const WINDOW: i64 = 2_000;
 
-/// The most rows of the app's index in one read.
-const PAGE: i64 = 2_000;
-
 /// The table is read as long as one of so many numbers is a device that is asked for: another app's costs a server a fifth of
 /// what finding one by the app's index does, a number that nobody has nothing.
 const SPARSE: i64 = 4;
@@ -452,7 +449,8 @@ async fn next_of_all(
             // Others that were met before the index is turned to do not make the piece smaller.
             (found, to, if by_table { numbers } else { many })
         } else {
-            in_index(conn, notification, (piece.reached, up_to), left.min(PAGE)).await?
+            let page = usize::try_from(left).map_or(ranges::PAGE, |left| left.min(ranges::PAGE));
+            in_index(conn, notification, (piece.reached, up_to), page).await?
         };
         acceptances::tell(conn, found.iter_mut()).await?;
         left -= met;
@@ -539,7 +537,7 @@ async fn in_index(
     conn: &mut Conn<'_>,
     notification: &Notification,
     (after, up_to): (i64, i64),
-    page: i64,
+    page: usize,
 ) -> Result<(Vec<Address>, i64, i64), Failure> {
     let mut statement = Statement::new("-- queue.resolve_everyone\nSELECT ");
     statement
@@ -548,11 +546,10 @@ async fn in_index(
         .bind(notification.push_type.token_type().as_str())
         .push(ranges::devices_of_an_app(conn.kind()));
     statement.bind(notification.topic.as_str()).push(" AND seq > ").bind(after).push(" AND seq <= ").bind(up_to);
-    statement.push(" ORDER BY seq LIMIT ").bind(page);
+    statement.push(" ORDER BY seq LIMIT ").bind(page as u64);
     let rows = conn.fetch(statement).await?;
-    let met = i64::try_from(rows.len()).unwrap_or(i64::MAX);
     let reached = match rows.last() {
-        Some(last) if met == page => last.int(0)?,
+        Some(last) if rows.len() == page => last.int(0)?,
         _ => up_to,
     };
     let mut found = Vec::with_capacity(rows.len());
@@ -561,7 +558,7 @@ async fn in_index(
             found.push(address_from(row)?);
         }
     }
-    Ok((found, reached, met))
+    Ok((found, reached, i64::try_from(rows.len()).unwrap_or(i64::MAX)))
 }
 
 /// The highest number that any device has: those that are there now have no higher one.
