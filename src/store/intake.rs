@@ -624,6 +624,20 @@ mod tests {
         (sender, receiver)
     }
 
+    /// A group of up to 8 is gathered until its turn comes, and not before: how many it is by then.
+    fn waits_for_its_turn(waiting: &mut mpsc::Receiver<usize>, full_is_enough: bool) -> usize {
+        let (end, ended) = oneshot::channel::<()>();
+        let mut group = vec![99];
+        {
+            let gathered = gather(waiting, &mut group, 8, full_is_enough, ended);
+            pin_mut!(gathered);
+            assert_eq!((&mut gathered).now_or_never(), None);
+            end.send(()).unwrap();
+            assert_eq!(gathered.now_or_never(), Some(Some(Ok(()))));
+        }
+        group.len()
+    }
+
     #[tokio::test]
     async fn whose_turn_it_is_takes_what_is_there_and_waits_for_no_more() {
         for (there, taken) in [(0, 1), (3, 4), (20, 8)] {
@@ -647,33 +661,14 @@ mod tests {
         }
         assert_eq!((group.len(), waiting.len()), (8, 6), "the others are for the next");
 
-        let (sender, mut waiting) = with(20);
-        let (end, ended) = oneshot::channel::<()>();
-        let mut group = vec![99];
-        {
-            let gathered = gather(&mut waiting, &mut group, 8, false, ended);
-            pin_mut!(gathered);
-            assert_eq!((&mut gathered).now_or_never(), None);
-            end.send(()).unwrap();
-            assert_eq!(gathered.now_or_never(), Some(Some(Ok(()))));
-        }
-        assert_eq!(group.len(), 8);
-        drop(sender);
+        let (_sender, mut waiting) = with(20);
+        assert_eq!(waits_for_its_turn(&mut waiting, false), 8);
     }
 
     #[tokio::test]
     async fn who_stops_waits_for_the_turn_of_what_had_come() {
         let (sender, mut waiting) = with(2);
         drop(sender);
-        let (end, ended) = oneshot::channel::<()>();
-        let mut group = vec![99];
-        {
-            let gathered = gather(&mut waiting, &mut group, 8, true, ended);
-            pin_mut!(gathered);
-            assert_eq!((&mut gathered).now_or_never(), None);
-            end.send(()).unwrap();
-            assert_eq!(gathered.now_or_never(), Some(Some(Ok(()))));
-        }
-        assert_eq!(group.len(), 3);
+        assert_eq!(waits_for_its_turn(&mut waiting, true), 3);
     }
 }
