@@ -19,13 +19,19 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 /// The tasks of one running service. Cloning shares them.
 #[derive(Debug, Clone, Default)]
 pub struct Tasks {
-    tracker: TaskTracker,
-    background: Option<Arc<Background>>,
-    /// Whether this handle spawns there.
+    shared: Arc<Shared>,
+    /// Whether this handle spawns in the background.
     behind: bool,
+}
+
+/// One for all, because each task has a handle of its own.
+#[derive(Debug, Default)]
+struct Shared {
+    tracker: TaskTracker,
+    background: Option<Background>,
     stop: CancellationToken,
     abort: CancellationToken,
-    failed: Arc<AtomicBool>,
+    failed: AtomicBool,
 }
 
 impl Tasks {
@@ -41,7 +47,8 @@ impl Tasks {
     /// If the system gives no threads.
     pub fn with_background() -> io::Result<Self> {
         let runtime = Builder::new_multi_thread().thread_name("background").enable_all().build()?;
-        Ok(Self { background: Some(Arc::new(Background(Some(runtime)))), ..Self::default() })
+        let shared = Shared { background: Some(Background(Some(runtime))), ..Shared::default() };
+        Ok(Self { shared: Arc::new(shared), behind: false })
     }
 
     /// The same tasks; what is spawned through this handle runs on threads of its own, if there are such. A task that
@@ -63,7 +70,7 @@ impl Tasks {
 
     /// The same for a task that does not look whether it is to stop: it is dropped then, wherever it waits.
     pub fn spawn_until_stopped(&self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
-        let stop = self.stop.clone();
+        let stop = self.shared.stop.clone();
         self.spawn(name, async move {
             tokio::select! {
                 () = stop.cancelled() => {}
@@ -75,58 +82,58 @@ impl Tasks {
     /// Spawns a task that ends when its work is done. A panic in it stops everything.
     pub fn spawn_brief(&self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
         let tasks = self.clone();
-        // On the heap at once: on its way into a task a future is moved several times, and it may be large.
-        self.launch(
-            name,
-            Box::pin(async move {
-                let mut ended = Ended { name, tasks, normally: false };
-                task.await;
-                ended.normally = true;
-            }),
-        );
+        // On the heap at once: on its way into a task a future is moved several times, and what is awaited takes its room
+        // once more in what awaits it. It may be large.
+        let task = Box::pin(task);
+        self.launch(name, async move {
+            let mut ended = Ended { name, tasks, normally: false };
+            task.await;
+            ended.normally = true;
+        });
     }
 
     fn launch(&self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
         tracing::trace!(task = name, "task begins");
-        match self.background.as_deref().filter(|_| self.behind).and_then(|background| background.0.as_ref()) {
-            Some(runtime) => drop(self.tracker.spawn_on(task, runtime.handle())),
-            None => drop(self.tracker.spawn(task)),
+        let Shared { tracker, background, .. } = &*self.shared;
+        match background.as_ref().filter(|_| self.behind).and_then(|background| background.0.as_ref()) {
+            Some(runtime) => drop(tracker.spawn_on(task, runtime.handle())),
+            None => drop(tracker.spawn(task)),
         }
     }
 
     /// Cancelled once the service is to stop: begin nothing new.
     #[must_use]
-    pub const fn stopping(&self) -> &CancellationToken {
-        &self.stop
+    pub fn stopping(&self) -> &CancellationToken {
+        &self.shared.stop
     }
 
     /// Cancelled once nobody waits any longer: drop what you hold.
     #[must_use]
-    pub const fn aborting(&self) -> &CancellationToken {
-        &self.abort
+    pub fn aborting(&self) -> &CancellationToken {
+        &self.shared.abort
     }
 
     /// Asks all tasks to stop.
     pub fn stop(&self) {
-        self.stop.cancel();
+        self.shared.stop.cancel();
     }
 
     /// Gives up on tasks that have not stopped.
     pub fn abort(&self) {
-        self.stop.cancel();
-        self.abort.cancel();
+        self.shared.stop.cancel();
+        self.shared.abort.cancel();
     }
 
     /// Waits until every task has ended. Call after [`Self::stop`].
     pub async fn ended(&self) {
-        self.tracker.close();
-        self.tracker.wait().await;
+        self.shared.tracker.close();
+        self.shared.tracker.wait().await;
     }
 
     /// Whether a task ended on its own or panicked.
     #[must_use]
     pub fn failed(&self) -> bool {
-        self.failed.load(Ordering::Relaxed)
+        self.shared.failed.load(Ordering::Relaxed)
     }
 }
 
@@ -152,7 +159,7 @@ struct Ended {
 
 impl Ended {
     fn normally(mut self) {
-        self.normally = self.tasks.stop.is_cancelled();
+        self.normally = self.tasks.stopping().is_cancelled();
     }
 }
 
@@ -160,7 +167,7 @@ impl Drop for Ended {
     fn drop(&mut self) {
         if !self.normally {
             tracing::error!(task = self.name, "the task `{}` ended on its own: the service stops", self.name);
-            self.tasks.failed.store(true, Ordering::Relaxed);
+            self.tasks.shared.failed.store(true, Ordering::Relaxed);
             self.tasks.stop();
         }
     }
