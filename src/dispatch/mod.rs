@@ -366,14 +366,16 @@ impl Desk {
         self.launch(Work { lease, replica, _entry: entry, _permit: None, weight, probe });
     }
 
-    fn launch(&self, work: Work) {
+    fn launch(&self, mut work: Work) {
         let (sender, unspent) = (Arc::clone(&self.sender), self.unspent.clone());
         let tasks = match work.lease.notification.lane {
             Lane::Transactional => &self.tasks,
             Lane::Bulk => &self.background,
         };
         tasks.spawn_brief("dispatch.chunk", async move {
-            if let Some(probe) = sender.run(work).await {
+            let probe = sender.run(&mut work).await;
+            drop(work);
+            if let Some(probe) = probe {
                 // Full: the breaker's next interval will do.
                 _ = unspent.try_send(probe);
             }

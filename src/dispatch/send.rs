@@ -35,8 +35,8 @@ use crate::{
     domain::{
         clock::Timestamp,
         delivery::{
-            Chunk, ChunkKey, Circumstances, Conclusion, DeliveryStatus, DeviceEffect, Judgement, SMALL_CHUNK, State,
-            Target, conclude, postpone,
+            Chunk, Circumstances, Conclusion, DeliveryStatus, DeviceEffect, Judgement, SMALL_CHUNK, State, Target,
+            conclude, postpone,
         },
         device::{Address, Addresses, DeviceSeq, DeviceToken},
         notification::{Lane, Notification},
@@ -268,10 +268,10 @@ struct Hearing {
 impl Sender {
     /// Sends a chunk to its end. Never cancelled; ends early, giving the chunk back, when the service stops. The probe
     /// that it was to make comes back if there was nothing to be sent for it: another push may do.
-    pub(super) async fn run(&self, mut work: Work) -> Option<Probe> {
+    pub(super) async fn run(&self, work: &mut Work) -> Option<Probe> {
         let probe = work.probe;
         let mut spent = false;
-        self.send(&mut work, &mut spent).await;
+        self.send(work, &mut spent).await;
         probe.filter(|_| !spent)
     }
 
@@ -440,35 +440,45 @@ impl Sender {
     }
 
     /// Makes the chunk as it is now durable.
-    async fn settle(&self, work: &mut Work, disposition: Disposition, learned: Learned) -> Settlement {
+    fn settle<'a>(
+        &'a self,
+        work: &'a mut Work,
+        disposition: Disposition,
+        learned: Learned,
+    ) -> impl Future<Output = Settlement> + use<'a> {
         let chunk = std::mem::take(&mut work.lease.chunk);
-        let progress = progress(work, chunk, disposition, learned);
-        let (progress, settlement) = self.settled(work.lease.key, progress).await;
-        if let Some(progress) = progress {
-            work.lease.chunk = progress.chunk;
+        let settled = self.settled(progress(work, chunk, disposition, learned));
+        async move {
+            let (progress, settlement) = settled.await;
+            if let Some(progress) = progress {
+                work.lease.chunk = progress.chunk;
+            }
+            settlement
         }
-        settlement
     }
 
     /// Makes a copy of the chunk as it is now durable, while the chunk goes on.
     fn settle_beside(&self, work: &Work, learned: Learned) -> BoxFuture<'_, Settlement> {
-        let key = work.lease.key;
         let progress = progress(work, work.lease.chunk.clone(), Disposition::Keep, learned);
-        self.settled(key, progress).map(|(_, settlement)| settlement).boxed()
+        self.settled(progress).map(|(_, settlement)| settlement).boxed()
     }
 
-    /// Waits until progress is durable; it comes back.
-    async fn settled(&self, key: ChunkKey, progress: Progress) -> (Option<Progress>, Settlement) {
-        let (progress, settlement) = self.settler.settle(progress).await;
-        if settlement == Settlement::Lost {
-            tracing::warn!(
-                notification.id = %key.notification,
-                chunk = key.number,
-                "another replica has taken over {}: what this one had not settled may be repeated",
-                key.notification
-            );
+    /// Hands progress over, and waits until it is durable; it comes back.
+    fn settled(&self, progress: Progress) -> impl Future<Output = (Option<Progress>, Settlement)> + use<'_> {
+        let key = progress.key;
+        let settled = self.settler.settle(progress);
+        async move {
+            let (progress, settlement) = settled.await;
+            if settlement == Settlement::Lost {
+                tracing::warn!(
+                    notification.id = %key.notification,
+                    chunk = key.number,
+                    "another replica has taken over {}: what this one had not settled may be repeated",
+                    key.notification
+                );
+            }
+            (progress, settlement)
         }
-        (progress, settlement)
     }
 
     /// Tries every due target once.
@@ -541,8 +551,8 @@ impl Sender {
                     round.spent |= attempted.went != Went::No;
                     self.look_at_traffic(gives_way, &attempted, now);
                     if work.probe.is_some() {
-                        let judged =
-                            beside(&mut running, &mut ended, self.judge_probe(work, &attempted, &mut round)).await;
+                        let judging = self.judge_probe(work, &attempted, &mut round);
+                        let judged = beside(&mut running, &mut ended, judging).await;
                         room = judged.min(share.pushes());
                     } else if let Some((environment, fault)) = &attempted.fault {
                         let trip = self.guard.board.trip(&notification.topic, *environment, fault);
@@ -971,23 +981,27 @@ impl Learned {
     }
 }
 
-/// Waits for `other` while what is in flight goes on: a future that is not polled may hold what `other` needs.
-async fn beside<F, T>(
-    running: &mut FuturesUnordered<F>,
-    ended: &mut VecDeque<Attempted>,
-    other: impl Future<Output = T>,
-) -> T
+/// Waits for `other` while what is in flight goes on: a future that is not polled may hold what `other` needs. On the heap,
+/// because it is rare, and large.
+fn beside<'a, F, T>(
+    running: &'a mut FuturesUnordered<F>,
+    ended: &'a mut VecDeque<Attempted>,
+    other: impl Future<Output = T> + Send + 'a,
+) -> BoxFuture<'a, T>
 where
-    F: Future<Output = Attempted>,
+    F: Future<Output = Attempted> + Send,
 {
-    tokio::pin!(other);
-    loop {
-        tokio::select! {
-            biased;
-            done = &mut other => return done,
-            Some(attempted) = running.next(), if !running.is_empty() => ended.push_back(attempted),
+    async move {
+        tokio::pin!(other);
+        loop {
+            tokio::select! {
+                biased;
+                done = &mut other => return done,
+                Some(attempted) = running.next(), if !running.is_empty() => ended.push_back(attempted),
+            }
         }
     }
+    .boxed()
 }
 
 impl Round {

@@ -6,7 +6,12 @@
 
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
-use tokio::sync::{Mutex, Notify, mpsc, oneshot};
+use futures_util::FutureExt as _;
+use tokio::sync::{
+    Mutex, Notify,
+    mpsc::{self, error::TrySendError},
+    oneshot,
+};
 
 use crate::{
     domain::{
@@ -95,21 +100,30 @@ impl Settler {
         }
     }
 
-    /// Waits until the progress is committed. Not cancellable: dropping the future does not undo the settle.
-    pub(super) async fn settle(&self, progress: Progress) -> (Option<Progress>, Settlement) {
+    /// Hands progress over, and waits until it is committed; it comes back. Not cancellable: dropping the future does not undo
+    /// the settle, unless the buffer is full.
+    pub(super) fn settle(&self, progress: Progress) -> impl Future<Output = (Option<Progress>, Settlement)> + use<'_> {
         let (answer, answered) = oneshot::channel();
         let is_done = progress.chunk.is_done();
         let Door { results, hurry } =
             if progress.chunk.targets.len() > SMALL_CHUNK && !progress.at_once { &self.large } else { &self.small };
-        if results.send(Waiting { progress, answer }).await.is_err() {
-            return (None, Settlement::GivenUp);
-        }
-        if !is_done {
-            hurry.notify_one();
-        }
-        match answered.await {
-            Ok((progress, settlement)) => (Some(progress), settlement),
-            Err(_) => (None, Settlement::GivenUp),
+        // At once, because a future that takes progress along is several times as large. If nobody is there any more the
+        // answer says so.
+        let full = match results.try_send(Waiting { progress, answer }) {
+            Err(TrySendError::Full(waiting)) => Some(results.send(waiting).boxed()),
+            Ok(()) | Err(TrySendError::Closed(_)) => None,
+        };
+        async move {
+            if let Some(room) = full {
+                _ = room.await;
+            }
+            if !is_done {
+                hurry.notify_one();
+            }
+            match answered.await {
+                Ok((progress, settlement)) => (Some(progress), settlement),
+                Err(_) => (None, Settlement::GivenUp),
+            }
         }
     }
 }
