@@ -60,59 +60,66 @@ impl Incoming {
     }
 
     /// The whole body, if it is JSON by its header, in time, and no longer than `limit`.
-    pub(super) async fn read(self, limit: usize) -> Result<Read, Problem> {
-        declared_as_json(&self.headers)?;
-        let declared = self
-            .headers
-            .get(header::CONTENT_LENGTH)
-            .and_then(|value| value.to_str().ok())
-            .and_then(|text| text.parse::<usize>().ok());
-        if declared.is_some_and(|length| length > limit) {
+    pub(super) fn read(self, limit: usize) -> impl Future<Output = Result<Read, Problem>> + use<> {
+        let Self { headers, body, api } = self;
+        let collecting = expected(&headers, limit).map(|bytes| collect(body, Arc::clone(&api), limit, bytes));
+        async move {
+            let collecting = collecting?;
+            tokio::pin!(collecting);
+            // Of a small one all is here mostly, and nothing has to be waited for.
+            if let Some(read) = collecting.as_mut().now_or_never() {
+                return read;
+            }
+            let patience = api.services.settings.body_timeout;
+            tokio::select! {
+                biased;
+                read = collecting => read,
+                () = api.services.clock.sleep(patience) => Err(Problem::new(
+                    Kind::Timeout,
+                    format!("The body did not arrive within {} seconds.", patience.as_secs()),
+                )),
+            }
+        }
+    }
+}
+
+/// How much room a body is given at first, by what its headers declare.
+fn expected(headers: &HeaderMap, limit: usize) -> Result<usize, Problem> {
+    declared_as_json(headers)?;
+    let declared = headers
+        .get(header::CONTENT_LENGTH)
+        .and_then(|value| value.to_str().ok())
+        .and_then(|text| text.parse::<usize>().ok())
+        .unwrap_or_default();
+    if declared > limit {
+        return Err(too_large(limit));
+    }
+    Ok(declared.min(SMALL_BYTES))
+}
+
+async fn collect(mut body: Body, api: Shared, limit: usize, expected: usize) -> Result<Read, Problem> {
+    let mut bytes = BytesMut::with_capacity(expected);
+    let mut share: Option<OwnedSemaphorePermit> = None;
+    let mut room = SMALL_BYTES;
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|_| Problem::new(Kind::BadRequest, "The body broke off or is malformed."))?;
+        let Ok(data) = frame.into_data() else { continue };
+        if bytes.len() + data.len() > limit {
             return Err(too_large(limit));
         }
-        let clock = Arc::clone(&self.api.services.clock);
-        let patience = self.api.services.settings.body_timeout;
-        let collecting = self.collect(limit, declared.unwrap_or_default().min(SMALL_BYTES));
-        tokio::pin!(collecting);
-        // Of a small one all is here mostly, and nothing has to be waited for.
-        if let Some(read) = collecting.as_mut().now_or_never() {
-            return read;
-        }
-        tokio::select! {
-            biased;
-            read = collecting => read,
-            () = clock.sleep(patience) => Err(Problem::new(
-                Kind::Timeout,
-                format!("The body did not arrive within {} seconds.", patience.as_secs()),
-            )),
-        }
-    }
-
-    async fn collect(self, limit: usize, expected: usize) -> Result<Read, Problem> {
-        let mut bytes = BytesMut::with_capacity(expected);
-        let mut share: Option<OwnedSemaphorePermit> = None;
-        let mut room = SMALL_BYTES;
-        let mut body = self.body;
-        while let Some(frame) = body.frame().await {
-            let frame = frame.map_err(|_| Problem::new(Kind::BadRequest, "The body broke off or is malformed."))?;
-            let Ok(data) = frame.into_data() else { continue };
-            if bytes.len() + data.len() > limit {
-                return Err(too_large(limit));
+        while bytes.len() + data.len() > room {
+            let more = super::take_room(&api.bodies, STEP_BYTES).ok_or_else(|| {
+                Problem::unavailable("Too many large requests are being read. Send this one again.", 1, None)
+            })?;
+            match &mut share {
+                Some(share) => share.merge(more),
+                None => share = Some(more),
             }
-            while bytes.len() + data.len() > room {
-                let more = super::take_room(&self.api.bodies, STEP_BYTES).ok_or_else(|| {
-                    Problem::unavailable("Too many large requests are being read. Send this one again.", 1, None)
-                })?;
-                match &mut share {
-                    Some(share) => share.merge(more),
-                    None => share = Some(more),
-                }
-                room += STEP_BYTES;
-            }
-            bytes.extend_from_slice(&data);
+            room += STEP_BYTES;
         }
-        Ok(Read { bytes: bytes.freeze(), _share: share })
+        bytes.extend_from_slice(&data);
     }
+    Ok(Read { bytes: bytes.freeze(), _share: share })
 }
 
 fn too_large(limit: usize) -> Problem {

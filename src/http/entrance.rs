@@ -7,7 +7,10 @@
 use std::{convert::Infallible, sync::Arc};
 
 use axum::{Router, body::Body, response::Response};
-use futures_util::future::{BoxFuture, Either};
+use futures_util::{
+    FutureExt as _,
+    future::{BoxFuture, Either},
+};
 use http::{Method, Request};
 use hyper::{body::Incoming, service::Service};
 use hyper_util::service::TowerToHyperService;
@@ -49,14 +52,10 @@ impl Service<Request<Incoming>> for Entrance {
     fn call(&self, request: Request<Incoming>) -> Self::Future {
         match &self.straight {
             Some(api) if request.method() == Method::POST && request.uri().path() == notifications::PATH => {
-                let api = Arc::clone(api);
-                Either::Left(Box::pin(async move {
-                    let handle = {
-                        let api = Arc::clone(&api);
-                        |request| notifications::send_straight(api, request)
-                    };
-                    Ok(frame(api, Pattern::Fixed(notifications::PATH), request.map(Body::new), handle).await)
-                }))
+                let (api, handled_by) = (Arc::clone(api), Arc::clone(api));
+                let handle = move |request| notifications::send_straight(handled_by, request);
+                let pattern = Pattern::Fixed(notifications::PATH);
+                Either::Left(Box::pin(frame(api, pattern, request.map(Body::new), handle).map(Ok)))
             }
             _ => Either::Right(self.router.call(request)),
         }

@@ -172,61 +172,63 @@ impl Service<Request> for Frame<Route> {
     }
 }
 
-/// Handles a request, with all that surrounds it.
-pub(super) async fn frame<F>(
+/// Handles a request, with all that surrounds it. `handle` only makes the future that does: a panic in that is caught.
+#[expect(clippy::manual_async_fn, reason = "that would have two places for the request")]
+pub(super) fn frame<F>(
     api: Shared,
     route: Pattern,
     mut request: Request,
     handle: impl FnOnce(Request) -> F,
-) -> Response
+) -> impl Future<Output = Response>
 where
     F: Future<Output = Response>,
 {
-    let clock = Arc::clone(&api.services.clock);
-    let context = Arc::new(Context::new(request.headers()));
-    let method = request.method().clone();
-    let mut record = Record {
-        context: Arc::clone(&context),
-        began: clock.monotonic(),
-        clock: Arc::clone(&clock),
-        method: known(&method),
-        route,
-        status: CLIENT_LEFT,
-        chain: None,
-    };
-    // What a POST asks for is done by other tasks, for many at once: hardly anything is logged in its own name.
-    let span = if method == Method::POST {
-        tracing::debug_span!("http.request", request.id = context.id)
-    } else {
-        tracing::info_span!("http.request", request.id = context.id)
-    };
-    request.extensions_mut().insert(Arc::clone(&context));
-    let handled = AssertUnwindSafe(async { handle(request).await }).catch_unwind();
-    // What is lost at the deadline is the wait for an answer: a commit under way goes on by itself.
-    let response = tokio::select! {
-        biased;
-        handled = handled.instrument(span) => match handled {
-            Ok(response) => response,
-            Err(panic) => panicked(panic.as_ref()),
-        },
-        () = clock.sleep(api.services.settings.request_timeout) => Problem::unavailable(
-            "This took too long. Whether it was kept is not known; send it again, with the same Idempotency-Key if it had one.",
-            1,
-            Some("the request's deadline passed".into()),
-        )
-        .into_response(),
-    };
-    let mut response = if method == Method::OPTIONS { allowed(response) } else { response };
-    record.status = response.status().as_u16();
-    record.chain = explain(&mut response, &context.id, &method);
-    let headers = response.headers_mut();
-    headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
-    if let Ok(mut id) = HeaderValue::from_str(&context.id) {
-        // No secret; but never to be seen again, and HTTP/2 would else remember it at both ends, in the place of another.
-        id.set_sensitive(true);
-        headers.insert(REQUEST_ID, id);
+    async move {
+        let clock = Arc::clone(&api.services.clock);
+        let context = Arc::new(Context::new(request.headers()));
+        let method = request.method().clone();
+        let mut record = Record {
+            context: Arc::clone(&context),
+            began: clock.monotonic(),
+            clock: Arc::clone(&clock),
+            method: known(&method),
+            route,
+            status: CLIENT_LEFT,
+            chain: None,
+        };
+        // What a POST asks for is done by other tasks, for many at once: hardly anything is logged in its own name.
+        let span = if method == Method::POST {
+            tracing::debug_span!("http.request", request.id = context.id)
+        } else {
+            tracing::info_span!("http.request", request.id = context.id)
+        };
+        request.extensions_mut().insert(Arc::clone(&context));
+        // What is lost at the deadline is the wait for an answer: a commit under way goes on by itself.
+        let response = tokio::select! {
+            biased;
+            handled = AssertUnwindSafe(handle(request)).catch_unwind().instrument(span) => match handled {
+                Ok(response) => response,
+                Err(panic) => panicked(panic.as_ref()),
+            },
+            () = clock.sleep(api.services.settings.request_timeout) => Problem::unavailable(
+                "This took too long. Whether it was kept is not known; send it again, with the same Idempotency-Key if it had one.",
+                1,
+                Some("the request's deadline passed".into()),
+            )
+            .into_response(),
+        };
+        let mut response = if method == Method::OPTIONS { allowed(response) } else { response };
+        record.status = response.status().as_u16();
+        record.chain = explain(&mut response, &context.id, &method);
+        let headers = response.headers_mut();
+        headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
+        if let Ok(mut id) = HeaderValue::from_str(&context.id) {
+            // No secret; but never to be seen again, and HTTP/2 would else remember it at both ends, in the place of another.
+            id.set_sensitive(true);
+            headers.insert(REQUEST_ID, id);
+        }
+        response
     }
-    response
 }
 
 /// Names the methods that a path knows in the document that refuses another one. Outside of the router, which adds

@@ -326,17 +326,17 @@ impl Intake {
         (Self { notifications, registrations, committer }, handover)
     }
 
-    /// Commits a notification together with whatever else waits. Dropping the future does not undo it.
+    /// Commits a notification together with whatever else waits. It waits from now on; dropping the future does not undo it.
     ///
     /// # Errors
     /// [`IntakeError::Full`] at once if too many wait; the database's errors after its time-outs.
-    pub async fn notify(
+    pub fn notify(
         &self,
         notification: Notification,
         audience: Audience,
         idempotency: Option<Idempotency>,
-    ) -> Result<Noted, IntakeError> {
-        ask(&self.notifications, Submitted { notification, audience, idempotency }).await
+    ) -> impl Future<Output = Result<Noted, IntakeError>> + use<> {
+        ask(&self.notifications, Submitted { notification, audience, idempotency })
     }
 
     /// Cancels a notification: durable when this returns, and known to the sender of this process. How it stands then;
@@ -352,18 +352,22 @@ impl Intake {
     ///
     /// # Errors
     /// As [`Self::notify`].
-    pub async fn register(&self, registration: Registration) -> Result<Device, IntakeError> {
-        ask(&self.registrations, registration).await
+    pub fn register(&self, registration: Registration) -> impl Future<Output = Result<Device, IntakeError>> + use<> {
+        ask(&self.registrations, registration)
     }
 }
 
-async fn ask<T, A>(queue: &mpsc::Sender<Waiting<T, A>>, what: T) -> Result<A, IntakeError> {
+/// At once, because a future that takes what is asked along is several times as large: thousands wait.
+fn ask<T, A>(queue: &mpsc::Sender<Waiting<T, A>>, what: T) -> impl Future<Output = Result<A, IntakeError>> + use<T, A> {
     let (answer, answered) = oneshot::channel();
-    queue.try_send(Waiting { what, answer }).map_err(|refused| match refused {
+    let asked = queue.try_send(Waiting { what, answer }).map_err(|refused| match refused {
         mpsc::error::TrySendError::Full(_) => IntakeError::Full,
         mpsc::error::TrySendError::Closed(_) => IntakeError::Stopped,
-    })?;
-    answered.await.map_err(|_| IntakeError::Stopped)?
+    });
+    async move {
+        asked?;
+        answered.await.map_err(|_| IntakeError::Stopped)?
+    }
 }
 
 /// What the committing tasks share.

@@ -10,6 +10,7 @@ use axum::{
     extract::{FromRequestParts as _, Path, RawQuery, Request, State},
     response::{IntoResponse, Response},
 };
+use futures_util::FutureExt as _;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
@@ -475,15 +476,15 @@ fn promise(owner: &str, key: &[u8], body: &[u8]) -> Idempotency {
 pub(in crate::http) const PATH: &str = "/v1/notifications";
 
 /// `POST /v1/notifications`, if the router was not asked.
-pub(in crate::http) async fn send_straight(api: Shared, request: Request) -> Response {
+pub(in crate::http) fn send_straight(api: Shared, request: Request) -> impl Future<Output = Response> + use<> {
     let (mut parts, body) = request.into_parts();
-    let sent = async {
+    let sent = async move {
         let caller = Caller::from_request_parts(&mut parts, &api).await?;
         let no_query = NoQuery::from_request_parts(&mut parts, &api).await?;
         let incoming = Incoming::of(parts, body, &api);
         send(State(api), caller, no_query, incoming).await
     };
-    sent.await.into_response()
+    sent.map(IntoResponse::into_response)
 }
 
 /// `POST /v1/notifications`
@@ -501,9 +502,12 @@ pub(in crate::http) async fn send(
     let idempotency = key.map(|key| promise(owner, &key, &body.bytes));
     let draft = fields::json(&body.bytes).and_then(|text| read(text, &caller, &services.catalogue));
     drop(body);
-    let ready = draft.and_then(|draft| Ok((draft.at(owner, services.clock.now())?, draft.audience)));
-    let noted = match ready {
-        Ok((notification, audience)) => services.intake.notify(notification, audience, idempotency).await?,
+    let noting = draft.and_then(|draft| {
+        let notification = draft.at(owner, services.clock.now())?;
+        Ok(services.intake.notify(notification, draft.audience, idempotency))
+    });
+    let noted = match noting {
+        Ok(noting) => noting.await?,
         Err(problem) if !matches!(problem.kind(), Kind::NotJson | Kind::InvalidFields) => return Err(problem),
         // It may have been right when it came first; and another body under its key is told as that.
         Err(problem) => {
