@@ -57,6 +57,10 @@ use crate::{
     yardstick::{Client, Figures, Plan},
 };
 
+/// That of `sonnette`, so that the yardsticks and the engine have what `serve` has.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 /// How late the second simulator answers.
 const LATENCY: Duration = Duration::from_millis(50);
 
