@@ -374,6 +374,7 @@ impl Desk {
         };
         tasks.spawn_brief("dispatch.chunk", async move {
             let probe = sender.run(&mut work).await;
+            // Its place and its room are free before another push is looked for.
             drop(work);
             if let Some(probe) = probe {
                 // Full: the breaker's next interval will do.

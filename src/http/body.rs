@@ -60,6 +60,8 @@ impl Incoming {
     }
 
     /// The whole body, if it is JSON by its header, in time, and no longer than `limit`.
+    ///
+    /// Not an `async fn`: that would have two places for what it is made of.
     pub(super) fn read(self, limit: usize) -> impl Future<Output = Result<Read, Problem>> + use<> {
         let Self { headers, body, api } = self;
         let collecting = expected(&headers, limit).map(|bytes| collect(body, Arc::clone(&api), limit, bytes));

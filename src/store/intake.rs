@@ -348,7 +348,7 @@ impl Intake {
         self.committer.cancel(id).await.map_err(|error| IntakeError::Store(Arc::new(error)))
     }
 
-    /// Commits a registration together with whatever else waits, in the order of arrival.
+    /// Commits a registration together with whatever else waits, in the order of arrival. It waits from now on.
     ///
     /// # Errors
     /// As [`Self::notify`].
