@@ -140,8 +140,8 @@ impl Blocks {
     }
 }
 
-fn blocks_from(rows: &[Row]) -> Result<BTreeMap<i64, Block>, Failure> {
-    Ok(rows.iter().map(Block::from_row).collect::<Result<_, StoreError>>()?)
+fn blocks_from<'r>(rows: impl IntoIterator<Item = &'r Row>) -> Result<BTreeMap<i64, Block>, Failure> {
+    Ok(rows.into_iter().map(Block::from_row).collect::<Result<_, StoreError>>()?)
 }
 
 /// What a mark adds to a row: nothing, if the row knows of another environment.
@@ -229,15 +229,16 @@ pub(super) struct Acceptance<'t> {
     pub(super) version: BlockVersion,
 }
 
-/// Marks devices. Those whose block has moved on come back: their rows may bear another token by now. To be called in a
+/// Marks devices whose blocks are locked. Those whose block has moved on come back: their rows may bear another token by now. To be called in a
 /// transaction that is repeated if it meets a duplicate key: somebody has just inserted a block.
 pub(super) async fn note<'t>(
     conn: &mut Conn<'_>,
     acceptances: &[Acceptance<'t>],
+    locked: Locked,
     now: Timestamp,
 ) -> Result<Vec<Acceptance<'t>>, Failure> {
     let mut passed = Vec::new();
-    let mut blocks = lock(conn, acceptances.iter().map(|one| one.device)).await?;
+    let mut blocks = locked.0;
     let mut changed = BTreeSet::new();
     for one in acceptances {
         let number = block_of(one.device);
@@ -257,7 +258,7 @@ pub(super) async fn note<'t>(
 /// Takes the marks of devices away whose token or environment is replaced in this transaction. To be called where [`note`]
 /// may be.
 pub(super) async fn forget(conn: &mut Conn<'_>, devices: &[DeviceSeq]) -> Result<(), Failure> {
-    let mut blocks = lock(conn, devices.iter().copied()).await?;
+    let Locked(mut blocks) = lock(conn, devices.iter().copied()).await?;
     let mut moved_on = BTreeSet::new();
     for device in devices {
         let number = block_of(*device);
@@ -294,22 +295,37 @@ enum Written {
     Never,
 }
 
-/// Reads the blocks of devices and locks them, in their order.
-async fn lock(
-    conn: &mut Conn<'_>,
-    devices: impl Iterator<Item = DeviceSeq>,
-) -> Result<BTreeMap<i64, (Block, Written)>, Failure> {
+/// Blocks that are locked, by number; whichever has no row is missing.
+pub(super) struct Locked(BTreeMap<i64, (Block, Written)>);
+
+impl Locked {
+    /// From what [`locking`] has read.
+    pub(super) fn from_rows<'r>(rows: impl IntoIterator<Item = &'r Row>) -> Result<Self, Failure> {
+        let read = blocks_from(rows)?;
+        Ok(Self(read.into_iter().map(|(number, block)| (number, (block, Written::Before))).collect()))
+    }
+}
+
+/// What reads the blocks of devices and locks them, in their order.
+pub(super) fn locking(kind: Kind, devices: impl Iterator<Item = DeviceSeq>) -> Vec<Statement> {
     let numbers: BTreeSet<i64> = devices.map(block_of).collect();
     let numbers: Vec<i64> = numbers.into_iter().collect();
-    let mut locked = BTreeMap::new();
-    for piece in numbers.chunks(PAGE) {
+    let lock = |piece: &[i64]| {
         let mut statement =
             Statement::new("-- acceptances.lock\nSELECT block, version, marks FROM acceptances WHERE block IN ");
-        statement.list(piece.iter().copied()).push(for_update(conn.kind()));
-        let read = blocks_from(&conn.fetch(statement).await?)?;
-        locked.extend(read.into_iter().map(|(number, block)| (number, (block, Written::Before))));
+        statement.list(piece.iter().copied()).push(for_update(kind));
+        statement
+    };
+    numbers.chunks(PAGE).map(lock).collect()
+}
+
+/// Does so.
+pub(super) async fn lock(conn: &mut Conn<'_>, devices: impl Iterator<Item = DeviceSeq>) -> Result<Locked, Failure> {
+    let mut rows = Vec::new();
+    for statement in locking(conn.kind(), devices) {
+        rows.extend(conn.fetch(statement).await?);
     }
-    Ok(locked)
+    Locked::from_rows(&rows)
 }
 
 /// Writes blocks; those that have a row are locked.
@@ -325,8 +341,10 @@ async fn write(conn: &mut Conn<'_>, blocks: BTreeMap<i64, (Block, Written)>) -> 
         Kind::Sqlite => " ON CONFLICT (block) DO UPDATE SET version = excluded.version, marks = excluded.marks",
         Kind::Mysql => " ON DUPLICATE KEY UPDATE version = VALUES(version), marks = VALUES(marks)",
     };
-    conn.insert(INSERT, known, tail).await?;
-    Ok(conn.insert(INSERT, new, "").await?)
+    let mut statements = Statement::inserts(INSERT, known, tail);
+    statements.extend(Statement::inserts(INSERT, new, ""));
+    conn.all(statements).await?;
+    Ok(())
 }
 
 #[cfg(test)]

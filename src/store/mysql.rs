@@ -78,6 +78,15 @@ impl MysqlStore {
         self.hosts.begin(WRITES, Whose::Work).await
     }
 
+    /// The same for whoever tries again until it is done. Where a connection has just committed it may not have begun yet:
+    /// then that is to be said before its first statement, or together with it.
+    pub(super) async fn begin_soon(&self) -> Result<(Tx, Option<&'static str>), sqlx::Error> {
+        match self.hosts.at_hand() {
+            Some(tx) => Ok((tx, Some(WRITES))),
+            None => Ok((self.begin().await?, None)),
+        }
+    }
+
     /// The same on the connection that the heart has for itself: behind no other work. Where the server has none to give,
     /// on one of the others.
     pub(super) async fn begin_beat(&self) -> Result<Tx, sqlx::Error> {

@@ -98,6 +98,11 @@ impl SqliteStore {
         self.writer.begin_with("BEGIN IMMEDIATE").await
     }
 
+    /// Differs: it is no journey.
+    pub(super) async fn begin_soon(&self) -> Result<(Transaction<'static, Sqlite>, Option<&'static str>), sqlx::Error> {
+        Ok((self.begin().await?, None))
+    }
+
     /// Differs: there is one writer.
     pub(super) async fn begin_beat(&self) -> Result<Transaction<'static, Sqlite>, sqlx::Error> {
         self.begin().await

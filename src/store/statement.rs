@@ -1,12 +1,15 @@
 //! Statements that are put together from parts, for both dialects: text, values, rows.
 //!
-//! Promises: only text that this crate wrote reaches the text of a statement; whatever came from outside is bound.
-//! Both dialects take `?`. What a dialect spells differently is said by [`Conn::kind`] and marked `Differs:`.
+//! Promises: only text that this crate wrote reaches the text of a statement; whatever came from outside is bound, or, in
+//! statements that go to a server together, spelled in digits ([`Conn::all`]). Both dialects take `?`. What a dialect spells differently is said by [`Conn::kind`] and marked `Differs:`.
 
+use std::fmt::Write as _;
+
+use futures_util::{TryStreamExt as _, stream::BoxStream};
 use sqlx::{
-    Arguments as _, AssertSqlSafe, Row as _,
-    mysql::{MySqlArguments, MySqlConnection, MySqlRow},
-    sqlite::{SqliteArguments, SqliteConnection, SqliteRow},
+    Arguments as _, AssertSqlSafe, Either, Executor as _, Row as _,
+    mysql::{MySqlArguments, MySqlConnection, MySqlQueryResult, MySqlRow},
+    sqlite::{SqliteArguments, SqliteConnection, SqliteQueryResult, SqliteRow},
 };
 
 use super::{BoxError, Kind, StoreError};
@@ -17,6 +20,9 @@ pub(super) const ROWS_A_STATEMENT: usize = 256;
 
 /// The most bytes of one statement: well below the `max_allowed_packet` of any server.
 const BYTES_A_STATEMENT: usize = 2 << 20;
+
+/// The most bytes of the texts and values of statements that go to a server together; in digits they are twice as many.
+const TOGETHER: usize = 512 << 10;
 
 /// One bound value.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -45,6 +51,25 @@ impl Value {
             Self::Bytes(bytes) => bytes.len() + 9,
             Self::Id(id) => id.len() + 9,
         }
+    }
+
+    /// As a server reads it within a text: in digits, so that nothing of it can be taken for anything else.
+    fn spell(&self, text: &mut String) {
+        let (before, bytes) = match self {
+            Self::Null => return text.push_str("NULL"),
+            Self::Int(value) => {
+                // Writing into a string never fails.
+                _ = write!(text, "{value}");
+                return;
+            }
+            Self::Text(characters) => ("_utf8mb4 X'", characters.as_bytes()),
+            Self::Word(word) => ("_utf8mb4 X'", word.as_bytes()),
+            Self::Bytes(bytes) => ("X'", bytes.as_slice()),
+            Self::Id(id) => ("X'", id.as_slice()),
+        };
+        text.push_str(before);
+        text.push_str(&hex::encode(bytes));
+        text.push('\'');
     }
 }
 
@@ -129,6 +154,62 @@ impl Statement {
     /// Opens a statement with its name and its first words.
     pub(super) fn new(text: &'static str) -> Self {
         Self { text: text.to_owned(), values: Vec::new() }
+    }
+
+    /// `INSERT … VALUES` of as many of these rows as one statement may hold: a power of two, so that groups of all lengths
+    /// make a few statements, which stay prepared. The rest stays there.
+    fn insert(
+        head: &'static str,
+        usual: &[Usual],
+        rest: &mut std::vec::IntoIter<Vec<Value>>,
+        tail: &'static str,
+    ) -> Option<Self> {
+        let columns = rest.as_slice().first()?.len();
+        let mut bytes = 0;
+        let fits = rest
+            .as_slice()
+            .iter()
+            .take(ROWS_A_STATEMENT)
+            .take_while(|row| {
+                bytes += row.iter().map(Value::bytes).sum::<usize>();
+                bytes <= BYTES_A_STATEMENT
+            })
+            .count()
+            .max(1);
+        let mut statement = Self::new(head);
+        // The greatest power of two that fits.
+        let count = 1 << fits.ilog2();
+        statement.values.reserve(count * columns);
+        statement.text.reserve(count * (2 * columns + 3 + usual.iter().map(|(_, _, text)| text.len()).sum::<usize>()));
+        statement.push(" VALUES ").rows_with(rest.by_ref().take(count), usual, "").push(tail);
+        Some(statement)
+    }
+
+    /// [`Conn::insert`] as statements.
+    pub(super) fn inserts(head: &'static str, rows: Vec<Vec<Value>>, tail: &'static str) -> Vec<Self> {
+        let mut rest = rows.into_iter();
+        std::iter::from_fn(|| Self::insert(head, &[], &mut rest, tail)).collect()
+    }
+
+    /// Its first line, by which a slow one is known.
+    fn name(&self) -> &str {
+        self.text.split_inclusive('\n').next().unwrap_or_default()
+    }
+
+    fn bytes(&self) -> usize {
+        self.text.len() + self.values.iter().map(Value::bytes).sum::<usize>()
+    }
+
+    /// The same with its values spelled, at the end of a text.
+    fn spell(&self, text: &mut String) {
+        // No text of ours has a question mark that is not a value's place.
+        let mut pieces = self.text.split('?');
+        text.push_str(pieces.next().unwrap_or_default());
+        for (value, piece) in self.values.iter().zip(pieces) {
+            value.spell(text);
+            text.push_str(piece);
+        }
+        text.push_str(";\n");
     }
 
     /// More text.
@@ -309,52 +390,143 @@ fn missing() -> StoreError {
 }
 
 /// A connection of either database, inside a transaction.
-pub(super) enum Conn<'c> {
+pub(super) struct Conn<'c> {
+    of: Of<'c>,
+    /// What is still to be said before the first statement.
+    begins: Option<&'static str>,
+}
+
+enum Of<'c> {
     Sqlite(&'c mut SqliteConnection),
     Mysql(&'c mut MySqlConnection),
 }
 
 impl<'c> From<&'c mut SqliteConnection> for Conn<'c> {
     fn from(conn: &'c mut SqliteConnection) -> Self {
-        Self::Sqlite(conn)
+        Self { of: Of::Sqlite(conn), begins: None }
     }
 }
 
 impl<'c> From<&'c mut MySqlConnection> for Conn<'c> {
     fn from(conn: &'c mut MySqlConnection) -> Self {
-        Self::Mysql(conn)
+        Self { of: Of::Mysql(conn), begins: None }
     }
 }
 
+/// What came of one of several statements.
+#[derive(Default)]
+pub(super) struct Done {
+    /// How many rows it met.
+    pub(super) met: u64,
+    /// What it has read.
+    pub(super) rows: Vec<Row>,
+}
+
 impl Conn<'_> {
+    /// The same, on which this is said together with its first statements, or before the first.
+    pub(super) fn that_begins(self, begins: Option<&'static str>) -> Self {
+        Self { begins, ..self }
+    }
+
     /// Which dialect it speaks.
     pub(super) const fn kind(&self) -> Kind {
-        match self {
-            Self::Sqlite(_) => Kind::Sqlite,
-            Self::Mysql(_) => Kind::Mysql,
+        match self.of {
+            Of::Sqlite(_) => Kind::Sqlite,
+            Of::Mysql(_) => Kind::Mysql,
+        }
+    }
+
+    async fn begin(&mut self) -> Result<(), sqlx::Error> {
+        let Some(begins) = self.begins.take() else { return Ok(()) };
+        match &mut self.of {
+            Of::Sqlite(conn) => conn.execute(begins).await.map(drop),
+            Of::Mysql(conn) => conn.execute(begins).await.map(drop),
         }
     }
 
     /// Runs a statement; how many rows it met.
     pub(super) async fn execute(&mut self, statement: Statement) -> Result<u64, sqlx::Error> {
-        Ok(match self {
-            Self::Sqlite(conn) => bound!(statement, SqliteArguments).execute(&mut **conn).await?.rows_affected(),
-            Self::Mysql(conn) => bound!(statement, MySqlArguments).execute(&mut **conn).await?.rows_affected(),
+        self.begin().await?;
+        Ok(match &mut self.of {
+            Of::Sqlite(conn) => bound!(statement, SqliteArguments).execute(&mut **conn).await?.rows_affected(),
+            Of::Mysql(conn) => bound!(statement, MySqlArguments).execute(&mut **conn).await?.rows_affected(),
         })
     }
 
     /// Runs a statement and reads all its rows.
     pub(super) async fn fetch(&mut self, statement: Statement) -> Result<Vec<Row>, sqlx::Error> {
-        Ok(match self {
-            Self::Sqlite(conn) => {
+        self.begin().await?;
+        Ok(match &mut self.of {
+            Of::Sqlite(conn) => {
                 let rows = bound!(statement, SqliteArguments).fetch_all(&mut **conn).await?;
                 rows.into_iter().map(Row::Sqlite).collect()
             }
-            Self::Mysql(conn) => {
+            Of::Mysql(conn) => {
                 let rows = bound!(statement, MySqlArguments).fetch_all(&mut **conn).await?;
                 rows.into_iter().map(Row::Mysql).collect()
             }
         })
+    }
+
+    /// Runs statements one behind the other: to a server they go together, because on a machine that has much to do each
+    /// journey there takes milliseconds. What came of each, in their order. At the first that fails it ends.
+    ///
+    /// For statements that are small: a server reads the text of each anew, and of those that go together there are no more
+    /// bytes than [`TOGETHER`].
+    pub(super) async fn all(&mut self, statements: Vec<Statement>) -> Result<Vec<Done>, sqlx::Error> {
+        let mut done = Vec::with_capacity(statements.len());
+        let mut rest = statements.into_iter().peekable();
+        while let Some(first) = rest.next() {
+            let mut bytes = first.bytes();
+            let alone = self.kind() == Kind::Sqlite || bytes > TOGETHER;
+            let mut piece = vec![first];
+            while let Some(next) = rest.next_if(|next| !alone && bytes + next.bytes() <= TOGETHER) {
+                bytes += next.bytes();
+                piece.push(next);
+            }
+            match piece.len() {
+                // Alone it may be prepared already.
+                1 if alone || self.begins.is_none() => done.push(self.one(piece.remove(0)).await?),
+                _ => done.extend(self.together(&piece).await?),
+            }
+        }
+        Ok(done)
+    }
+
+    async fn one(&mut self, statement: Statement) -> Result<Done, sqlx::Error> {
+        self.begin().await?;
+        let done = match &mut self.of {
+            Of::Sqlite(conn) => {
+                let steps = conn.fetch_many(bound!(statement, SqliteArguments));
+                gather(steps, SqliteQueryResult::rows_affected, Row::Sqlite).await
+            }
+            Of::Mysql(conn) => {
+                let steps = conn.fetch_many(bound!(statement, MySqlArguments));
+                gather(steps, MySqlQueryResult::rows_affected, Row::Mysql).await
+            }
+        };
+        Ok(done?.pop().unwrap_or_default())
+    }
+
+    /// As one text, opened by the name of the first.
+    async fn together(&mut self, statements: &[Statement]) -> Result<Vec<Done>, sqlx::Error> {
+        let begins = self.begins.take();
+        let mut text = String::new();
+        if let (Some(begins), Some(first)) = (begins, statements.first()) {
+            text.extend([first.name(), begins, ";\n"]);
+        }
+        for statement in statements {
+            statement.spell(&mut text);
+        }
+        let text = sqlx::raw_sql(AssertSqlSafe(text));
+        let mut done = match &mut self.of {
+            Of::Sqlite(conn) => gather(conn.fetch_many(text), SqliteQueryResult::rows_affected, Row::Sqlite).await?,
+            Of::Mysql(conn) => gather(conn.fetch_many(text), MySqlQueryResult::rows_affected, Row::Mysql).await?,
+        };
+        if begins.is_some() && !done.is_empty() {
+            done.remove(0);
+        }
+        Ok(done)
     }
 
     /// Inserts rows, a power of two a statement: so that groups of all lengths make a few statements, which stay
@@ -408,31 +580,27 @@ impl Conn<'_> {
         tail: &'static str,
     ) -> Result<(), sqlx::Error> {
         let mut rest = rows.into_iter();
-        while !rest.as_slice().is_empty() {
-            let mut bytes = 0;
-            let fits = rest
-                .as_slice()
-                .iter()
-                .take(ROWS_A_STATEMENT)
-                .take_while(|row| {
-                    bytes += row.iter().map(Value::bytes).sum::<usize>();
-                    bytes <= BYTES_A_STATEMENT
-                })
-                .count()
-                .max(1);
-            let mut statement = Statement::new(head);
-            // The greatest power of two that fits.
-            let count = 1 << fits.ilog2();
-            let columns = rest.as_slice().first().map_or(0, Vec::len);
-            statement.values.reserve(count * columns);
-            statement
-                .text
-                .reserve(count * (2 * columns + 3 + usual.iter().map(|(_, _, text)| text.len()).sum::<usize>()));
-            statement.push(" VALUES ").rows_with(rest.by_ref().take(count), usual, "").push(tail);
+        while let Some(statement) = Statement::insert(head, usual, &mut rest, tail) {
             self.execute(statement).await?;
         }
         Ok(())
     }
+}
+
+/// What came of statements, as it comes.
+async fn gather<R, W>(
+    mut steps: BoxStream<'_, Result<Either<R, W>, sqlx::Error>>,
+    met: fn(&R) -> u64,
+    row: fn(W) -> Row,
+) -> Result<Vec<Done>, sqlx::Error> {
+    let (mut done, mut rows) = (Vec::new(), Vec::new());
+    while let Some(step) = steps.try_next().await? {
+        match step {
+            Either::Left(end) => done.push(Done { met: met(&end), rows: std::mem::take(&mut rows) }),
+            Either::Right(read) => rows.push(row(read)),
+        }
+    }
+    Ok(done)
 }
 
 /// A row that this version would never write.
@@ -443,4 +611,28 @@ pub(super) fn corrupt(
     source: impl Into<BoxError>,
 ) -> StoreError {
     StoreError::Corrupt { table, column, row: row.to_string(), source: source.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_in_a_text_for_a_server_are_digits_whatever_is_in_them() {
+        let mut statement = Statement::new("-- a.name\nUPDATE t SET a = ");
+        statement.bind("'; DROP TABLE devices; -- é?").push(", b = ").bind(-7_i64).push(", c = ").bind(None::<i64>);
+        statement
+            .push(", d = ")
+            .bind(b"\\'?\0".as_slice())
+            .push(" WHERE e IN ")
+            .list([Value::Word("un"), Value::Id([0xab; 16])]);
+        let mut text = "before;\n".to_owned();
+        statement.spell(&mut text);
+        assert_eq!(
+            text,
+            "before;\n-- a.name\nUPDATE t SET a = _utf8mb4 X'273b2044524f50205441424c4520646576696365733b202d2d20c3a93f', \
+             b = -7, c = NULL, d = X'5c273f00' WHERE e IN (_utf8mb4 X'756e',X'abababababababababababababababab');\n"
+        );
+        assert_eq!(statement.name(), "-- a.name\n");
+    }
 }

@@ -207,6 +207,11 @@ impl Hosts {
         }
     }
 
+    /// A transaction that has not begun, on a connection that has just committed one. `None`: there is none at hand.
+    pub(super) fn at_hand(&self) -> Option<Tx> {
+        Tx::at_hand(&self.current().pools.warm)
+    }
+
     async fn begin_on(&self, pools: &Pools, whose: Whose, statement: &'static str) -> Result<Tx, sqlx::Error> {
         // The time to wait for a connection is the pool's own affair: behind others, that is no sign of a dead host.
         let limit = self.pools.get_acquire_timeout() + BEGIN;

@@ -44,6 +44,11 @@ impl Tx {
         Self { lent, warm: Some(Arc::clone(warm)) }.begun(statement).await
     }
 
+    /// On a connection that has just committed, where there is one; not begun yet.
+    pub(super) fn at_hand(warm: &Arc<Warm>) -> Option<Self> {
+        Some(Self { lent: warm.at_hand()?, warm: Some(Arc::clone(warm)) })
+    }
+
     /// On a connection of this pool, and back into it.
     pub(super) async fn begin_in(pool: &MySqlPool, statement: &'static str) -> Result<Self, sqlx::Error> {
         Self { lent: Lent::new(pool.acquire().await?), warm: None }.begun(statement).await
@@ -132,6 +137,16 @@ impl Warm {
 
     fn kept(&self) -> MutexGuard<'_, Kept> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// One that has just committed.
+    fn at_hand(&self) -> Option<Lent> {
+        let mut kept = self.kept();
+        let stale = kept.stale();
+        let lent = kept.resting.pop().map(|(lent, _)| lent);
+        drop(kept);
+        drop(stale);
+        lent
     }
 
     async fn lend(&self) -> Result<Lent, sqlx::Error> {

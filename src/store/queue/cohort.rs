@@ -393,7 +393,9 @@ async fn lock(conn: &mut Conn<'_>, ids: impl Iterator<Item = NotificationId>) ->
 
 async fn fetch_locked(conn: &mut Conn<'_>, mut statement: Statement) -> Result<Vec<Cohort>, Failure> {
     statement.push(for_update(conn.kind()));
-    Ok(conn.fetch(statement).await?.iter().map(Cohort::from_row).collect::<Result<_, _>>()?)
+    // Mostly the first of its transaction.
+    let read = conn.all(vec![statement]).await?;
+    Ok(read.iter().flat_map(|done| &done.rows).map(Cohort::from_row).collect::<Result<_, _>>()?)
 }
 
 /// Records what became of chunks in cohorts of this replica; those that are to be recorded as rows come back: they are not,

@@ -19,7 +19,7 @@ use crate::domain::{
 };
 use crate::store::{
     Disposition, Kind, ReplicaId, Settled, StoreError,
-    acceptances::{self, Acceptance},
+    acceptances::{self, Acceptance, Locked},
     audience::{LIST, numbered},
     breakers::parked_holder,
     reasons,
@@ -80,13 +80,26 @@ pub(in crate::store) async fn settle(
             None => others.push(settled),
         }
     }
-    if !end(conn, context, plain.ended, replica, now).await? || !mark(conn, context, plain.marked, replica).await? {
+    let mut blindly = end(conn.kind(), context, plain.ended, replica, now)?;
+    blindly.extend(mark(context, plain.marked, replica)?);
+    let (mut statements, met): (Vec<Statement>, Vec<u64>) = blindly.into_iter().unzip();
+    // Where no other chunk is, all that was learned is written or nothing: the blocks for it are locked on the same journey.
+    let marks = others.is_empty().then(|| Effects::of(done)).filter(Effects::are_marks);
+    if let Some(effects) = &marks {
+        statements.extend(acceptances::locking(conn.kind(), effects.devices()));
+    }
+    let mut seen = conn.all(statements).await?;
+    let locked = seen.split_off(met.len());
+    if seen.into_iter().map(|done| done.met).ne(met) {
         return Ok(None);
     }
+    if let Some(effects) = marks {
+        let locked = Locked::from_rows(locked.iter().flat_map(|done| &done.rows))?;
+        effects.mark(conn, locked, now).await?;
+        return Ok(Some(Vec::new()));
+    }
     let lost = record(conn, context, &others, replica, now).await?;
-    let settled: Vec<&Settled<'_>> =
-        done.iter().filter(|settled| lost.is_empty() || !lost.contains(&settled.key)).collect();
-    effects(conn, &settled, now).await?;
+    Effects::of(done.iter().filter(|settled| !lost.contains(&settled.key))).apply(conn, now).await?;
     Ok(Some(lost))
 }
 
@@ -122,18 +135,20 @@ fn plainly(settled: &Settled<'_>) -> Option<Plainly> {
 /// The most chunks that one statement ends: on a server each looks for its states in a list of so many.
 const ENDED_A_STATEMENT: usize = 128;
 
-/// Ends chunks that were accepted as a whole, each with states of its own, without looking at them first. False if not
-/// all of them were this replica's in their epoch: then the transaction is to be rolled back.
+/// What ends chunks that were accepted as a whole, each with states of its own, without looking at them first: statements,
+/// and how many rows each is to meet. If not, not all of them were this replica's in their epoch: then the transaction is to
+/// be rolled back.
 ///
 /// A statement for those of one notification that have their epoch in common, and for those that have their number and
 /// their epoch in common: of notifications for a few there are hundreds.
-async fn end(
-    conn: &mut Conn<'_>,
+fn end(
+    kind: Kind,
     context: &Context,
     mut ended: Vec<&Settled<'_>>,
     replica: ReplicaId,
     now: Timestamp,
-) -> Result<bool, Failure> {
+) -> Result<Vec<(Statement, u64)>, StoreError> {
+    let mut statements = Vec::new();
     ended.sort_unstable_by_key(|settled| (settled.key.notification, settled.epoch, settled.key.number));
     let mut single = Vec::with_capacity(ended.len());
     for alike in ended.chunk_by(|one, next| (one.key.notification, one.epoch) == (next.key.notification, next.epoch)) {
@@ -142,19 +157,15 @@ async fn end(
             continue;
         }
         for piece in alike.chunks(ENDED_A_STATEMENT) {
-            if !end_alike(conn, context, piece, Alike::Notification, replica, now).await? {
-                return Ok(false);
-            }
+            statements.extend(end_alike(kind, context, piece, Alike::Notification, replica, now)?);
         }
     }
     single.sort_unstable_by_key(|settled| (settled.key.number, settled.epoch, settled.key));
     let alike = single.chunk_by(|one, next| (one.key.number, one.epoch) == (next.key.number, next.epoch));
     for piece in alike.flat_map(|alike| alike.chunks(ENDED_A_STATEMENT)) {
-        if !end_alike(conn, context, piece, Alike::Number, replica, now).await? {
-            return Ok(false);
-        }
+        statements.extend(end_alike(kind, context, piece, Alike::Number, replica, now)?);
     }
-    Ok(true)
+    Ok(statements)
 }
 
 /// What some chunks have in common beside their epoch.
@@ -164,16 +175,16 @@ enum Alike {
     Number,
 }
 
-/// One statement of [`end`]. False if not all of them were met.
-async fn end_alike(
-    conn: &mut Conn<'_>,
+/// One statement of [`end`], and how many rows it is to meet; none for no chunk.
+fn end_alike(
+    kind: Kind,
     context: &Context,
     piece: &[&Settled<'_>],
     alike: Alike,
     replica: ReplicaId,
     now: Timestamp,
-) -> Result<bool, Failure> {
-    let Some(first) = piece.first() else { return Ok(true) };
+) -> Result<Option<(Statement, u64)>, StoreError> {
+    let Some(first) = piece.first() else { return Ok(None) };
     let id = |settled: &&Settled<'_>| id_value(settled.key.notification.as_uuid());
     let (mut own, common): (Vec<Value>, Value) = match alike {
         Alike::Notification => (piece.iter().map(|settled| settled.key.number.into()).collect(), id(first)),
@@ -195,7 +206,7 @@ async fn end_alike(
     let mut statement = Statement::new("-- queue.end\nUPDATE chunks SET ended_at = ");
     statement.bind(now).push(", accepted = targeted, waiting_since = NULL, holder = NULL, states = ");
     // Differs: how each row gets a value of its own.
-    match conn.kind() {
+    match kind {
         Kind::Sqlite => {
             statement
                 .push("ended.column2 FROM (VALUES ")
@@ -212,17 +223,16 @@ async fn end_alike(
     }
     statement.push(common_column).bind(common).push(" AND epoch = ").bind(first.epoch);
     statement.push(BY_KEY_HOLDER).bind(replica.0);
-    Ok(conn.execute(statement).await? == piece.len() as u64)
+    Ok(Some((statement, piece.len() as u64)))
 }
 
-/// Marks chunks before they are sent, without looking at them first. False if not all of them were this replica's in their
-/// epoch: then the transaction is to be rolled back.
-async fn mark(
-    conn: &mut Conn<'_>,
+/// What marks chunks before they are sent, without looking at them first: as [`end`].
+fn mark(
     context: &Context,
     mut marked: Vec<&Settled<'_>>,
     replica: ReplicaId,
-) -> Result<bool, Failure> {
+) -> Result<Vec<(Statement, u64)>, StoreError> {
+    let mut statements = Vec::new();
     let alike = |settled: &&Settled<'_>| (settled.key.notification, settled.epoch, settled.chunk.states.len());
     marked.sort_unstable_by_key(|settled| (alike(settled), settled.key.number));
     for piece in marked.chunk_by(|one, next| alike(one) == alike(next)).flat_map(|alike| alike.chunks(LIST)) {
@@ -232,11 +242,9 @@ async fn mark(
         statement.bind(id_value(first.key.notification.as_uuid())).push(" AND number IN ");
         statement.list(piece.iter().map(|settled| settled.key.number)).push(" AND epoch = ").bind(first.epoch);
         statement.push(BY_KEY_HOLDER).bind(replica.0);
-        if conn.execute(statement).await? != piece.len() as u64 {
-            return Ok(false);
-        }
+        statements.push((statement, piece.len() as u64));
     }
-    Ok(true)
+    Ok(statements)
 }
 
 /// Records progress of chunks that are looked at first; the keys of those whose lease was lost.
@@ -413,50 +421,80 @@ async fn notes(conn: &mut Conn<'_>, context: &Context, held: &[(&Settled<'_>, &B
     chunk::note(conn, context, &notes).await
 }
 
-/// Applies what was learned of devices.
-async fn effects(conn: &mut Conn<'_>, settled: &[&Settled<'_>], now: Timestamp) -> Result<(), Failure> {
-    let mut to_mark: Vec<Acceptance<'_>> = Vec::new();
-    let mut accepted: BTreeMap<Environment, Vec<(DeviceSeq, &DeviceToken)>> = BTreeMap::new();
-    let mut others: Vec<(DeviceSeq, &DeviceToken, &DeviceEffect)> = Vec::new();
-    for one in settled {
-        for (seq, token, effect) in one.effects {
+/// What was learned of devices.
+#[derive(Default)]
+struct Effects<'s> {
+    /// Accepted, and to be marked in a block.
+    to_mark: Vec<Acceptance<'s>>,
+    /// Accepted, and to be written into the row.
+    accepted: BTreeMap<Environment, Vec<(DeviceSeq, &'s DeviceToken)>>,
+    others: Vec<(DeviceSeq, &'s DeviceToken, &'s DeviceEffect)>,
+}
+
+impl<'s> Effects<'s> {
+    fn of(settled: impl IntoIterator<Item = &'s Settled<'s>>) -> Self {
+        let mut all = Self::default();
+        for (seq, token, effect) in settled.into_iter().flat_map(|one| one.effects) {
             match effect {
                 DeviceEffect::Accepted(environment, Some(version)) => {
-                    to_mark.push(Acceptance { device: *seq, token, environment: *environment, version: *version });
+                    let (device, environment, version) = (*seq, *environment, *version);
+                    all.to_mark.push(Acceptance { device, token, environment, version });
                 }
                 DeviceEffect::Accepted(environment, None) => {
-                    accepted.entry(*environment).or_default().push((*seq, token));
+                    all.accepted.entry(*environment).or_default().push((*seq, token));
                 }
                 DeviceEffect::Dead { .. } | DeviceEffect::Bad { .. } | DeviceEffect::Suspend { .. } => {
-                    others.push((*seq, token, effect));
+                    all.others.push((*seq, token, effect));
                 }
             }
         }
+        all
     }
-    // What is marked below has been accepted, too.
-    if others.iter().any(|(.., effect)| matches!(effect, DeviceEffect::Bad { .. })) {
-        let marked: HashSet<(DeviceSeq, &DeviceToken)> = to_mark.iter().map(|one| (one.device, one.token)).collect();
-        others.retain(|(seq, token, effect)| {
-            !matches!(effect, DeviceEffect::Bad { .. }) || !marked.contains(&(*seq, *token))
-        });
+
+    /// Whether nothing but marks is to be made.
+    fn are_marks(&self) -> bool {
+        self.accepted.is_empty() && self.others.is_empty()
     }
-    write_accepted(conn, accepted, now).await?;
-    others.sort_by_key(|(seq, ..)| *seq);
-    let mut seen = HashSet::new();
-    for (seq, token, effect) in others {
-        if !seen.insert((seq, effect)) {
-            continue;
+
+    /// Those that are to be marked.
+    fn devices(&self) -> impl Iterator<Item = DeviceSeq> {
+        self.to_mark.iter().map(|one| one.device)
+    }
+
+    async fn apply(mut self, conn: &mut Conn<'_>, now: Timestamp) -> Result<(), Failure> {
+        // What is marked below has been accepted, too.
+        if self.others.iter().any(|(.., effect)| matches!(effect, DeviceEffect::Bad { .. })) {
+            let marked: HashSet<(DeviceSeq, &DeviceToken)> =
+                self.to_mark.iter().map(|one| (one.device, one.token)).collect();
+            self.others.retain(|(seq, token, effect)| {
+                !matches!(effect, DeviceEffect::Bad { .. }) || !marked.contains(&(*seq, *token))
+            });
         }
-        if let Some(statement) = effect_on_one(seq, token, effect) {
-            conn.execute(statement).await?;
+        write_accepted(conn, std::mem::take(&mut self.accepted), now).await?;
+        self.others.sort_by_key(|(seq, ..)| *seq);
+        let mut seen = HashSet::new();
+        for (seq, token, effect) in &self.others {
+            if !seen.insert((seq, effect)) {
+                continue;
+            }
+            if let Some(statement) = effect_on_one(*seq, token, effect) {
+                conn.execute(statement).await?;
+            }
         }
+        // Behind the devices' rows, as a registration does it.
+        let locked = acceptances::lock(conn, self.devices()).await?;
+        self.mark(conn, locked, now).await
     }
-    // Behind the devices' rows, as a registration does it.
-    let mut passed: BTreeMap<Environment, Vec<(DeviceSeq, &DeviceToken)>> = BTreeMap::new();
-    for Acceptance { device, token, environment, .. } in acceptances::note(conn, &to_mark, now).await? {
-        passed.entry(environment).or_default().push((device, token));
+
+    /// Makes the marks, whose blocks are locked.
+    async fn mark(self, conn: &mut Conn<'_>, locked: Locked, now: Timestamp) -> Result<(), Failure> {
+        let mut passed: BTreeMap<Environment, Vec<(DeviceSeq, &DeviceToken)>> = BTreeMap::new();
+        for Acceptance { device, token, environment, .. } in acceptances::note(conn, &self.to_mark, locked, now).await?
+        {
+            passed.entry(environment).or_default().push((device, token));
+        }
+        write_accepted(conn, passed, now).await
     }
-    write_accepted(conn, passed, now).await
 }
 
 /// Writes into the devices' rows that their tokens were accepted.

@@ -147,8 +147,8 @@ on_both! {
             // Another may have inserted a block of acceptances.
             committed(Repeat::DuplicatesToo, || async {
                 for look in [Look::Behind, Look::Before] {
-                    let mut tx = self.begin().await?;
-                    let conn = &mut Conn::from(&mut *tx);
+                    let (mut tx, begins) = self.begin_soon().await?;
+                    let conn = &mut Conn::from(&mut *tx).that_begins(begins);
                     if let Some(lost) = settle::settle(conn, &context, done, replica, now, look).await? {
                         return Ok((tx, lost));
                     }
