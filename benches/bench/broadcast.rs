@@ -38,6 +38,9 @@ const LARGER_RATE: usize = 500;
 /// How long they are posted, at the least: until there are enough to speak of the slowest hundredth.
 const SECONDS: usize = 5;
 
+/// So long after the warm-up no broadcast leaves the way free for its urgent pushes any more, with a second to spare.
+const QUIET: Duration = Duration::from_secs(6);
+
 /// How long nothing may happen before a broadcast counts as stuck, and a single notification as lost.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -131,7 +134,9 @@ impl<'a> Stage<'a> {
     ) -> Self {
         let database = place.sibling().await;
         with_devices(&database, devices).await;
-        Self::on(kit, sink, database, settings, devices, replicas).await
+        let stage = Self::on(kit, sink, database, settings, devices, replicas).await;
+        tokio::time::sleep(QUIET).await;
+        stage
     }
 
     /// On a database that has its devices.
