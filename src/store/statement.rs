@@ -1,7 +1,8 @@
 //! Statements that are put together from parts, for both dialects: text, values, rows.
 //!
 //! Promises: only text that this crate wrote reaches the text of a statement; whatever came from outside is bound, or, in
-//! statements that go to a server together, spelled in digits ([`Conn::all`]). Both dialects take `?`. What a dialect spells differently is said by [`Conn::kind`] and marked `Differs:`.
+//! statements that go to a server together, spelled in digits ([`Conn::all`]). Both dialects take `?`. What a dialect spells
+//! differently is said by [`Conn::kind`] and marked `Differs:`.
 
 use std::fmt::Write as _;
 
@@ -202,7 +203,11 @@ impl Statement {
 
     /// The same with its values spelled, at the end of a text.
     fn spell(&self, text: &mut String) {
-        // No text of ours has a question mark that is not a value's place.
+        debug_assert_eq!(
+            self.text.matches('?').count(),
+            self.values.len(),
+            "a `?` is a value's place, and nothing else is"
+        );
         let mut pieces = self.text.split('?');
         text.push_str(pieces.next().unwrap_or_default());
         for (value, piece) in self.values.iter().zip(pieces) {
