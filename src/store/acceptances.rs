@@ -15,7 +15,7 @@ use super::{
     Kind, StoreError,
     queue::{for_update, settle::ACCEPTED_WITHIN},
     sql::Failure,
-    statement::{Conn, Row, Statement, Value, corrupt},
+    statement::{Conn, Done, Row, Statement, Value, corrupt},
 };
 use crate::domain::{
     clock::Timestamp,
@@ -229,8 +229,8 @@ pub(super) struct Acceptance<'t> {
     pub(super) version: BlockVersion,
 }
 
-/// Marks devices whose blocks are locked. Those whose block has moved on come back: their rows may bear another token by now. To be called in a
-/// transaction that is repeated if it meets a duplicate key: somebody has just inserted a block.
+/// Marks devices whose blocks are locked. Those whose block has moved on come back: their rows may bear another token by
+/// now. To be called in a transaction that is repeated if it meets a duplicate key: somebody has just inserted a block.
 pub(super) async fn note<'t>(
     conn: &mut Conn<'_>,
     acceptances: &[Acceptance<'t>],
@@ -299,9 +299,9 @@ enum Written {
 pub(super) struct Locked(BTreeMap<i64, (Block, Written)>);
 
 impl Locked {
-    /// From what [`locking`] has read.
-    pub(super) fn from_rows<'r>(rows: impl IntoIterator<Item = &'r Row>) -> Result<Self, Failure> {
-        let read = blocks_from(rows)?;
+    /// From what came of [`locking`].
+    pub(super) fn from_done(done: &[Done]) -> Result<Self, Failure> {
+        let read = blocks_from(done.iter().flat_map(|done| &done.rows))?;
         Ok(Self(read.into_iter().map(|(number, block)| (number, (block, Written::Before))).collect()))
     }
 }
@@ -321,11 +321,7 @@ pub(super) fn locking(kind: Kind, devices: impl Iterator<Item = DeviceSeq>) -> V
 
 /// Does so.
 pub(super) async fn lock(conn: &mut Conn<'_>, devices: impl Iterator<Item = DeviceSeq>) -> Result<Locked, Failure> {
-    let mut rows = Vec::new();
-    for statement in locking(conn.kind(), devices) {
-        rows.extend(conn.fetch(statement).await?);
-    }
-    Locked::from_rows(&rows)
+    Locked::from_done(&conn.all(locking(conn.kind(), devices)).await?)
 }
 
 /// Writes blocks; those that have a row are locked.

@@ -441,36 +441,41 @@ impl Conn<'_> {
         }
     }
 
-    async fn begin(&mut self) -> Result<(), sqlx::Error> {
-        let Some(begins) = self.begins.take() else { return Ok(()) };
+    /// Says what is in a text.
+    async fn say(&mut self, text: String) -> Result<Vec<Done>, sqlx::Error> {
+        let text = sqlx::raw_sql(AssertSqlSafe(text));
         match &mut self.of {
-            Of::Sqlite(conn) => conn.execute(begins).await.map(drop),
-            Of::Mysql(conn) => conn.execute(begins).await.map(drop),
+            Of::Sqlite(conn) => gather(conn.fetch_many(text), SqliteQueryResult::rows_affected, Row::Sqlite).await,
+            Of::Mysql(conn) => gather(conn.fetch_many(text), MySqlQueryResult::rows_affected, Row::Mysql).await,
         }
+    }
+
+    /// Runs a statement; what came of it.
+    async fn one(&mut self, statement: Statement) -> Result<Done, sqlx::Error> {
+        if let Some(begins) = self.begins.take() {
+            self.say(begins.to_owned()).await?;
+        }
+        let done = match &mut self.of {
+            Of::Sqlite(conn) => {
+                let steps = conn.fetch_many(bound!(statement, SqliteArguments));
+                gather(steps, SqliteQueryResult::rows_affected, Row::Sqlite).await
+            }
+            Of::Mysql(conn) => {
+                let steps = conn.fetch_many(bound!(statement, MySqlArguments));
+                gather(steps, MySqlQueryResult::rows_affected, Row::Mysql).await
+            }
+        };
+        Ok(done?.pop().unwrap_or_default())
     }
 
     /// Runs a statement; how many rows it met.
     pub(super) async fn execute(&mut self, statement: Statement) -> Result<u64, sqlx::Error> {
-        self.begin().await?;
-        Ok(match &mut self.of {
-            Of::Sqlite(conn) => bound!(statement, SqliteArguments).execute(&mut **conn).await?.rows_affected(),
-            Of::Mysql(conn) => bound!(statement, MySqlArguments).execute(&mut **conn).await?.rows_affected(),
-        })
+        Ok(self.one(statement).await?.met)
     }
 
     /// Runs a statement and reads all its rows.
     pub(super) async fn fetch(&mut self, statement: Statement) -> Result<Vec<Row>, sqlx::Error> {
-        self.begin().await?;
-        Ok(match &mut self.of {
-            Of::Sqlite(conn) => {
-                let rows = bound!(statement, SqliteArguments).fetch_all(&mut **conn).await?;
-                rows.into_iter().map(Row::Sqlite).collect()
-            }
-            Of::Mysql(conn) => {
-                let rows = bound!(statement, MySqlArguments).fetch_all(&mut **conn).await?;
-                rows.into_iter().map(Row::Mysql).collect()
-            }
-        })
+        Ok(self.one(statement).await?.rows)
     }
 
     /// Runs statements one behind the other: to a server they go together, because on a machine that has much to do each
@@ -498,21 +503,6 @@ impl Conn<'_> {
         Ok(done)
     }
 
-    async fn one(&mut self, statement: Statement) -> Result<Done, sqlx::Error> {
-        self.begin().await?;
-        let done = match &mut self.of {
-            Of::Sqlite(conn) => {
-                let steps = conn.fetch_many(bound!(statement, SqliteArguments));
-                gather(steps, SqliteQueryResult::rows_affected, Row::Sqlite).await
-            }
-            Of::Mysql(conn) => {
-                let steps = conn.fetch_many(bound!(statement, MySqlArguments));
-                gather(steps, MySqlQueryResult::rows_affected, Row::Mysql).await
-            }
-        };
-        Ok(done?.pop().unwrap_or_default())
-    }
-
     /// As one text, opened by the name of the first.
     async fn together(&mut self, statements: &[Statement]) -> Result<Vec<Done>, sqlx::Error> {
         let begins = self.begins.take();
@@ -523,11 +513,7 @@ impl Conn<'_> {
         for statement in statements {
             statement.spell(&mut text);
         }
-        let text = sqlx::raw_sql(AssertSqlSafe(text));
-        let mut done = match &mut self.of {
-            Of::Sqlite(conn) => gather(conn.fetch_many(text), SqliteQueryResult::rows_affected, Row::Sqlite).await?,
-            Of::Mysql(conn) => gather(conn.fetch_many(text), MySqlQueryResult::rows_affected, Row::Mysql).await?,
-        };
+        let mut done = self.say(text).await?;
         if begins.is_some() && !done.is_empty() {
             done.remove(0);
         }

@@ -126,6 +126,12 @@ impl Kept {
         let stale = self.resting.iter().take_while(|(_, since)| since.elapsed() >= RESTS_FOR).count();
         self.resting.drain(..stale).collect()
     }
+
+    /// One that has not, if there is one; and those that have.
+    fn take(&mut self) -> (Option<Lent>, Vec<(Lent, Instant)>) {
+        let stale = self.stale();
+        (self.resting.pop().map(|(lent, _)| lent), stale)
+    }
 }
 
 impl Warm {
@@ -141,10 +147,7 @@ impl Warm {
 
     /// One that has just committed.
     fn at_hand(&self) -> Option<Lent> {
-        let mut kept = self.kept();
-        let stale = kept.stale();
-        let lent = kept.resting.pop().map(|(lent, _)| lent);
-        drop(kept);
+        let (lent, stale) = self.kept().take();
         drop(stale);
         lent
     }
@@ -153,8 +156,7 @@ impl Warm {
         // What goes back into the pool does so behind the lock, here and below.
         let (lent, stale, wanting) = {
             let mut kept = self.kept();
-            let stale = kept.stale();
-            let lent = kept.resting.pop().map(|(lent, _)| lent);
+            let (lent, stale) = kept.take();
             // Under the same lock: from here on whoever commits gives back.
             let wanting = lent.is_none().then(|| self.wanting_in(&mut kept));
             (lent, stale, wanting)

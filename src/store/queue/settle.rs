@@ -24,7 +24,7 @@ use crate::store::{
     breakers::parked_holder,
     reasons,
     sql::Failure,
-    statement::{Conn, Statement, Value, id_value},
+    statement::{Conn, Done, Statement, Value, id_value},
 };
 
 /// By how much APNs' clock and ours may differ: a token that registered within this time before APNs saw it leave has
@@ -84,8 +84,8 @@ pub(in crate::store) async fn settle(
     blindly.extend(mark(context, plain.marked, replica)?);
     let (mut statements, met): (Vec<Statement>, Vec<u64>) = blindly.into_iter().unzip();
     // Where no other chunk is, all that was learned is written or nothing: the blocks for it are locked on the same journey.
-    let marks = others.is_empty().then(|| Effects::of(done)).filter(Effects::are_marks);
-    if let Some(effects) = &marks {
+    let known = others.is_empty().then(|| Effects::of(done));
+    if let Some(effects) = known.as_ref().filter(|effects| effects.are_marks()) {
         statements.extend(acceptances::locking(conn.kind(), effects.devices()));
     }
     let mut seen = conn.all(statements).await?;
@@ -93,13 +93,9 @@ pub(in crate::store) async fn settle(
     if seen.into_iter().map(|done| done.met).ne(met) {
         return Ok(None);
     }
-    if let Some(effects) = marks {
-        let locked = Locked::from_rows(locked.iter().flat_map(|done| &done.rows))?;
-        effects.mark(conn, locked, now).await?;
-        return Ok(Some(Vec::new()));
-    }
     let lost = record(conn, context, &others, replica, now).await?;
-    Effects::of(done.iter().filter(|settled| !lost.contains(&settled.key))).apply(conn, now).await?;
+    let effects = known.unwrap_or_else(|| Effects::of(done.iter().filter(|settled| !lost.contains(&settled.key))));
+    effects.apply(conn, &locked, now).await?;
     Ok(Some(lost))
 }
 
@@ -461,7 +457,8 @@ impl<'s> Effects<'s> {
         self.to_mark.iter().map(|one| one.device)
     }
 
-    async fn apply(mut self, conn: &mut Conn<'_>, now: Timestamp) -> Result<(), Failure> {
+    /// Writes it all. `locked`: the blocks of those that are to be marked, if they are locked already.
+    async fn apply(mut self, conn: &mut Conn<'_>, locked: &[Done], now: Timestamp) -> Result<(), Failure> {
         // What is marked below has been accepted, too.
         if self.others.iter().any(|(.., effect)| matches!(effect, DeviceEffect::Bad { .. })) {
             let marked: HashSet<(DeviceSeq, &DeviceToken)> =
@@ -482,12 +479,10 @@ impl<'s> Effects<'s> {
             }
         }
         // Behind the devices' rows, as a registration does it.
-        let locked = acceptances::lock(conn, self.devices()).await?;
-        self.mark(conn, locked, now).await
-    }
-
-    /// Makes the marks, whose blocks are locked.
-    async fn mark(self, conn: &mut Conn<'_>, locked: Locked, now: Timestamp) -> Result<(), Failure> {
+        let locked = match locked {
+            [] => acceptances::lock(conn, self.devices()).await?,
+            locked => Locked::from_done(locked)?,
+        };
         let mut passed: BTreeMap<Environment, Vec<(DeviceSeq, &DeviceToken)>> = BTreeMap::new();
         for Acceptance { device, token, environment, .. } in acceptances::note(conn, &self.to_mark, locked, now).await?
         {
