@@ -14,6 +14,7 @@ use sqlx::{
     Connection, Executor, MySql, Pool,
     mysql::{MySqlConnection, MySqlPoolOptions},
 };
+use tokio::sync::MutexGuard;
 
 use self::{
     hosts::{Hosts, Whose},
@@ -71,6 +72,12 @@ impl MysqlStore {
         let reasons = Arc::default();
         let hosts = Hosts::open(hosts, pools(settings), settings.acquire_timeout, Arc::clone(&reasons)).await?;
         Ok(Self { hosts, clock, reasons, noted: Arc::default() })
+    }
+
+    /// Differs: many may write at once.
+    #[expect(clippy::unused_self, reason = "the other store has something to ask")]
+    pub(super) fn turn(&self) -> impl Future<Output = Result<Option<MutexGuard<'_, ()>>, sqlx::Error>> {
+        std::future::ready(Ok(None))
     }
 
     /// Begins a transaction that writes, at READ COMMITTED.

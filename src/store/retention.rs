@@ -173,6 +173,7 @@ on_both! {
                 return Ok(Some(Swept { deleted: Vec::new(), next }));
             }
             let now = self.clock.now();
+            let _turn = self.turn().await?;
             let deleted = committed(Repeat::Deadlocks, || async {
                 let mut tx = self.begin().await?;
                 let deleted = carry_out(&mut Conn::from(&mut *tx), &doomed, now).await?;

@@ -27,7 +27,7 @@ use super::{BoxError, StoreError};
 /// Stamps one text twice: in module `on_sqlite` and in module `on_mysql`. Inside, these names mean the one or the
 /// other (see `names` in `sqlite.rs` and `mysql.rs`, where each difference is explained):
 ///
-/// `Db` sqlx's database · `Base` the store (`begin`, `snapshot`, `reader`) · `Tx` a transaction · `DIALECT` a
+/// `Db` sqlx's database · `Base` the store (`turn`, `begin`, `snapshot`, `reader`) · `Tx` a transaction · `DIALECT` a
 /// [`super::Kind`] to choose a text by · `FOR_UPDATE`, `SKIP_LOCKED` pushed at the end of a SELECT ·
 /// `INSERT_IF_ABSENT` instead of INSERT · `new_id` the number of the row just inserted.
 macro_rules! on_both {

@@ -14,6 +14,7 @@ use sqlx::{
     Pool, Sqlite, SqlitePool, Transaction,
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous},
 };
+use tokio::sync::{Mutex, MutexGuard};
 
 use super::{Role, Settings, StoreError, sql::Failure};
 use crate::domain::clock::Clock;
@@ -50,6 +51,9 @@ pub(super) mod names {
 pub(super) struct SqliteStore {
     writer: SqlitePool,
     readers: SqlitePool,
+    /// Whose turn it is of those that are not urgent.
+    turn: Mutex<()>,
+    acquire_timeout: Duration,
     pub(super) clock: Arc<dyn Clock>,
     pub(super) reasons: Arc<super::reasons::Reasons>,
     pub(super) noted: Arc<super::queue::chunk::Noted>,
@@ -89,7 +93,23 @@ impl SqliteStore {
         // The writer first: it turns WAL on.
         let writer = pool(1).connect_with(options.clone()).await?;
         let readers = pool(READERS).connect_with(options.pragma("query_only", "ON")).await?;
-        Ok(Self { writer, readers, clock, reasons: Arc::default(), noted: Arc::default(), _lock: lock })
+        Ok(Self {
+            writer,
+            readers,
+            turn: Mutex::default(),
+            acquire_timeout: settings.acquire_timeout,
+            clock,
+            reasons: Arc::default(),
+            noted: Arc::default(),
+            _lock: lock,
+        })
+    }
+
+    /// The turn to write of what is not urgent, to be held from before a transaction begins until it has committed. Of those
+    /// one at a time stands in the queue for the writer, so that whoever does not ask for a turn waits for no more than one.
+    pub(super) async fn turn(&self) -> Result<Option<MutexGuard<'_, ()>>, sqlx::Error> {
+        let turn = tokio::time::timeout(self.acquire_timeout, self.turn.lock()).await;
+        Ok(Some(turn.map_err(|_| sqlx::Error::PoolTimedOut)?))
     }
 
     /// Begins a transaction that writes.
@@ -191,7 +211,43 @@ fn path(url: &str) -> Result<PathBuf, StoreError> {
 
 #[cfg(test)]
 mod tests {
+    use futures_util::{FutureExt as _, StreamExt as _, stream::FuturesUnordered};
+
     use super::*;
+    use crate::domain::{clock::SystemClock, secret::Secret};
+
+    #[tokio::test]
+    async fn whoever_is_urgent_waits_for_one_at_most_that_is_not() {
+        let folder = std::env::temp_dir().join(format!("sonnette-turn-{}", uuid::Uuid::new_v4()));
+        std::fs::create_dir(&folder).unwrap();
+        let settings = Settings {
+            url: Secret::new(format!("sqlite://{}/sonnette.db", folder.display())),
+            max_connections: 1,
+            acquire_timeout: Settings::LONGEST_ACQUIRE,
+            slow_statement: None,
+        };
+        let store = SqliteStore::open(&settings, Role::Serve, Arc::new(SystemClock::new())).await.unwrap();
+        let order = std::sync::Mutex::new(Vec::new());
+        let write = async |name: &'static str, urgent: bool| {
+            let _turn = if urgent { None } else { store.turn().await.unwrap() };
+            let tx = store.begin().await.unwrap();
+            order.lock().unwrap().push(name);
+            tx.commit().await.unwrap();
+        };
+        let holds = store.begin().await.unwrap();
+        let mut waiting = FuturesUnordered::new();
+        for (name, urgent) in [("first", false), ("second", false), ("third", false), ("urgent", true)] {
+            waiting.push(write(name, urgent));
+            // Each asks before the next one does.
+            assert!(waiting.next().now_or_never().is_none());
+        }
+        holds.rollback().await.unwrap();
+        while waiting.next().await.is_some() {}
+        assert_eq!(*order.lock().unwrap(), ["first", "urgent", "second", "third"]);
+        drop(waiting);
+        store.close_all().await;
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
 
     #[test]
     fn the_path_is_what_follows_the_scheme_and_options_are_refused() {

@@ -81,6 +81,7 @@ on_both! {
             self.intern(&WORDS).await?;
             let parked = claim::Parked { passable, overdue };
             let context = self.context();
+            let _turn = if lanes.contains(&Lane::Transactional) { None } else { self.turn().await? };
             committed(Repeat::Deadlocks, || async {
                 let mut tx = self.begin().await?;
                 let claimed = claim::claim(&mut Conn::from(&mut *tx), &context, lanes, max, &parked, replica, now).await?;
@@ -144,6 +145,7 @@ on_both! {
             }
             self.intern(settle::causes(done)).await?;
             let context = self.context();
+            let _turn = self.turn().await?;
             // Another may have inserted a block of acceptances.
             committed(Repeat::DuplicatesToo, || async {
                 for look in [Look::Behind, Look::Before] {
