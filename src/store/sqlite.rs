@@ -53,7 +53,6 @@ pub(super) struct SqliteStore {
     readers: SqlitePool,
     /// Whose turn it is of those that are not urgent.
     turn: Mutex<()>,
-    acquire_timeout: Duration,
     pub(super) clock: Arc<dyn Clock>,
     pub(super) reasons: Arc<super::reasons::Reasons>,
     pub(super) noted: Arc<super::queue::chunk::Noted>,
@@ -97,7 +96,6 @@ impl SqliteStore {
             writer,
             readers,
             turn: Mutex::default(),
-            acquire_timeout: settings.acquire_timeout,
             clock,
             reasons: Arc::default(),
             noted: Arc::default(),
@@ -108,7 +106,7 @@ impl SqliteStore {
     /// The turn to write of what is not urgent, to be held from before a transaction begins until it has committed. Of those
     /// one at a time stands in the queue for the writer, so that whoever does not ask for a turn waits for no more than one.
     pub(super) async fn turn(&self) -> Result<Option<MutexGuard<'_, ()>>, sqlx::Error> {
-        let turn = tokio::time::timeout(self.acquire_timeout, self.turn.lock()).await;
+        let turn = tokio::time::timeout(self.writer.options().get_acquire_timeout(), self.turn.lock()).await;
         Ok(Some(turn.map_err(|_| sqlx::Error::PoolTimedOut)?))
     }
 
