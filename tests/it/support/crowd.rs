@@ -105,8 +105,7 @@ pub(crate) async fn pass(world: &World, clock: &ManualClock, time: Duration) {
         let mut looks = 0;
         until("the heart beats and nothing is in flight", || {
             looks += 1;
-            let answered = world.app().routes().iter().all(|route| route.in_flight == 0);
-            if looks % (if answered { 3 } else { 30 }) == 0 {
+            if looks % (if world.is_answered() { 3 } else { 30 }) == 0 {
                 // It began to wait only after the time had passed.
                 clock.advance(Duration::from_millis(250));
             }

@@ -222,6 +222,11 @@ impl World {
         page["items"].as_array().unwrap().clone()
     }
 
+    /// Whether APNs has answered all that it was sent.
+    pub(crate) fn is_answered(&self) -> bool {
+        self.app().routes().iter().all(|route| route.in_flight == 0)
+    }
+
     /// The one check of health with this name and component.
     pub(crate) async fn check(&self, name: &str, component: &str) -> Option<Value> {
         let report = self.server.get("/health").await;
@@ -267,8 +272,7 @@ pub(crate) async fn tick(world: &World, clock: &ManualClock) {
     let mut looks = 0;
     until("the heart beats", || {
         // Seldom once it is due, and while APNs is to answer: time should not run ahead of a slow machine.
-        let answered = world.app().routes().iter().all(|route| route.in_flight == 0);
-        if (looks < 5 && answered) || looks % 10 == 0 {
+        if (looks < 5 && world.is_answered()) || looks % 10 == 0 {
             clock.advance(Duration::from_millis(250));
         }
         looks += 1;
