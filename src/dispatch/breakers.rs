@@ -134,6 +134,12 @@ impl Board {
         open.get(&(topic.clone(), environment)).and_then(|open| open.id)
     }
 
+    /// Whether a probe of this breaker may still leave: it is open, and no operator has paused the app meanwhile.
+    pub(super) fn may_be_probed(&self, breaker: BreakerId) -> bool {
+        let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
+        open.values().any(|open| open.id == Some(breaker) && !open.is_pause)
+    }
+
     /// Breakers of other credentials whose work this replica may take.
     pub(super) fn passable(&self) -> Vec<BreakerId> {
         self.passable.read().unwrap_or_else(PoisonError::into_inner).clone()
@@ -345,7 +351,7 @@ impl Board {
             let tried = self.past(&route, |past| past.in_a_row).saturating_add(breaker.probes);
             let next = now.plus(probe_delay(tried.saturating_add(1)));
             if self.store.elect_probe(breaker.id, now, next).await? {
-                probes.push(Probe::new(breaker));
+                probes.push(Probe::new(breaker, next));
             }
         }
         Ok(probes)

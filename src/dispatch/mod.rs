@@ -96,8 +96,8 @@ impl Default for Settings {
 /// How often breakers are read: replicas agree within two seconds.
 const REFRESH_EVERY: Duration = Duration::from_secs(1);
 
-/// How many pushes are taken for one probe while nothing can be written for them: they end first, or wait for something
-/// else.
+/// How many pushes are looked for and taken for one probe while nothing can be written for them: they end first, or wait
+/// for something else.
 const UNSPENT_TRIES: u32 = 20;
 
 /// How many such probes may wait to be made again.
@@ -141,7 +141,7 @@ impl Dispatcher {
             }
         });
         let board = Arc::new(Board::new(Arc::clone(&store), Arc::clone(&clock), Arc::clone(&gateway)));
-        board.refresh().await?;
+        let owed = board.refresh().await?;
         let pace = Pace::start(&settings.max_pushes_per_second, &clock, &pulse, tasks);
         let sender = Arc::new(Sender {
             store: Arc::clone(&store),
@@ -176,7 +176,7 @@ impl Dispatcher {
             background: tasks.in_background(),
             tasks: tasks.clone(),
         };
-        desk.start(handover, again);
+        desk.start(handover, owed, again);
         Ok(Self { store, identity, heart })
     }
 
@@ -292,7 +292,7 @@ struct Desk {
 
 impl Desk {
     /// Sends until the service stops: three tasks, so that what is handed over never waits for a claim.
-    fn start(self, handover: Handover, again: mpsc::Receiver<Probe>) {
+    fn start(self, handover: Handover, owed: Vec<Probe>, again: mpsc::Receiver<Probe>) {
         let Handover { mut handed, wake, .. } = handover;
         let desk = Arc::new(self);
         let hand = Arc::clone(&desk);
@@ -323,7 +323,7 @@ impl Desk {
             }
         });
         let upkeep = Arc::clone(&desk);
-        desk.tasks.spawn_until_stopped("dispatch.upkeep", async move { upkeep.upkeep(again).await });
+        desk.tasks.spawn_until_stopped("dispatch.upkeep", async move { upkeep.upkeep(owed, again).await });
     }
 
     /// Takes what is due in a lane. True if there may be more. Each lane has an allowance of its own: bulk that waits in
@@ -384,23 +384,21 @@ impl Desk {
     }
 
     /// Breakers, probes, what was cancelled, and the sweep.
-    async fn upkeep(&self, mut again: mpsc::Receiver<Probe>) {
+    async fn upkeep(&self, mut owed: Vec<Probe>, mut again: mpsc::Receiver<Probe>) {
         let mut swept_at = self.clock.monotonic();
         loop {
             tokio::select! {
                 () = self.clock.sleep(REFRESH_EVERY) => {}
                 Some(probe) = again.recv() => {
                     // Nothing was written for it: the interval is not over for that.
-                    if probe.unspent < UNSPENT_TRIES {
-                        self.probe(Probe { unspent: probe.unspent + 1, ..probe }).await;
-                    }
+                    owed.extend(self.probe(probe).await);
                     continue;
                 }
             }
             match self.board.refresh().await {
                 Ok(probes) => {
-                    for probe in probes {
-                        self.probe(probe).await;
+                    for probe in std::mem::take(&mut owed).into_iter().chain(probes) {
+                        owed.extend(self.probe(probe).await);
                     }
                 }
                 Err(error) => {
@@ -424,14 +422,29 @@ impl Desk {
         }
     }
 
-    async fn probe(&self, probe: Probe) {
+    /// Makes a probe. It comes back if it is owed: it could not be made yet, and its interval is not to be lost for that.
+    async fn probe(&self, probe: Probe) -> Option<Probe> {
+        let now = self.clock.now();
+        if probe.unspent > UNSPENT_TRIES || now >= probe.until || !self.board.may_be_probed(probe.breaker) {
+            return None;
+        }
         let _claiming = self.claiming.lock().await;
         let replica = self.identity.get();
-        match self.store.claim_probe(probe.breaker, replica, self.clock.now()).await {
-            Ok(Some(lease)) => self.take(lease, replica, Some(probe)),
-            Ok(None) => {}
+        if !self.sender.guard.pulse.holds(replica) {
+            // Nothing may leave until the heart beats again.
+            return Some(probe);
+        }
+        let tried = Probe { unspent: probe.unspent + 1, ..probe };
+        match self.store.claim_probe(probe.breaker, replica, now).await {
+            Ok(Some(lease)) => {
+                self.take(lease, replica, Some(tried));
+                None
+            }
+            // What was taken for it before may be on its way back.
+            Ok(None) => Some(tried),
             Err(error) => {
-                tracing::warn!(error = &error as &dyn std::error::Error, "no probe could be made");
+                tracing::warn!(error = &error as &dyn std::error::Error, "no probe could be made yet");
+                Some(tried)
             }
         }
     }

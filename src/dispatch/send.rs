@@ -105,13 +105,15 @@ pub(super) struct Probe {
     pub(super) environment: Environment,
     /// Open because tokens are refused: that the credential is accepted proves nothing then.
     pub(super) wave: bool,
-    /// How many pushes were taken for it before and could not be written.
+    /// How many pushes were looked for or taken for it before, and none could be written.
     pub(super) unspent: u32,
+    /// When the next one is due, by whoever is elected for it then.
+    pub(super) until: Timestamp,
 }
 
 impl Probe {
-    pub(super) const fn new(breaker: &Breaker) -> Self {
-        Self { breaker: breaker.id, environment: breaker.environment, wave: breaker.fault.is_wave(), unspent: 0 }
+    pub(super) const fn new(breaker: &Breaker, until: Timestamp) -> Self {
+        Self { breaker: breaker.id, environment: breaker.environment, wave: breaker.fault.is_wave(), unspent: 0, until }
     }
 
     /// Whether this answer shows that the breaker may close.
@@ -1196,7 +1198,13 @@ mod tests {
             (Outcome::Unknown, false, false),
             (Outcome::Fenced, false, false),
         ] {
-            let probe = |wave| Probe { breaker: BreakerId(1), environment: Environment::Production, wave, unspent: 0 };
+            let probe = |wave| Probe {
+                breaker: BreakerId(1),
+                environment: Environment::Production,
+                wave,
+                unspent: 0,
+                until: Timestamp::from_seconds(0),
+            };
             assert_eq!(probe(false).proves(&outcome), closes_a_credentials, "{outcome:?}, credential");
             assert_eq!(probe(true).proves(&outcome), closes_a_wave, "{outcome:?}, wave");
         }

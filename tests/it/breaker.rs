@@ -8,10 +8,13 @@ use sonnette::{
     sim::{Action, Environment, PushQuery, Script, Topics},
 };
 
-use crate::support::{
-    crowd::{Crowd, live, pass, requests, token},
-    database::{TestDatabase, on_both_stores},
-    world::{KEY_ID, TEAM, TOPIC, World, tick, ticking, ticking_until_done, until},
+use crate::{
+    store::world::Raw,
+    support::{
+        crowd::{Crowd, live, pass, requests, token},
+        database::{TestDatabase, on_both_stores},
+        world::{KEY_ID, TEAM, TOPIC, World, tick, ticking, ticking_until_done, until},
+    },
 };
 
 fn accepted(world: &World) -> u64 {
@@ -312,4 +315,69 @@ on_both_stores! {
         .await;
         assert_eq!(seen["counts"]["accepted"], 10, "{seen}");
     }
+
+    async fn a_probe_that_may_not_be_made_for_want_of_a_heartbeat_is_made_after_the_next(database) {
+        let clock = Arc::new(ManualClock::new(Timestamp::from_seconds(1_795_000_000)));
+        let world = World::with(database, Arc::clone(&clock) as _, "").await;
+        let (id, mut beside) = without_heartbeats(&world, &clock).await;
+        let since = clock.monotonic();
+        beside.run("DROP TRIGGER no_beat").await;
+        assert_eq!(ticking_until_done(&world, &clock, &id).await["counts"]["accepted"], 1);
+        let took = clock.monotonic().saturating_sub(since);
+        assert!(took < Duration::from_secs(20), "{took:?}: what was not made is not waited for as if it had been");
+    }
+
+    async fn a_probe_that_waits_for_a_heartbeat_is_not_made_once_the_app_is_paused(database) {
+        let clock = Arc::new(ManualClock::new(Timestamp::from_seconds(1_795_000_000)));
+        let world = World::with(database, Arc::clone(&clock) as _, "").await;
+        let (id, mut beside) = without_heartbeats(&world, &clock).await;
+        assert_eq!(world.server.post(&format!("/v1/apps/{TOPIC}/pause"), &json!({})).await.status, 204);
+        until("the pause is known", || {
+            clock.advance(Duration::from_millis(250));
+            async { (what_waits(&world).await.1 == "paused").then_some(()) }
+        })
+        .await;
+        let before = requests(&world);
+        beside.run("DROP TRIGGER no_beat").await;
+        pass(&world, &clock, Duration::from_secs(15)).await;
+        assert_eq!(requests(&world), before);
+        assert_eq!(world.server.post(&format!("/v1/apps/{TOPIC}/resume"), &json!({})).await.status, 204);
+        assert_eq!(ticking_until_done(&world, &clock, &id).await["counts"]["accepted"], 1);
+    }
+}
+
+/// A breaker whose cause is over, and a probe that is due and may not be made, because the database refuses the heartbeats;
+/// one of the two notifications that wait, and a connection to the database.
+async fn without_heartbeats(world: &World, clock: &ManualClock) -> (String, Raw) {
+    let mut beside = Raw::open(world.config.database.url.expose()).await;
+    world.device(&token(1), Some("user-1")).await;
+    world.sim.keys().set_team(KEY_ID, "ZZZZZ99999").unwrap();
+    let refusal = match &beside {
+        Raw::Sqlite(_) => "BEGIN SELECT RAISE(ABORT, 'no'); END",
+        Raw::Mysql(_) => "FOR EACH ROW SIGNAL SQLSTATE '45000'",
+    };
+    beside.run(&format!("CREATE TRIGGER no_beat BEFORE UPDATE ON replicas {refusal}")).await;
+    // In a second the last beat is too old, in two the probe is due.
+    clock.advance(Duration::from_secs(3));
+    let (id, _) = what_waits(world).await;
+    what_waits(world).await;
+    world.sim.keys().set_team(KEY_ID, TEAM).unwrap();
+    let due = beside.number("SELECT next_probe_at FROM breakers").await;
+    let since = clock.monotonic();
+    while beside.number("SELECT next_probe_at FROM breakers").await == due {
+        assert!(clock.monotonic().saturating_sub(since) < Duration::from_secs(600), "nobody is elected for the probe");
+        clock.advance(Duration::from_millis(250));
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    (id, beside)
+}
+
+/// A notification that waits, and for what.
+async fn what_waits(world: &World) -> (String, String) {
+    let id = world.send(json!({ "user_ids": ["user-1"] })).await;
+    let reason = until("it waits", || async {
+        world.notification(&id).await["waiting_for"]["reason"].as_str().map(str::to_owned)
+    })
+    .await;
+    (id, reason)
 }

@@ -29,7 +29,8 @@ pub(crate) async fn running(connection: &mut MySqlConnection) -> Vec<Running> {
     rows.retain(|row| text(row, "db") == own);
     let running = rows.iter().map(|row| Running {
         connection: text(row, "Id").parse().unwrap(),
-        seconds: text(row, "Time").parse().unwrap(),
+        // Nothing, while it is just beginning.
+        seconds: text(row, "Time").parse().unwrap_or_default(),
         state: text(row, "State"),
         text: text(row, "Info"),
     });
