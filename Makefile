@@ -20,12 +20,13 @@ help:
 	@echo 'TEST_DATABASE_URL=mysql://user:password@host/ names a server for the tests. Without it they start one of their'
 	@echo 'own from an installed mariadbd or mysqld; `make test` installs that first where it can.'
 
-# In this order, also under `make -j`: the cheapest answer first, and the last lines are those of the tests.
+# In this order, also under `make -j`: the cheapest answer first, and the last lines are those of the tests. Without
+# backtraces, which would bury the sentence that says what failed.
 test:
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory docs
 	@$(MAKE) --no-print-directory database
-	$(CARGO) test --locked --no-fail-fast
+	RUST_BACKTRACE=0 $(CARGO) test --locked --no-fail-fast
 
 lint:
 	$(CARGO) fmt --check
