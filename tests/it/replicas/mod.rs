@@ -21,6 +21,7 @@ use sonnette::{
 
 use crate::{
     broadcast::{accepted, broadcast, device_id, with_devices},
+    store::number,
     support::{
         client::Client,
         cluster::{Cluster, Member},
@@ -92,6 +93,11 @@ async fn assert_one_token_a_slot(cluster: &Cluster) {
 /// so many hundredths of what would be even.
 pub(crate) async fn share(cluster: &Cluster, notifications: usize, devices: usize, hundredths: usize) {
     let replicas = cluster.replicas.len();
+    // Whoever does not know yet that there are others takes twice as much at once. They look every second.
+    until("the youngest has lived for two seconds", || async {
+        (number(cluster.database(), "SELECT MIN(beat) FROM replicas").await >= 2).then_some(())
+    })
+    .await;
     let began = Instant::now();
     post_singles(cluster, notifications, devices).await;
     everything_is_accepted(cluster, notifications).await;
