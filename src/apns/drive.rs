@@ -10,7 +10,7 @@
 //!   peer's windows, and what `h2` has not taken of it when the turn ends is taken back by a reset. So nothing that has
 //!   a deadline or an owner waits in a queue from which it would leave by itself later; what the socket has taken, and
 //!   at most one turn's frames before it, is beyond recall. A process that was stopped for [`STOPPED_FOR`] between handing
-//!   over and writing gives up the connection instead of writing.
+//!   over and writing, or while the socket took nothing, gives up the connection instead of writing.
 //! - A request without its whole body cannot be accepted, so whoever is taken back before that is given back.
 //! - Whatever was taken from the mail comes to an end by the request deadline, whatever the peer or `h2` do.
 //!
@@ -79,6 +79,9 @@ const SENT_AT_ONCE: usize = 64 * 1024;
 /// more than others wait for the next one.
 const STOPPED_FOR: Duration = Duration::from_secs(1);
 
+/// How often a connection whose socket takes nothing makes sure that the process was not stopped.
+const BLOCKED_TICK: Duration = Duration::from_millis(250);
+
 /// What the task must know.
 pub(super) struct Duty {
     pub(super) connection: Arc<Connection>,
@@ -116,6 +119,7 @@ pub(super) async fn drive(duty: Duty, opened: Opened, owner: Arc<dyn Owner>) {
         now: duty.clock.now(),
         passed: duty.clock.monotonic(),
         blocked_since: None,
+        blocked_at: Duration::ZERO,
         pinged_at: None,
         closing_since: None,
         skew_measured_at: None,
@@ -283,6 +287,8 @@ struct Driver<'a> {
     passed: Duration,
     /// Since when the socket takes nothing.
     blocked_since: Option<Duration>,
+    /// When it was last found to take nothing: what waits for it was not held up by anything else until then.
+    blocked_at: Duration,
     pings: Option<PingPong>,
     limit: usize,
     pinged_at: Option<Duration>,
@@ -312,21 +318,28 @@ impl Driver<'_> {
             self.ping();
         }
         loop {
-            let began = self.duty.clock.monotonic();
+            let was_blocked = self.blocked_since.is_some();
+            let began = if was_blocked { self.blocked_at } else { self.duty.clock.monotonic() };
             while {
                 if let Err(end) = self.turn(cx) {
                     return Poll::Ready(end);
                 }
                 self.has_more() && self.wire.waiting() < SENT_AT_ONCE
             } {}
-            if self.duty.clock.monotonic().saturating_sub(began) >= STOPPED_FOR && self.wire.waiting() > 0 {
+            let now = self.duty.clock.monotonic();
+            // What waits for the socket may have left the wire for TLS.
+            if now.saturating_sub(began) >= STOPPED_FOR && (was_blocked || self.wire.waiting() > 0) {
                 return Poll::Ready(End::Stopped);
             }
             let freed = match self.wire.poll_send(cx) {
                 Poll::Ready(Ok(())) => self.blocked_since.take().is_some(),
                 Poll::Ready(Err(error)) => return Poll::Ready(End::Broken(error)),
                 Poll::Pending => {
-                    self.blocked_since.get_or_insert(self.passed);
+                    self.blocked_at = now;
+                    if !was_blocked {
+                        self.blocked_since = Some(now);
+                        self.tick = self.duty.clock.sleep(BLOCKED_TICK);
+                    }
                     false
                 }
             };
@@ -668,7 +681,8 @@ impl Driver<'_> {
         while self.tick.as_mut().poll(cx).is_ready() {
             let next_due = self.time_out();
             self.report();
-            self.tick = self.duty.clock.sleep(next_due.saturating_sub(self.passed).min(TICK));
+            let tick = if self.blocked_since.is_some() { BLOCKED_TICK } else { TICK };
+            self.tick = self.duty.clock.sleep(next_due.saturating_sub(self.passed).min(tick));
             let over =
                 |since: Option<Duration>, patience| since.is_some_and(|at| self.passed.saturating_sub(at) >= patience);
             if over(self.pinged_at, PING_PATIENCE) || over(self.blocked_since, PING_PATIENCE) {
@@ -831,7 +845,10 @@ mod tests {
             credential, request,
             token::Minter,
         },
-        domain::{clock::ManualClock, push::PushType},
+        domain::{
+            clock::{ManualClock, SystemClock},
+            push::PushType,
+        },
     };
 
     /// A socket whose peer sends what the test says.
@@ -846,8 +863,9 @@ mod tests {
         later: Vec<u8>,
         reader: Option<Waker>,
         heard: Vec<u8>,
-        /// Takes nothing.
+        /// Takes nothing but what TLS takes before the socket takes that.
         deaf: bool,
+        held: Vec<u8>,
         writer: Option<Waker>,
     }
 
@@ -907,17 +925,22 @@ mod tests {
     }
 
     impl AsyncWrite for Peer {
-        fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-            let mut said = self.0.lock().unwrap();
-            if said.deaf {
-                said.writer = Some(cx.waker().clone());
+        fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+            if self.as_mut().poll_flush(cx).is_pending() {
                 return Poll::Pending;
             }
-            said.heard.extend(bytes);
+            self.0.lock().unwrap().held.extend(bytes);
             Poll::Ready(Ok(bytes.len()))
         }
 
-        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            let mut said = self.0.lock().unwrap();
+            if said.deaf && !said.held.is_empty() {
+                said.writer = Some(cx.waker().clone());
+                return Poll::Pending;
+            }
+            let held = std::mem::take(&mut said.held);
+            said.heard.extend(held);
             Poll::Ready(Ok(()))
         }
 
@@ -953,7 +976,7 @@ mod tests {
     const WINDOW_0: &[u8] = &[0, 0, 6, 4, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0];
     const PING: &[u8] = &[0, 0, 8, 6, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8];
 
-    /// A connection that is driven, on a clock that stands still.
+    /// A connection that is driven.
     struct Scene {
         peer: Peer,
         connection: Arc<Connection>,
@@ -964,16 +987,20 @@ mod tests {
         async fn push(&self) -> Ended {
             let stopped = std::sync::atomic::AtomicBool::new(false);
             let push = request::tests::push(PushType::Alert, None);
-            let deadline = Timestamp::from_seconds(1_795_000_000);
+            let deadline = self.clock.now().plus(Duration::from_secs(600));
             let gate = Gate { fence: &NoFence, clock: &*self.clock, deadline, answer_by: None, stopped: &stopped };
             connection::exchange(Slot::new(Arc::clone(&self.connection)), &push, &gate).await
         }
     }
 
+    /// It moves only when it is moved.
+    fn still() -> Arc<ManualClock> {
+        Arc::new(ManualClock::new(Timestamp::from_seconds(1_794_999_600)))
+    }
+
     /// Plays `scene` on a connection with ten streams.
-    async fn play(scene: impl AsyncFnOnce(&Scene)) {
+    async fn play(clock: Arc<dyn Clock>, scene: impl AsyncFnOnce(&Scene)) {
         let peer = Peer::default();
-        let clock: Arc<dyn Clock> = Arc::new(ManualClock::new(Timestamp::from_seconds(1_794_999_600)));
         let owner = Arc::new(Listener::default());
         let back: std::sync::Weak<dyn Owner> = Arc::<Listener>::downgrade(&owner);
         let minter = Arc::new(Minter::new(Arc::new(credential::tests::credential())));
@@ -1007,7 +1034,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_body_that_a_shrinking_window_keeps_back_is_taken_back_at_once() {
-        play(async |stage| {
+        play(still(), async |stage| {
             // Between the turn that finds room for the body and the one that hands it over.
             stage.peer.says_later(WINDOW_0);
             let ended = stage.push().await;
@@ -1021,7 +1048,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_comes_while_the_socket_takes_nothing_leaves_as_soon_as_it_takes_again() {
-        play(async |stage| {
+        play(still(), async |stage| {
             stage.peer.is_deaf(true);
             // What it is owed cannot leave.
             stage.peer.says(PING);
@@ -1030,9 +1057,7 @@ mod tests {
             }
             let push = stage.push();
             let leaves = async {
-                for _ in 0..10 {
-                    tokio::task::yield_now().await;
-                }
+                others_have_a_turn().await;
                 stage.peer.is_deaf(false);
                 stage.peer.hears((DATA, 1)).await;
             };
@@ -1043,5 +1068,50 @@ mod tests {
             }
         })
         .await;
+    }
+
+    #[tokio::test]
+    async fn what_waited_for_the_socket_while_the_process_was_stopped_never_leaves() {
+        let clock = still();
+        play(Arc::<ManualClock>::clone(&clock), async |stage| {
+            stage.peer.is_deaf(true);
+            let wakes = async {
+                others_have_a_turn().await;
+                assert!(!stage.peer.0.lock().unwrap().held.is_empty(), "the push waits for the socket");
+                clock.advance(STOPPED_FOR);
+                stage.peer.is_deaf(false);
+            };
+            let (ended, ()) = tokio::join!(stage.push(), wakes);
+            assert!(matches!(ended, Ended::Unknown { .. }), "{ended:?}");
+            let of_the_push: Vec<_> = stage.peer.heard().into_iter().filter(|(_, stream)| *stream == 1).collect();
+            assert_eq!(of_the_push, []);
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn what_waits_for_the_socket_for_seconds_leaves_as_soon_as_it_takes_something() {
+        // The manual one would wake the connection whenever it is moved, as nothing does here.
+        play(Arc::new(SystemClock::new()), async |stage| {
+            stage.peer.is_deaf(true);
+            let leaves = async {
+                tokio::time::sleep(2 * STOPPED_FOR).await;
+                assert!(!stage.peer.heard().contains(&(DATA, 1)), "it takes nothing");
+                stage.peer.is_deaf(false);
+                stage.peer.hears((DATA, 1)).await;
+            };
+            tokio::select! {
+                biased;
+                ended = stage.push() => panic!("{ended:?}"),
+                () = leaves => {}
+            }
+        })
+        .await;
+    }
+
+    async fn others_have_a_turn() {
+        for _ in 0..10 {
+            tokio::task::yield_now().await;
+        }
     }
 }

@@ -5,13 +5,17 @@
 //! it does not.
 
 use std::{
+    future::{Future as _, poll_fn},
     io,
-    pin::Pin,
+    pin::{Pin, pin},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll, ready},
 };
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    task::coop::unconstrained,
+};
 
 /// More than this is never waiting to leave, in bytes: pushes stop long before, so it would be answers to what the peer
 /// asks for (PING, SETTINGS) without reading them.
@@ -37,9 +41,10 @@ impl Wire {
         Self(Arc::new(Mutex::new(Ends { io: Box::new(io), waiting: Vec::new() })))
     }
 
-    /// Sends what waits. Ready once nothing does; pending while the socket takes no more.
+    /// Sends what waits. Ready once nothing does; pending while the socket takes no more, and for no other reason: a task
+    /// that has used up its time sends all the same, or what may leave now would leave at some later time.
     pub(super) fn poll_send(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.ends().poll_send(cx)
+        pin!(unconstrained(poll_fn(|cx| self.ends().poll_send(cx)))).poll(cx)
     }
 
     /// Bytes that HTTP/2 has written and that have not left.
@@ -97,5 +102,28 @@ impl AsyncWrite for Wire {
         let mut ends = self.ends();
         ready!(ends.poll_send(cx))?;
         Pin::new(&mut ends.io).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        net::{TcpListener, TcpStream},
+        task::coop::consume_budget,
+    };
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_is_to_leave_leaves_at_once_though_the_task_has_used_up_its_time() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut wire = Wire::new(TcpStream::connect(listener.local_addr().unwrap()).await.unwrap());
+        poll_fn(|cx| {
+            while pin!(consume_budget()).poll(cx).is_ready() {}
+            assert!(Pin::new(&mut wire).poll_write(cx, b"push").is_ready());
+            assert!(wire.poll_send(cx).is_ready());
+            Poll::Ready(())
+        })
+        .await;
     }
 }
