@@ -39,6 +39,9 @@ pub(crate) const STREAMS: usize = 1_000;
 /// How long a process may take to start or to end.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Pushes that the simulator keeps: what it accepts in about three seconds, many times as long as from one look to the next.
+const RECORDED: usize = 500_000;
+
 /// The token of a device: 32 bytes in hex, as iPhones have them, and never one that asks the simulator for a fault.
 pub(crate) fn device_token(number: usize) -> String {
     format!("{:064x}", (number as u128 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835))
@@ -379,6 +382,7 @@ impl Sink {
         let mut command = Command::new(SONNETTE);
         command.args(["simulator", "--no-ledger", "--folder"]).arg(kit.folder.join(&name));
         command.args(["--latency-ms", &latency.as_millis().to_string()]);
+        command.args(["--ledger-pushes", &RECORDED.to_string()]);
         command.arg("--keys").arg(kit.folder.join("keys"));
         for listener in ["production", "sandbox", "control"] {
             command.args([format!("--listen-{listener}"), "127.0.0.1:0".to_owned()]);
@@ -440,7 +444,7 @@ impl Sink {
         }
     }
 
-    /// From now on it keeps the newest 100,000 accepted pushes one by one, or none.
+    /// From now on it keeps the newest [`RECORDED`] accepted pushes one by one, or none.
     pub(crate) async fn record(&self, record: bool) {
         self.control(Method::PUT, "/ledger/recording", &format!("{{\"record_pushes\":{record}}}")).await;
         self.control(Method::DELETE, "/ledger/pushes", "").await;
