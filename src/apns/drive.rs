@@ -118,8 +118,7 @@ pub(super) async fn drive(duty: Duty, opened: Opened, owner: Arc<dyn Owner>) {
         gathered: false,
         now: duty.clock.now(),
         passed: duty.clock.monotonic(),
-        blocked_since: None,
-        blocked_at: Duration::ZERO,
+        blocked: None,
         pinged_at: None,
         closing_since: None,
         skew_measured_at: None,
@@ -260,6 +259,14 @@ enum Stage {
     Over,
 }
 
+/// A socket that takes nothing.
+#[derive(Clone, Copy)]
+struct Blocked {
+    since: Duration,
+    /// When it was last found so: what waits for it was not held up by anything else until then.
+    found_at: Duration,
+}
+
 struct Driver<'a> {
     h2: h2::client::Connection<Wire, Body>,
     /// Opens streams, and says whether streams may still be opened. `None`: no more.
@@ -285,10 +292,8 @@ struct Driver<'a> {
     /// This turn's time.
     now: Timestamp,
     passed: Duration,
-    /// Since when the socket takes nothing.
-    blocked_since: Option<Duration>,
-    /// When it was last found to take nothing: what waits for it was not held up by anything else until then.
-    blocked_at: Duration,
+    /// The socket takes nothing.
+    blocked: Option<Blocked>,
     pings: Option<PingPong>,
     limit: usize,
     pinged_at: Option<Duration>,
@@ -318,8 +323,8 @@ impl Driver<'_> {
             self.ping();
         }
         loop {
-            let was_blocked = self.blocked_since.is_some();
-            let began = if was_blocked { self.blocked_at } else { self.duty.clock.monotonic() };
+            let blocked = self.blocked;
+            let began = blocked.map_or_else(|| self.duty.clock.monotonic(), |blocked| blocked.found_at);
             while {
                 if let Err(end) = self.turn(cx) {
                     return Poll::Ready(end);
@@ -328,18 +333,17 @@ impl Driver<'_> {
             } {}
             let now = self.duty.clock.monotonic();
             // What waits for the socket may have left the wire for TLS.
-            if now.saturating_sub(began) >= STOPPED_FOR && (was_blocked || self.wire.waiting() > 0) {
+            if now.saturating_sub(began) >= STOPPED_FOR && (blocked.is_some() || self.wire.waiting() > 0) {
                 return Poll::Ready(End::Stopped);
             }
             let freed = match self.wire.poll_send(cx) {
-                Poll::Ready(Ok(())) => self.blocked_since.take().is_some(),
+                Poll::Ready(Ok(())) => self.blocked.take().is_some(),
                 Poll::Ready(Err(error)) => return Poll::Ready(End::Broken(error)),
                 Poll::Pending => {
-                    self.blocked_at = now;
-                    if !was_blocked {
-                        self.blocked_since = Some(now);
+                    if blocked.is_none() {
                         self.tick = self.duty.clock.sleep(BLOCKED_TICK);
                     }
+                    self.blocked = Some(Blocked { since: blocked.map_or(now, |blocked| blocked.since), found_at: now });
                     false
                 }
             };
@@ -363,7 +367,7 @@ impl Driver<'_> {
         self.turn += 1;
         self.now = self.duty.clock.now();
         self.passed = self.duty.clock.monotonic();
-        if self.blocked_since.is_none() {
+        if self.blocked.is_none() {
             self.begin();
             self.hand_over_bodies();
         }
@@ -375,7 +379,7 @@ impl Driver<'_> {
 
     /// Whether another turn would hand over something.
     fn has_more(&self) -> bool {
-        self.blocked_since.is_none() && !(self.orders.is_empty() && self.roomy.is_empty())
+        self.blocked.is_none() && !(self.orders.is_empty() && self.roomy.is_empty())
     }
 
     /// Lets `h2` write what is queued and read what has come, and reports what that says of the connection.
@@ -681,11 +685,11 @@ impl Driver<'_> {
         while self.tick.as_mut().poll(cx).is_ready() {
             let next_due = self.time_out();
             self.report();
-            let tick = if self.blocked_since.is_some() { BLOCKED_TICK } else { TICK };
+            let tick = if self.blocked.is_some() { BLOCKED_TICK } else { TICK };
             self.tick = self.duty.clock.sleep(next_due.saturating_sub(self.passed).min(tick));
             let over =
                 |since: Option<Duration>, patience| since.is_some_and(|at| self.passed.saturating_sub(at) >= patience);
-            if over(self.pinged_at, PING_PATIENCE) || over(self.blocked_since, PING_PATIENCE) {
+            if over(self.pinged_at, PING_PATIENCE) || over(self.blocked.map(|blocked| blocked.since), PING_PATIENCE) {
                 return Poll::Ready(End::Silent);
             }
             if over(self.closing_since, CLOSE_PATIENCE) {
@@ -1057,7 +1061,9 @@ mod tests {
             }
             let push = stage.push();
             let leaves = async {
-                others_have_a_turn().await;
+                for _ in 0..10 {
+                    tokio::task::yield_now().await;
+                }
                 stage.peer.is_deaf(false);
                 stage.peer.hears((DATA, 1)).await;
             };
@@ -1076,8 +1082,9 @@ mod tests {
         play(Arc::<ManualClock>::clone(&clock), async |stage| {
             stage.peer.is_deaf(true);
             let wakes = async {
-                others_have_a_turn().await;
-                assert!(!stage.peer.0.lock().unwrap().held.is_empty(), "the push waits for the socket");
+                while stage.peer.0.lock().unwrap().held.is_empty() {
+                    tokio::task::yield_now().await;
+                }
                 clock.advance(STOPPED_FOR);
                 stage.peer.is_deaf(false);
             };
@@ -1107,11 +1114,5 @@ mod tests {
             }
         })
         .await;
-    }
-
-    async fn others_have_a_turn() {
-        for _ in 0..10 {
-            tokio::task::yield_now().await;
-        }
     }
 }

@@ -862,11 +862,14 @@ async fn clogged(server: &mut Server, client: &Client, fence: &Arc<Switch>) -> V
     sent
 }
 
-/// Time goes by while the process runs: after one long step it looks as if it had been stopped.
+/// Time goes by while the process runs: after one long step it looks as if it had been stopped. Everything runs on one
+/// thread, so whoever a step has woken has had a turn before the next one.
 async fn go_by(client: &Client, seconds: u32) {
     for _ in 0..4 * seconds {
         client.clock.advance(Duration::from_millis(250));
-        tokio::time::sleep(Duration::from_millis(2)).await;
+        for _ in 0..10 {
+            tokio::task::yield_now().await;
+        }
     }
 }
 
